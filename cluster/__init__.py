@@ -1,0 +1,1 @@
+"""Composition root: what runs where, and how many."""

@@ -1,0 +1,1 @@
+"""Serve deployments: a request from socket to tokens."""

@@ -1,0 +1,57 @@
+"""The engine seam: what every engine promises to the deployment above it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from deployments.engine.types import EngineStats, GenerationRequest, TokenDelta
+
+
+class Engine(ABC):
+    """Generates tokens for many requests at once.
+
+    Methods are called from one event loop; none of them blocks it. Every accepted request ends in
+    exactly one terminal event: a delta with a finish reason, or an exception from the iterator.
+    """
+
+    @abstractmethod
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
+        """Generate one sequence.
+
+        Closing the iterator (or cancelling the task that reads it) aborts the request and frees
+        its pages.
+
+        Raises:
+            RequestRejectedError: the request can never fit (too long, token id out of range).
+            EngineOverloadedError: the waiting queue is full.
+            DeadlineExceededError: the deadline passed first.
+            EngineDeadError: the engine thread has died.
+        """
+
+    @abstractmethod
+    def abort(self, request_id: str) -> None:
+        """End a request with finish reason ``abort``; unknown ids are ignored."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """A snapshot, at most one step old."""
+
+    @abstractmethod
+    def check_health(self) -> None:
+        """Return if the engine makes progress.
+
+        Raises:
+            EngineDeadError: the engine thread has died or hangs.
+        """
+
+    @abstractmethod
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and wait until running ones ended, ``timeout_s`` at most."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop threads and free memory; requests still running end in EngineDeadError."""

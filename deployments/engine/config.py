@@ -1,0 +1,60 @@
+"""What a human may set about an engine. Frozen; read once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SpeculationConfig(_Config):
+    """Split speculation as the target sees it."""
+
+    enabled: bool = True
+    """Verify drafts at all. Off is plain decoding; the text is the same."""
+    num_draft_tokens: int = Field(default=4, ge=1, le=32)
+    """Draft tokens verified per sequence and step, at most (k)."""
+    fanout: int = Field(default=2, ge=1, le=16)
+    """Bonus tokens the pool guesses for each accepted length (F)."""
+    local_drafter: Literal["suffix", "none"] = "suffix"
+    """Drafts used when no row of the pool's outcome table fits."""
+    min_match_tokens: int = Field(default=2, ge=1)
+    """Tokens the local drafter must match before it proposes."""
+
+
+class TorchEngineConfig(_Config):
+    """The embedded engine."""
+
+    kind: Literal["torch"] = "torch"
+    """Which engine this is."""
+    model: str = DEFAULT_MODEL
+    """The built-in model's name, a folder in Hugging Face layout, or a Hugging Face id."""
+    served_model_name: str | None = None
+    """The model id clients use; the last part of ``model`` by default."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic and KV precision. float32 is token-for-token reproducible across batch shapes."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where weights and pages live."""
+    num_threads: int = Field(default=1, ge=1)
+    """CPU threads of one replica's arithmetic; pools share the machine."""
+    max_model_len: int = Field(default=4096, ge=64)
+    """Prompt and output tokens of one sequence, at most; never above the model's own limit."""
+    num_pages: int = Field(default=256, ge=2)
+    """Pages of 64 tokens in the replica's KV memory."""
+    max_num_seqs: int = Field(default=16, ge=1)
+    """Sequences decoded together, at most."""
+    max_batch_tokens: int = Field(default=512, ge=64)
+    """Token budget of one step; longer prefills are cut into chunks of at most this."""
+    max_waiting: int = Field(default=128, ge=1)
+    """Requests that may wait; one more is refused as overloaded."""
+    speculation: SpeculationConfig = SpeculationConfig()
+    """How drafts are used."""
+
+
+EngineConfig = TorchEngineConfig

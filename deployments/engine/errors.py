@@ -1,0 +1,59 @@
+"""What an engine may raise.
+
+EngineError
+├── RequestRejectedError      the request can never be served as asked (the client's fault)
+├── EngineOverloadedError     no room now; carries a hint when to try again
+├── DeadlineExceededError     the request's deadline passed before it finished
+├── WeightsMissingError       the model's files are not on this machine
+└── EngineDeadError           the engine thread has died; the replica must be replaced
+"""
+
+
+class EngineError(Exception):
+    """Base of every error an engine raises on purpose."""
+
+
+class RequestRejectedError(EngineError):
+    """The request cannot be served by this engine, now or later.
+
+    Args:
+        message: what is wrong, in the client's words.
+        param: the request field at fault, when one is.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class EngineOverloadedError(EngineError):
+    """The waiting queue is full.
+
+    Args:
+        message: what is full.
+        retry_after_s: seconds after which a retry has a chance.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DeadlineExceededError(EngineError):
+    """The request's deadline passed before its last token."""
+
+
+class WeightsMissingError(EngineError):
+    """The model's files cannot be found; the message names the command that fetches them."""
+
+
+class EngineDeadError(EngineError):
+    """The engine thread has stopped; nothing more will come from this replica."""

@@ -1,0 +1,1 @@
+"""Speculation without an engine: drafts, coupled noise, outcome tables, acceptance, transport."""

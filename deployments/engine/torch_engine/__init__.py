@@ -1,0 +1,1 @@
+"""The embedded engine: a paged, continuously batched torch engine on CPU or CUDA."""

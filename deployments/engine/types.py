@@ -1,0 +1,172 @@
+"""The engine seam's vocabulary: what goes in and what comes out, in token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended without an error."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. Ranges are checked by the surfaces before this is built.
+
+    Attributes:
+        max_tokens: output tokens at most, counting ``resumed_output_ids``.
+        seed: 64-bit, unsigned; drawn by the ingress when the client gave none.
+        temperature: 0 means greedy.
+        top_k: 0 means off.
+        repetition_penalty: over prompt and output (Hugging Face's form); 1 means off.
+        presence_penalty: over output only (OpenAI's form); 0 means off.
+        frequency_penalty: over output only (OpenAI's form); 0 means off.
+        logit_bias: (token id, bias) pairs, added to the raw logits.
+        stop_strings: the output ends with the token that completes one of these.
+        min_tokens: no stop token or stop string may end the output before this many tokens.
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One sequence to generate.
+
+    Attributes:
+        request_id: unique per (client request, choice).
+        resumed_output_ids: output already delivered by a replica that died; generation goes on
+            behind it and only new tokens are delivered.
+        tenant_key: 32 secret bytes; pages of two keys are never shared.
+        priority: lower runs first.
+        deadline: seconds since the epoch, or None for no deadline.
+        traceparent: W3C trace context of the caller.
+        avoid_replicas: target replicas the router should not choose (they failed this request).
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    choice_index: int = 0
+    resumed_output_ids: tuple[int, ...] = ()
+    tenant: str = "default"
+    tenant_key: bytes = field(default=bytes(32), repr=False)
+    priority: int = 0
+    deadline: float | None = None
+    traceparent: str | None = None
+    speculation: bool = True
+    avoid_replicas: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationStats:
+    """Draft tokens of one request, by outcome.
+
+    Attributes:
+        num_spec_steps: verification steps that carried at least one draft token.
+        num_draft_tokens: draft tokens verified.
+        num_accepted_draft_tokens: draft tokens that became output.
+        num_accepted_pool_tokens: those of them that came from the draft pool.
+        num_table_hits: steps whose draft came from an outcome table of the pool.
+        num_table_misses: steps for which the pool was asked and no fitting row was at hand.
+        acceptance_histogram: entry i counts the spec steps that accepted i draft tokens.
+    """
+
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    num_accepted_pool_tokens: int = 0
+    num_table_hits: int = 0
+    num_table_misses: int = 0
+    acceptance_histogram: tuple[int, ...] = ()
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens gained per spec step, the bonus token included; 1.0 when nothing was drafted."""
+        if not self.num_spec_steps:
+            return 1.0
+        return 1.0 + self.num_accepted_draft_tokens / self.num_spec_steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationUsage:
+    """Token counts of one finished generation.
+
+    Attributes:
+        num_cached_tokens: prompt tokens whose KV was not computed for this request.
+        num_tier_cached_tokens: those of them whose pages came from the KV tier.
+    """
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int = 0
+    num_tier_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """New output tokens of one request; the last one has a finish reason.
+
+    Attributes:
+        token_ids: committed tokens, in order; empty only in a terminal delta.
+        finish_reason: set exactly once, on the last delta.
+        stop_match: the stop string or stop token id that ended the output.
+        usage: on the last delta.
+        speculation: on the last delta.
+        replica_id: who produced it; set by the target deployment.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    choice_index: int = 0
+    finish_reason: FinishReason | None = None
+    stop_match: str | int | None = None
+    usage: GenerationUsage | None = None
+    speculation: SpeculationStats | None = None
+    replica_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of one engine; counters count since the start.
+
+    Attributes:
+        num_free_pages: pages that a new request could take, cached-but-unused ones included.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_total_pages: int = 0
+    num_free_pages: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_local_cached_tokens: int = 0
+    num_tier_cached_tokens: int = 0
+    num_queued_prefill_tokens: int = 0
+    step_time_ewma_s: float = 0.0
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)

@@ -1,0 +1,1 @@
+"""One KV page from an engine's buffer to another replica."""

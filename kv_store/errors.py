@@ -1,0 +1,23 @@
+"""What can go wrong with a page. A miss is a value, never an error.
+
+KVStoreError
+├── TierUnavailableError     a tier cannot be reached or refuses work; counted as misses
+├── PageCorruptError         bytes are not the page that was asked for; deleted and counted
+└── LayoutMismatchError      a page or a buffer has another layout than the store's
+"""
+
+
+class KVStoreError(Exception):
+    """Base of every error of this package."""
+
+
+class TierUnavailableError(KVStoreError):
+    """A tier cannot be reached, timed out, or refuses work."""
+
+
+class PageCorruptError(KVStoreError):
+    """The bytes are not a well-formed page, or not the page that was asked for."""
+
+
+class LayoutMismatchError(KVStoreError):
+    """A page or buffer does not have the store's layout."""

@@ -1,0 +1,106 @@
+"""The seam between an engine and the KV tier."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from concurrent.futures import Future
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kv_store.keys import PageKey
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPages:
+    """The longest prefix of the asked keys that could be had.
+
+    Attributes:
+        pages: raw page bytes, each [layout.nbytes] uint8, in key order.
+        tiers: the name of the tier each page came from.
+    """
+
+    pages: tuple[NDArray[np.uint8], ...]
+    tiers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierStats:
+    """Counters of one tier since the start; ``num_pages`` and ``num_bytes`` are what it holds now.
+
+    Attributes:
+        num_pages: -1 where only the server knows (ask it through ``paceline kv``).
+        is_open: whether the breaker lets requests through.
+    """
+
+    name: str
+    num_pages: int = -1
+    num_bytes: int = -1
+    num_hits: int = 0
+    num_misses: int = 0
+    num_puts: int = 0
+    num_corrupt: int = 0
+    num_errors: int = 0
+    is_open: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageStoreStats:
+    """A snapshot of the store; counters count pages since the start.
+
+    Attributes:
+        num_dropped: pages not written because the write-back queue was full.
+        num_queued: pages waiting to be written.
+    """
+
+    num_loaded: int = 0
+    num_saved: int = 0
+    num_dropped: int = 0
+    num_queued: int = 0
+    tiers: Mapping[str, TierStats] = field(default_factory=dict)
+
+
+class PageStore(ABC):
+    """Loads and saves pages without ever blocking the caller. Thread-safe."""
+
+    @property
+    @abstractmethod
+    def fidelity(self) -> str:
+        """``kv_store.keys.EXACT`` or ``lossy:<gate>``: the fidelity every key must be made with."""
+
+    @abstractmethod
+    def load(
+        self, keys: Sequence[PageKey], *, timeout_s: float, traceparent: str | None = None
+    ) -> Future[LoadedPages]:
+        """Fetch the longest prefix of a chain. Never raises through the future: a miss is a value.
+
+        Args:
+            keys: consecutive keys of one chain.
+            timeout_s: what has not arrived by then is a miss.
+            traceparent: W3C trace context of the request the pages are for.
+        """
+
+    @abstractmethod
+    def save(self, key: PageKey, page: NDArray[np.uint8]) -> bool:
+        """Queue one page for writing; the store owns ``page`` from here on.
+
+        Returns:
+            False if the queue was full and the page was dropped (and counted).
+        """
+
+    @abstractmethod
+    def stats(self) -> PageStoreStats:
+        """A snapshot."""
+
+    @abstractmethod
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until every queued page was written or dropped; False on time-out. For shutdown."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush briefly, stop threads, close tiers. Idempotent."""
