@@ -103,4 +103,6 @@ class FaultyTier(KVTier):
     def _draw(self, bound: int) -> int:
         """A number below ``bound`` that depends only on the seed and how many came before."""
         self._num_draws += 1
-        return xxhash.xxh3_64_intdigest(self._num_draws.to_bytes(8, "little"), self._plan.seed) % bound
+        return (
+            xxhash.xxh3_64_intdigest(self._num_draws.to_bytes(8, "little"), self._plan.seed) % bound
+        )

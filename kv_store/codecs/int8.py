@@ -76,9 +76,7 @@ def _to_float32(raw: NDArray[np.uint8], layout: PageLayout) -> NDArray[np.float3
     return values.reshape(-1, layout.head_dim)
 
 
-def _from_float32(
-    values: NDArray[np.float32], layout: PageLayout, out: NDArray[np.uint8]
-) -> None:
+def _from_float32(values: NDArray[np.float32], layout: PageLayout, out: NDArray[np.uint8]) -> None:
     """Round finite values to the page's dtype, to nearest even, into ``out``."""
     flat = values.reshape(-1)
     if layout.dtype == "float32":

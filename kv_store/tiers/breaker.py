@@ -51,13 +51,18 @@ class CircuitBreaker:
         """Whether operations pass freely."""
         return self._probe_at is None
 
+    @property
+    def is_blocking(self) -> bool:
+        """Whether ``allow`` would say no now."""
+        if self._probe_at is None:
+            return False
+        return self._is_probing or self._clock() < self._probe_at
+
     def allow(self) -> bool:
         """Whether to try now. After True, report exactly one success or failure."""
-        if self._probe_at is None:
-            return True
-        if self._is_probing or self._clock() < self._probe_at:
+        if self.is_blocking:
             return False
-        self._is_probing = True
+        self._is_probing = self._probe_at is not None
         return True
 
     def record_success(self) -> None:

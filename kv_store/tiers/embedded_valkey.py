@@ -96,8 +96,8 @@ class EmbeddedValkey:
         folder = Path(tempfile.mkdtemp(prefix="paceline-valkey-"))
         (folder / "valkey.conf").write_text(self._render_config(folder, port))
         try:
-            self._guard = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARD, "sh", str(get_binary_path()), str(folder)],  # noqa: S603
+            self._guard = subprocess.Popen(  # noqa: S603
+                ["/bin/sh", "-c", _GUARD, "sh", str(get_binary_path()), str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -56,21 +56,22 @@ class GuardedTier:
         self._num_hits = self._num_misses = self._num_puts = 0
         self._num_corrupt = self._num_errors = 0
 
-    async def contains(self, keys: Sequence[PageKey]) -> list[bool]:
-        """Whether each key is held; all False if the tier fails."""
-        found = await self._run(lambda: self._tier.contains_many(keys), self._reads)
-        if found is None:
-            found = [False] * len(keys)
-        self._num_misses += found.count(False)
-        return found
+    @property
+    def is_writable(self) -> bool:
+        """Whether a put would be tried now."""
+        return not self._writes.is_blocking
+
+    async def contains(
+        self, keys: Sequence[PageKey], *, patience_s: float | None = None
+    ) -> list[bool]:
+        """Whether each key is held; all False if the tier fails or ``patience_s`` ends."""
+        found = await self._run(lambda: self._tier.contains_many(keys), self._reads, patience_s)
+        return [False] * len(keys) if found is None else found
 
     async def get(self, keys: Sequence[PageKey]) -> list[Blob | None]:
-        """Each key's blob; all None if the tier fails. Report each one by ``count_*``."""
+        """Each key's blob; all None if the tier fails. Unverified: count them afterwards."""
         blobs = await self._run(lambda: self._tier.get_many(keys), self._reads)
-        if blobs is None:
-            blobs = [None] * len(keys)
-        self._num_misses += blobs.count(None)
-        return blobs
+        return [None] * len(keys) if blobs is None else blobs
 
     async def put(self, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
         """Whether the tier holds each key now; all False if the tier fails."""
@@ -90,9 +91,9 @@ class GuardedTier:
         """A page of this tier was verified and served."""
         self._num_hits += 1
 
-    def count_miss(self) -> None:
-        """A sound page of this tier could not be read here."""
-        self._num_misses += 1
+    def count_misses(self, num_pages: int) -> None:
+        """Pages asked of this tier that it could not give."""
+        self._num_misses += num_pages
 
     def stats(self) -> TierStats:
         """A snapshot."""
@@ -117,17 +118,24 @@ class GuardedTier:
         await self._tier.aclose()
 
     async def _run(
-        self, operation: Callable[[], Coroutine[object, object, T]], breaker: CircuitBreaker
+        self,
+        operation: Callable[[], Coroutine[object, object, T]],
+        breaker: CircuitBreaker,
+        patience_s: float | None = None,
     ) -> T | None:
-        """The operation's result, or None if it was not allowed or failed."""
-        await self._slots.acquire()
-        if not breaker.allow():
-            self._slots.release()
+        """The operation's result; None if it was not allowed, failed, or outlasted patience."""
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._slots.acquire()
+                if not breaker.allow():
+                    self._slots.release()
+                    return None
+                task = asyncio.create_task(self._attempt(operation, breaker))
+                self._tasks.add(task)
+                task.add_done_callback(self._finish)
+                return await asyncio.shield(task)
+        except TimeoutError:
             return None
-        task = asyncio.create_task(self._attempt(operation, breaker))
-        self._tasks.add(task)
-        task.add_done_callback(self._finish)
-        return await asyncio.shield(task)
 
     def _finish(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)

@@ -157,24 +157,22 @@ class SegmentLog:
         """Append one record; returns its segment and offset."""
         size = _record_bytes(len(blob))
         self._reclaim(size)
-        if self._active_fd is None or self._segments[self._active].num_bytes + size > (
-            self._segment_bytes
-        ):
-            self._roll()
-        segment, fd = self._segments[self._active], self._active_fd
-        assert fd is not None, "_roll opens a file"
+        fd = self._active_fd
+        if fd is None or self._segments[self._active].num_bytes + size > self._segment_bytes:
+            fd = self._roll()
+        segment = self._segments[self._active]
         head = _HEADER.pack(_MAGIC, flags, 0, key.index, len(blob), *key[:2])
         head += _CRC.pack(zlib.crc32(head))
         padding = bytes(size - RECORD_HEADER_BYTES - len(blob))
         offset = segment.num_bytes
         try:
-            if os.pwritev(fd, [head, blob, padding], offset) != size:
-                raise OSError(errno.ENOSPC, "the file system took only a part of a record")
+            num_written = os.pwritev(fd, [head, blob, padding], offset)
         except OSError:
-            # What follows a torn record would be lost at the next start: write nothing there.
-            self.close()
-            os.truncate(segment.path, offset)
+            self._abandon(segment, offset)
             raise
+        if num_written != size:
+            self._abandon(segment, offset)
+            raise OSError(errno.ENOSPC, "the file system took only a part of a record")
         with self._lock:
             segment.num_bytes += size
             self._num_bytes += size
@@ -184,15 +182,30 @@ class SegmentLog:
     def _active(self) -> int:
         return self._next_segment - 1
 
-    def _roll(self) -> None:
+    def _abandon(self, segment: _Segment, num_bytes: int) -> None:
+        """Keep only the first ``num_bytes`` of the active file, and write no more to it.
+
+        A start would not look behind a torn record, so nothing may follow one.
+        """
+        number = self._active
+        self.close()
+        if num_bytes > 0:
+            os.truncate(segment.path, num_bytes)
+            return
+        with self._lock:
+            del self._segments[number]
+        segment.path.unlink(missing_ok=True)
+
+    def _roll(self) -> int:
         """Begin a new segment file."""
         self.close()
         path = self._folder / f"segment-{self._next_segment:010}.log"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._active_fd = os.open(path, flags, 0o600)
+        fd = self._active_fd = os.open(path, flags, 0o600)
         with self._lock:
             self._segments[self._next_segment] = _Segment(path)
             self._next_segment += 1
+        return fd
 
     def _reclaim(self, num_wanted: int) -> None:
         """Remove the oldest files until the budget has room."""
@@ -200,14 +213,15 @@ class SegmentLog:
             number = next(iter(self._segments))
             if number == self._active:
                 self.close()
+            segment = self._segments[number]
+            segment.path.unlink(missing_ok=True)  # a reader that comes late finds a miss
             with self._lock:
-                segment = self._segments.pop(number)
+                del self._segments[number]
                 self._num_bytes -= segment.num_bytes
                 for key in segment.keys:
                     location = self._index.get(key)
                     if location is not None and location.segment == number:
                         del self._index[key]
-            segment.path.unlink(missing_ok=True)
 
     def _forget(self, key: PageKey, location: _Location) -> None:
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from kv_store.errors import TierUnavailableError
@@ -63,11 +64,7 @@ class SsdTier(KVTier):
     async def get_many(self, keys: Sequence[PageKey]) -> list[Blob | None]:
         """See ``KVTier``."""
         log = await self._opened()
-
-        def read(key: PageKey) -> Blob | None:
-            return log.read(key)
-
-        reads = [self._in_thread(self._readers, lambda key=key: read(key)) for key in keys]
+        reads = [self._in_thread(self._readers, partial(log.read, key)) for key in keys]
         return list(await asyncio.gather(*reads))
 
     async def put_many(self, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
@@ -76,7 +73,9 @@ class SsdTier(KVTier):
         held = await self._in_thread(
             self._writer, lambda: [log.append(key, blob) for key, blob in items]
         )
-        return [is_held and log.contains(key) for is_held, (key, _) in zip(held, items, strict=True)]
+        return [
+            is_held and log.contains(key) for is_held, (key, _) in zip(held, items, strict=True)
+        ]
 
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
         """See ``KVTier``; also forgotten after a restart."""

@@ -72,6 +72,7 @@ class ValkeyTier(KVTier):
         )
         self._client = Redis(connection_pool=pool)
         self._pool = pool
+        self._is_closed = False
 
     async def contains_many(self, keys: Sequence[PageKey]) -> list[bool]:
         """See ``KVTier``."""
@@ -107,8 +108,6 @@ class ValkeyTier(KVTier):
         self._is_closed = True
         await self._client.aclose()
         await self._pool.aclose()
-
-    _is_closed = False
 
     def _pipeline(self) -> Pipeline:
         if self._is_closed:
