@@ -188,9 +188,11 @@ def test_a_full_server_refuses_writes_and_still_gives(server, admin):
 def test_the_embedded_server_wants_its_password_and_keeps_nothing_on_disk(server, admin):
     host, _, port = server.url.rpartition("@")[2].partition("/")[0].partition(":")
     once = Retry(NoBackoff(), 0)
-    with redis.Redis(host=host, port=int(port), retry=once) as stranger:
-        with pytest.raises(redis.AuthenticationError):
-            stranger.ping()
+    with (
+        redis.Redis(host=host, port=int(port), retry=once) as stranger,
+        pytest.raises(redis.AuthenticationError),
+    ):
+        stranger.ping()
     assert server.url not in repr(server)
     assert admin.config_get("save") == {"save": ""}
     assert admin.config_get("maxmemory-policy") == {"maxmemory-policy": "allkeys-lfu"}

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from kv_store import LayoutMismatchError, PageCorruptError, PageKey, PageUnsupportedError
 from kv_store.codecs.int8 import Int8Codec
 from kv_store.codecs.raw import RawCodec
 from kv_store.codecs.registry import readable_codecs
-from kv_store.page_format import decode_page, encode_page, read_header
+from kv_store.page_format import HEADER_BYTES, decode_page, encode_page, read_header
 from tests.kv_pages import make_chain, make_layout, make_page
 
 LAYOUT = make_layout()
@@ -92,6 +93,32 @@ def test_every_truncation_and_any_extension_is_found():
             decode(blob[:length])
     with pytest.raises(PageCorruptError):
         decode(blob + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("row_offset", "value", "message"),
+    [
+        (0, struct.pack("<H", 1), "gap or an overlap"),
+        (2, struct.pack("<H", 0), "gap or an overlap"),
+        (2, struct.pack("<H", 2), "do not cover"),
+        (4, struct.pack("<I", 64), "gap or an overlap"),
+        (4, struct.pack("<I", 4096), "behind the page"),
+        (8, struct.pack("<I", 767), "xxh3-64"),
+        (16, bytes(8), "xxh3-64"),
+    ],
+)
+def test_a_wrong_section_table_is_found_even_under_right_checksums(row_offset, value, message):
+    blob = bytearray(encode())
+    start = HEADER_BYTES + row_offset
+    blob[start : start + len(value)] = value
+    checksum = xxhash.xxh3_128_digest(bytes(blob[HEADER_BYTES:]))
+    with pytest.raises(PageCorruptError, match=message):
+        decode(with_header(blob, 96, checksum))
+
+
+def test_more_sections_than_bytes_are_found():
+    with pytest.raises(PageCorruptError, match="longer than the page"):
+        decode(with_header(encode(), 12, struct.pack("<I", 2**31)))
 
 
 def test_another_page_is_not_served():

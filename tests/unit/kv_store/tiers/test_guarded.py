@@ -108,6 +108,13 @@ async def test_operations_under_way_are_bounded():
     assert tier.num_asked == 5
 
 
+async def test_refused_operations_take_no_place():
+    guarded = guard(FaultyTier(MemoryTier(1), FaultPlan(fail=1.0)), max_failures=1, max_inflight=2)
+    async with asyncio.timeout(10):
+        for _ in range(5):
+            assert await guarded.get(KEYS) == [None] * 3
+
+
 async def test_a_bug_in_a_tier_is_raised_and_answered_for():
     tier = GatedTier()
     tier.gate.set()
