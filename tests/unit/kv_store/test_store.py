@@ -286,7 +286,7 @@ def test_close_is_idempotent_and_leaves_no_thread(tmp_path):
     store = build_page_store(KVStoreConfig(tiers=(memory(), ssd(tmp_path))), LAYOUT)
     save(store, range(3))
     assert load(store) == ["memory"] * 3
-    assert set(kv_threads()) > before
+    assert set(kv_threads()) - before
     store.close()
     store.close()
     wait_until(lambda: set(kv_threads()) <= before)
