@@ -145,14 +145,18 @@ class _FakeEnd(Transport[OutT, InT], Generic[OutT, InT]):
     def join(self, peer: _FakeEnd[InT, OutT]) -> None:
         """Become the two ends of one stream."""
         self._peer = peer
-        peer._peer = self  # noqa: SLF001 - its own class
+        peer._peer = self
 
     def send(self, frame: OutT) -> bool:
         """Encode a frame and let fate have it."""
         peer = self._peer
         if not self.is_alive or peer is None:
             return False
-        return peer._post(frame.SerializeToString())  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001
+        if len(peer._under_way) >= self._network.capacity:  # noqa: SLF001
+            self._num_dropped += 1
+            return False
+        peer._post(frame.SerializeToString())  # noqa: SLF001
+        return True
 
     def receive(self) -> list[Received[InT]]:
         """Decode what has arrived by now."""
@@ -160,7 +164,7 @@ class _FakeEnd(Transport[OutT, InT], Generic[OutT, InT]):
         while self._under_way and self._under_way[0][0] <= self._network.clock():
             at, _, data = heapq.heappop(self._under_way)
             try:
-                frames.append(Received(self._incoming.FromString(data), at))  # type: ignore[attr-defined]
+                frames.append(Received(self._incoming.FromString(data), at))
             except DecodeError:
                 self.close()
         return frames
@@ -182,16 +186,13 @@ class _FakeEnd(Transport[OutT, InT], Generic[OutT, InT]):
         """Frames this end had no room for; those the network lost are nobody's."""
         return self._num_dropped
 
-    def _post(self, data: bytes) -> bool:
+    def _post(self, data: bytes) -> None:
         rng, faults = self._network.rng, self._network.faults
-        if len(self._under_way) >= self._network.capacity:
-            self._num_dropped += 1
-            return False
         if rng.random() < faults.kill:
             self.close()
-            return True
+            return
         if rng.random() < faults.drop:
-            return True
+            return
         copies = 2 if rng.random() < faults.duplicate else 1
         if data and rng.random() < faults.truncate:
             data = data[: rng.randrange(len(data))]
@@ -203,7 +204,6 @@ class _FakeEnd(Transport[OutT, InT], Generic[OutT, InT]):
                 arrival = self._last_arrival = max(arrival, self._last_arrival)
             self._num_sent += 1
             heapq.heappush(self._under_way, (arrival, self._num_sent, data))
-        return True
 
 
 class _FakeTargetEnd(_FakeEnd[draft_pb2.TargetFrame, draft_pb2.DraftFrame], TargetTransport):

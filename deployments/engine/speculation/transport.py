@@ -12,10 +12,12 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
+from google.protobuf.message import Message
+
 from protos import draft_pb2
 
-OutT = TypeVar("OutT")
-InT = TypeVar("InT")
+OutT = TypeVar("OutT", bound=Message)
+InT = TypeVar("InT", bound=Message)
 
 
 class TransportState(StrEnum):
