@@ -227,3 +227,10 @@ def test_streams_do_not_share_sessions_and_die_alone():
     bench.service.close()
     assert not bench.target.is_alive
     assert bench.service.stats().num_sessions == 0
+
+
+def test_text_behind_a_question_does_not_leak_into_its_answer():
+    bench = Bench()
+    bench.send(opens=[opened(1)], commits=[commit(1, 1, 3), commit(1, 2, 5, [4, 5], fanout=0)])
+    [table] = bench.answers().tables
+    assert (table.round, table.base_len, table.rows[0].bonus_token_id) == (1, 3, 3)
