@@ -84,15 +84,34 @@ controller, proxy or replica happens to run.
     secretKeyRef:
       name: {{ include "paceline.secretName" . }}
       key: valkey-password
-- name: PACELINE_KV__VALKEY__URL
-  value: redis://:$(VALKEY_PASSWORD)@{{ include "paceline.valkeyName" . }}:{{ .Values.valkey.port }}/0
 {{- else if .Values.externalValkey.existingSecret }}
-- name: PACELINE_KV__VALKEY__URL
+- name: VALKEY_URL
   valueFrom:
     secretKeyRef:
       name: {{ .Values.externalValkey.existingSecret }}
       key: {{ .Values.externalValkey.urlKey }}
 {{- end }}
+# Kubernetes puts the secret in; the rendered manifest never holds it.
+- name: PACELINE_KV__TIERS
+  value: {{ include "paceline.kvTiers" . | quote }}
+{{- end -}}
+
+{{/* kv.tiers as one line of JSON, hot tier first. */}}
+{{- define "paceline.kvTiers" -}}
+{{- $tiers := list -}}
+{{- if .Values.valkey.enabled -}}
+{{- $url := printf "redis://:$(VALKEY_PASSWORD)@%s:%v/0" (include "paceline.valkeyName" .) .Values.valkey.port -}}
+{{- $tiers = append $tiers (dict "kind" "valkey" "url" $url) -}}
+{{- else if .Values.externalValkey.existingSecret -}}
+{{- $tiers = append $tiers (dict "kind" "valkey" "url" "$(VALKEY_URL)") -}}
+{{- end -}}
+{{- if .Values.ssd.enabled -}}
+{{- $tiers = append $tiers (dict "kind" "ssd" "root" "/var/lib/paceline/kv" "budget_bytes" (int64 .Values.ssd.budgetBytesPerReplica)) -}}
+{{- end -}}
+{{- if not $tiers -}}
+{{- $tiers = append $tiers (dict "kind" "memory") -}}
+{{- end -}}
+{{- toJson $tiers -}}
 {{- end -}}
 
 {{- define "paceline.containerSecurity" -}}

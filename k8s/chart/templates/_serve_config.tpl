@@ -1,27 +1,25 @@
+{{/* The pools that have pods, separated by spaces. */}}
+{{- define "paceline.pools" -}}
+ingress target{{ if .Values.config.pools.draft }} draft{{ end }}
+{{- end -}}
+
 {{/*
-What Ray Serve deploys. The application is built by cluster.app:build_app from our configuration;
-how many replicas run is set per deployment, because a changed number then leaves replicas alone
-where changed args rebuild the application.
+The arguments of cluster.app:build_app: the values' configuration, bound to this release's nodes.
+An explicit null keeps build_app from giving a release without a draft pool the default one.
 */}}
-{{- define "paceline.serveConfig" -}}
+{{- define "paceline.clusterConfig" -}}
 {{- $config := deepCopy .Values.config -}}
-{{- $deployments := list -}}
-{{- range $pool := list "ingress" "target" "draft" -}}
-{{- $p := index $.Values.pools $pool -}}
-{{- $actor := dict "num_cpus" $p.actor.cpus "label_selector" (dict "pool" $pool) -}}
-{{- if gt (float64 $p.actor.gpus) 0.0 -}}
-{{- $_ := set $actor "num_gpus" $p.actor.gpus -}}
+{{- range $pool := include "paceline.pools" . | splitList " " -}}
+{{- $_ := set (index $config.pools $pool) "labels" (dict "paceline.io/pool" $pool) -}}
 {{- end -}}
-{{- $deployments = append $deployments (dict
-      "name" (index (dict "ingress" "IngressDeployment" "target" "TargetDeployment" "draft" "DraftDeployment") $pool)
-      "max_ongoing_requests" $p.maxOngoingRequests
-      "graceful_shutdown_timeout_s" $p.gracefulShutdownSeconds
-      "ray_actor_options" $actor
-      "autoscaling_config" (dict
-        "min_replicas" $p.replicas.min
-        "max_replicas" $p.replicas.max
-        "target_ongoing_requests" $p.replicas.targetOngoingRequests)) -}}
+{{- if not $config.pools.draft -}}
+{{- $_ := set $config.pools "draft" nil -}}
 {{- end -}}
+{{- toYaml $config -}}
+{{- end -}}
+
+{{/* What Ray Serve deploys. */}}
+{{- define "paceline.serveConfig" -}}
 proxy_location: EveryNode
 http_options:
   host: 0.0.0.0
@@ -31,11 +29,9 @@ grpc_options:
   grpc_servicer_functions:
     - protos.inference_pb2_grpc.add_InferenceServicer_to_server
 applications:
-  - name: paceline
+  - name: {{ default "paceline" .Values.config.app_name }}
     route_prefix: /
     import_path: cluster.app:build_app
     args:
-      {{- toYaml $config | nindent 6 }}
-    deployments:
-      {{- toYaml $deployments | nindent 6 }}
+      {{- include "paceline.clusterConfig" . | nindent 6 }}
 {{- end -}}
