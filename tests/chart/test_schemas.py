@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import TYPE_CHECKING, Any
 
 import helm_python as helm
@@ -140,6 +139,19 @@ def test_build_app_accepts_its_arguments(rendering: Rendering) -> None:
     assert (config.pools.draft is None) == ("draft" not in rendering.values["config"]["pools"])
 
 
+def _environment(container: dict[str, Any], secrets: dict[str, dict[str, str]]) -> dict[str, str]:
+    """What a container sees; a Secret that the chart does not make holds ``redis://elsewhere``."""
+    environment: dict[str, str] = {}
+    for entry in container["env"]:
+        value = entry.get("value", "")
+        if reference := entry.get("valueFrom", {}).get("secretKeyRef"):
+            value = secrets.get(reference["name"], {}).get(reference["key"], "redis://elsewhere")
+        for name, known in environment.items():
+            value = value.replace(f"$({name})", known)
+        environment[entry["name"]] = value
+    return environment
+
+
 def test_the_pods_environment_completes_the_config(rendering: Rendering) -> None:
     (application,) = rendering.serve_config["applications"]
     config = ClusterConfig.model_validate(application["args"])
@@ -147,22 +159,16 @@ def test_the_pods_environment_completes_the_config(rendering: Rendering) -> None
     for component, template in rendering.pod_templates():
         if component == "valkey":
             continue
-        (container,) = template["spec"]["containers"]
-        environment: dict[str, str] = {}
-        for entry in container["env"]:
-            reference = entry.get("valueFrom", {}).get("secretKeyRef")
-            if reference is None:
-                environment[entry["name"]] = re.sub(
-                    r"\$\((\w+)\)",
-                    lambda match: environment.get(match[1], "redis://elsewhere"),
-                    entry["value"],
-                )
-            elif reference["name"] in secrets:
-                environment[entry["name"]] = secrets[reference["name"]][reference["key"]]
+        environment = _environment(template["spec"]["containers"][0], secrets)
+        assert "$(" not in environment["PACELINE_KV__TIERS"]
+        if not secrets:
+            # The tenants are in a Secret of the operator's.
+            del environment["PACELINE_AUTH__TENANTS"]
         complete = with_environment(config, environment)
+        assert [tier.kind for tier in complete.kv.tiers] == [
+            tier["kind"] for tier in yaml.safe_load(environment["PACELINE_KV__TIERS"])
+        ]
         if secrets:
             assert [tenant.name for tenant in complete.auth.tenants] == [
                 tenant["name"] for tenant in rendering.values["auth"]["tenants"]
             ]
-            secret = complete.auth.cluster_secret.get_secret_value()
-            assert secret == rendering.values["auth"]["clusterSecret"]
