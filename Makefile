@@ -27,7 +27,7 @@ TEST_WORKERS ?= 2
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
-        check-docs check-spelling check-repository test test-unit test-integration protos chart \
+        check-docs check-spelling check-repository test test-unit test-integration protos reference chart \
         demo serve clean
 
 help: ## List the targets
@@ -87,6 +87,10 @@ test-integration: $(ENVIRONMENT) ## Tests against a local Ray, a real Valkey and
 protos: $(ENVIRONMENT) ## Regenerate the gRPC stubs
 	PATH="$(SCRIPTS):$$PATH" $(PY) -m grpc_tools.protoc -I . \
 	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/*.proto
+
+reference: $(ENVIRONMENT) ## Regenerate docs/reference.md and the chart's schema of settings
+	$(PY) -m tests.reference
+	$(PY) -m tests.chart.config_schema
 
 chart: $(ENVIRONMENT) ## Lint, render and validate the Helm chart
 	$(PYTEST) -q tests/chart
