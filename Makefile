@@ -88,8 +88,9 @@ protos: $(ENVIRONMENT) ## Regenerate the gRPC stubs
 	PATH="$(SCRIPTS):$$PATH" $(PY) -m grpc_tools.protoc -I . \
 	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/*.proto
 
-reference: $(ENVIRONMENT) ## Regenerate docs/reference.md and the chart's schema of settings
+reference: $(ENVIRONMENT) ## Regenerate the docs' and the chart's pages that follow the code
 	$(PY) -m tests.reference
+	$(PY) -m tests.module_index
 	$(PY) -m tests.chart.config_schema
 
 chart: $(ENVIRONMENT) ## Lint, render and validate the Helm chart

@@ -13,6 +13,7 @@ import yaml
 
 from cluster.config import ClusterConfig
 from cluster.config_loader import with_environment
+from cluster.manifest import render
 from tests.chart.conftest import CHART, Rendering
 
 if TYPE_CHECKING:
@@ -137,6 +138,20 @@ def test_build_app_accepts_its_arguments(rendering: Rendering) -> None:
     assert config.pools.target.labels == {"paceline.io/pool": "target"}
     assert config.pools.target.autoscaling is not None
     assert (config.pools.draft is None) == ("draft" not in rendering.values["config"]["pools"])
+
+
+def test_the_chart_deploys_what_the_command_line_renders(rendering: Rendering) -> None:
+    expected = copy.deepcopy(rendering.serve_config)
+    (application,) = expected["applications"]
+    server = {
+        "http_port": expected["http_options"]["port"],
+        "grpc_port": expected["grpc_options"]["port"],
+    }
+    rendered = render(ClusterConfig.model_validate({**application["args"], "server": server}))
+    (rendered_application,) = rendered.serve_config["applications"]
+    # The command line writes only what differs from the defaults.
+    rendered_application["args"] = application["args"]
+    assert rendered.serve_config == expected
 
 
 def _environment(container: dict[str, Any], secrets: dict[str, dict[str, str]]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.module_index import INDEX_PATH, module_index
 from tests.reference import REFERENCE_PATH, reference, settings
 
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?!https?://|mailto:)([^)#\s]*)(#[^)\s]+)?\)")
@@ -110,6 +111,10 @@ def test_commands_exist(page: Path) -> None:
 
 def test_the_reference_is_up_to_date() -> None:
     assert REFERENCE_PATH.read_text(encoding="utf-8") == reference()
+
+
+def test_the_module_index_is_up_to_date() -> None:
+    assert INDEX_PATH.read_text(encoding="utf-8") == module_index()
 
 
 def test_every_setting_is_explained() -> None:

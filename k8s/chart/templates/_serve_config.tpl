@@ -28,6 +28,10 @@ grpc_options:
   port: {{ .Values.serve.grpcPort }}
   grpc_servicer_functions:
     - protos.inference_pb2_grpc.add_InferenceServicer_to_server
+    - grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server
+logging_config:
+  log_level: {{ default "INFO" .Values.config.log_level }}
+  encoding: JSON
 applications:
   - name: {{ default "paceline" .Values.config.app_name }}
     route_prefix: /
