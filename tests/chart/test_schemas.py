@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cluster.config import ClusterConfig
-from cluster.config_loader import with_environment
+from cluster.config_loader import parse_config
 from cluster.manifest import render
 from tests.chart.conftest import CHART, Rendering
 
@@ -169,7 +169,6 @@ def _environment(container: dict[str, Any], secrets: dict[str, dict[str, str]]) 
 
 def test_the_pods_environment_completes_the_config(rendering: Rendering) -> None:
     (application,) = rendering.serve_config["applications"]
-    config = ClusterConfig.model_validate(application["args"])
     secrets = {item["metadata"]["name"]: item["stringData"] for item in rendering.of_kind("Secret")}
     for component, template in rendering.pod_templates():
         if component == "valkey":
@@ -179,7 +178,7 @@ def test_the_pods_environment_completes_the_config(rendering: Rendering) -> None
         if not secrets:
             # The tenants are in a Secret of the operator's.
             del environment["PACELINE_AUTH__TENANTS"]
-        complete = with_environment(config, environment)
+        complete = parse_config(application["args"], environment)
         assert [tier.kind for tier in complete.kv.tiers] == [
             tier["kind"] for tier in yaml.safe_load(environment["PACELINE_KV__TIERS"])
         ]

@@ -132,8 +132,10 @@ def test_exports_exist_once(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.name == "__init__.py"], ids=str)
-def test_a_package_exports_all_it_imports(path: Path) -> None:
+def test_a_package_that_only_imports_exports_it_all(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    if any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree.body):
+        return
     ours = [
         node
         for node in tree.body
