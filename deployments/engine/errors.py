@@ -4,6 +4,7 @@ EngineError
 ├── RequestRejectedError      the request can never be served as asked (the client's fault)
 ├── EngineOverloadedError     no room now; carries a hint when to try again
 ├── DeadlineExceededError     the request's deadline passed before it finished
+├── InvalidLogitsError        the model gave NaN or nothing finite for this request
 ├── WeightsMissingError       the model's files are not on this machine
 └── EngineDeadError           the engine thread has died; the replica must be replaced
 """
@@ -49,6 +50,10 @@ class EngineOverloadedError(EngineError):
 
 class DeadlineExceededError(EngineError):
     """The request's deadline passed before its last token."""
+
+
+class InvalidLogitsError(EngineError):
+    """The model's logits for this request are not numbers; other requests are not affected."""
 
 
 class WeightsMissingError(EngineError):
