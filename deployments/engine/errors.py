@@ -5,6 +5,8 @@ EngineError
 ├── EngineOverloadedError     no room now; carries a hint when to try again
 ├── DeadlineExceededError     the request's deadline passed before it finished
 ├── WeightsMissingError       the model's files are not on this machine
+├── UnsupportedModelError     the model asks for something this engine does not compute
+├── WeightsMismatchError      the files' tensors are not the ones the model is made of
 └── EngineDeadError           the engine thread has died; the replica must be replaced
 """
 
@@ -53,6 +55,14 @@ class DeadlineExceededError(EngineError):
 
 class WeightsMissingError(EngineError):
     """The model's files cannot be found; the message names the command that fetches them."""
+
+
+class UnsupportedModelError(EngineError):
+    """The model's configuration asks for something this engine does not compute."""
+
+
+class WeightsMismatchError(EngineError):
+    """A tensor is missing, unknown, or of another shape; the message names it."""
 
 
 class EngineDeadError(EngineError):
