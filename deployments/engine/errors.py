@@ -6,6 +6,8 @@ EngineError
 ├── DeadlineExceededError     the request's deadline passed before it finished
 ├── InvalidLogitsError        the model gave NaN or nothing finite for this request
 ├── WeightsMissingError       the model's files are not on this machine
+├── UnsupportedModelError     the model asks for something this engine does not compute
+├── WeightsMismatchError      the files' tensors are not the ones the model is made of
 └── EngineDeadError           the engine thread has died; the replica must be replaced
 """
 
@@ -58,6 +60,14 @@ class InvalidLogitsError(EngineError):
 
 class WeightsMissingError(EngineError):
     """The model's files cannot be found; the message names the command that fetches them."""
+
+
+class UnsupportedModelError(EngineError):
+    """The model's configuration asks for something this engine does not compute."""
+
+
+class WeightsMismatchError(EngineError):
+    """A tensor is missing, unknown, or of another shape; the message names it."""
 
 
 class EngineDeadError(EngineError):
