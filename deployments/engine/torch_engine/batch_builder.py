@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from deployments.engine.speculation.types import DraftTree
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
 from deployments.engine.torch_engine.sampler import SampleRow
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from deployments.engine.speculation.types import DraftTree
     from deployments.engine.torch_engine.scheduler import Chunk
     from deployments.engine.torch_engine.sequence import Sequence
 
@@ -82,25 +82,6 @@ def build_step(
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
     )
     return PlannedStep(batch, sample_rows)
-
-
-def usable_draft(tree: DraftTree, max_draft_tokens: int, vocab_size: int) -> DraftTree:
-    """The part of a draft that can be verified; drafts come from outside and are not trusted.
-
-    Returns:
-        The tree, cut to ``max_draft_tokens`` nodes; empty if it is malformed.
-    """
-    is_sound = len(tree.parents) == len(tree.token_ids) and all(
-        -1 <= parent < node and 0 <= token < vocab_size
-        for node, (parent, token) in enumerate(zip(tree.parents, tree.token_ids, strict=False))
-    )
-    if not is_sound or max_draft_tokens <= 0:
-        return DraftTree()
-    if len(tree) <= max_draft_tokens:
-        return tree
-    return DraftTree(
-        tree.token_ids[:max_draft_tokens], tree.parents[:max_draft_tokens], tree.origin
-    )
 
 
 def winner_moves(

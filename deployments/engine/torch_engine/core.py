@@ -13,12 +13,10 @@ from deployments.engine.errors import (
     EngineOverloadedError,
     InvalidLogitsError,
 )
-from deployments.engine.speculation.acceptance import accept
-from deployments.engine.speculation.speculator import DraftRequest, RoundResult, TakenDraft
-from deployments.engine.speculation.types import DraftSampling, DraftTree, SessionSpec
-from deployments.engine.torch_engine.batch_builder import build_step, usable_draft, winner_moves
+from deployments.engine.torch_engine.batch_builder import build_step, winner_moves
 from deployments.engine.torch_engine.penalties import PenaltyState
-from deployments.engine.torch_engine.sampler import INVALID_TOKEN, sample
+from deployments.engine.torch_engine.rounds import DraftRounds, verify
+from deployments.engine.torch_engine.sampler import sample
 from deployments.engine.torch_engine.sequence import Sequence
 from deployments.engine.torch_engine.spec_counters import SpeculationCounters
 from deployments.engine.torch_engine.stopping import Stop, StopCondition
@@ -30,10 +28,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from deployments.engine.speculation.speculator import Speculator
+    from deployments.engine.speculation.speculator import Speculator, TakenDraft
     from deployments.engine.torch_engine.forward_batch import ForwardBatch
     from deployments.engine.torch_engine.kv_transfer import KVTransfer, PageMemory
     from deployments.engine.torch_engine.page_pool import PagePool
+    from deployments.engine.torch_engine.rounds import Outcome
     from deployments.engine.torch_engine.scheduler import Chunk, Scheduler
     from deployments.engine.torch_engine.validation import ModelLimits
     from deployments.engine.types import GenerationRequest
@@ -46,23 +45,6 @@ class Runner(Protocol):
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Compute the batch, write its KV rows, and return [M, V] float32 logits."""
-
-
-class _Outcome(NamedTuple):
-    """What one sampled chunk gave.
-
-    Attributes:
-        nodes: accepted draft nodes that became output, from the root's child downwards.
-        new_token_ids: what is committed.
-        is_invalid: the model's logits behind ``new_token_ids`` were not numbers.
-    """
-
-    sequence: Sequence
-    draft: TakenDraft
-    nodes: tuple[int, ...]
-    new_token_ids: tuple[int, ...]
-    stop: Stop | None
-    is_invalid: bool
 
 
 class Event(NamedTuple):
@@ -95,7 +77,7 @@ class EngineCore:
         self._pool = pool
         self._scheduler = scheduler
         self._transfer = transfer
-        self._speculator = speculator
+        self._rounds = DraftRounds(speculator, limits.vocab_size)
         self._limits = limits
         self._detokenize = detokenize
         self._device = device
@@ -152,7 +134,7 @@ class EngineCore:
         if not chunks:
             return False
         self._count_admitted(chunks)
-        taken = self._take_drafts(chunks)
+        taken = self._rounds.begin(chunks)
         planned = build_step(chunks, [draft.tree for draft in taken], self._device)
         logits_MV = self._runner.forward(planned.batch)
         choices = sample(logits_MV, planned.sample_rows)
@@ -164,7 +146,7 @@ class EngineCore:
         return True
 
     def take_events(self) -> list[Event]:
-        """What happened since the last call, in order."""
+        """What there is to tell since the last call, in order."""
         events, self._events = self._events, []
         return events
 
@@ -243,96 +225,27 @@ class EngineCore:
             if deadline is not None and now >= deadline:
                 self._fail(sequence, DeadlineExceededError("The request's deadline has passed."))
 
-    def _take_drafts(self, chunks: SequenceOf[Chunk]) -> list[TakenDraft]:
-        """Get the drafts of the step and announce the round, all without waiting.
-
-        A chunk that ends a prefill takes part with an empty draft: the draft pool may use the time
-        of this forward to think about the first token already.
-        """
-        taken = [TakenDraft(tree=DraftTree()) for _ in chunks]
-        asking = []
-        requests = []
-        for index, chunk in enumerate(chunks):
-            if not chunk.sequence.is_speculated:
-                continue
-            self._open_session(chunk.sequence)
-            if chunk.is_sampled:
-                asking.append(index)
-                requests.append(
-                    DraftRequest(
-                        session_id=chunk.sequence.session_id,
-                        token_ids=chunk.sequence.token_ids,
-                        max_draft_tokens=chunk.max_draft_tokens,
-                    )
-                )
-        if not requests:
-            return taken
-        answers = self._speculator.take(requests)
-        rounds = []
-        for index, request, answer in zip(asking, requests, answers, strict=True):
-            tree = usable_draft(answer.tree, request.max_draft_tokens, self._limits.vocab_size)
-            taken[index] = TakenDraft(
-                tree=tree, table_hit=answer.table_hit, table_miss=answer.table_miss
-            )
-            rounds.append((request, tree))
-        self._speculator.verifying(rounds)
-        return taken
-
-    def _open_session(self, sequence: Sequence) -> None:
-        if sequence.is_session_open:
-            return
-        request, sampling = sequence.request, sequence.sampling
-        sequence.is_session_open = True
-        self._speculator.open(
-            SessionSpec(
-                session_id=sequence.session_id,
-                request_id=request.request_id,
-                tenant=request.tenant,
-                token_ids=tuple(sequence.token_ids),
-                sampling=DraftSampling(
-                    seed=sampling.seed,
-                    choice_index=request.choice_index,
-                    temperature=sampling.temperature,
-                    top_k=sampling.top_k,
-                    top_p=sampling.top_p,
-                    min_p=sampling.min_p,
-                ),
-                traceparent=request.traceparent,
-            )
-        )
-
     def _commit(
         self, chunks: SequenceOf[Chunk], taken: SequenceOf[TakenDraft], choices: SequenceOf[int]
     ) -> None:
         """Make the step's outcome final: tokens, KV rows, cached pages, events."""
-        outcomes: list[_Outcome] = []
+        outcomes: list[Outcome] = []
         next_choice = 0
         for chunk, draft in zip(chunks, taken, strict=True):
             if chunk.is_sampled:
                 end = next_choice + 1 + len(draft.tree)
-                outcomes.append(_outcome(chunk.sequence, draft, choices[next_choice:end]))
+                outcomes.append(verify(chunk.sequence, draft, choices[next_choice:end]))
                 next_choice = end
             else:
                 chunk.sequence.num_computed_tokens += chunk.num_new_tokens
                 self._transfer.publish(chunk.sequence)
         self._move_winners(outcomes)
         # Before the texts grow: a drafter still sees the text its draft was made for.
-        self._speculator.verified(
-            [
-                RoundResult(
-                    session_id=outcome.sequence.session_id,
-                    tree=outcome.draft.tree,
-                    num_accepted=len(outcome.nodes),
-                    new_token_ids=outcome.new_token_ids,
-                )
-                for outcome in outcomes
-                if outcome.sequence.is_speculated and outcome.new_token_ids
-            ]
-        )
+        self._rounds.end(outcomes)
         for outcome in outcomes:
             self._finish_step(outcome)
 
-    def _move_winners(self, outcomes: SequenceOf[_Outcome]) -> None:
+    def _move_winners(self, outcomes: SequenceOf[Outcome]) -> None:
         """Put the KV rows of accepted branches where their tokens stand in the text."""
         moves = [
             winner_moves(outcome.sequence, len(outcome.sequence.token_ids), outcome.nodes)
@@ -344,7 +257,7 @@ class EngineCore:
             destinations = torch.cat([destination for _, destination in moves])
             self._memory.copy_rows(sources.to(self._device), destinations.to(self._device))
 
-    def _finish_step(self, outcome: _Outcome) -> None:
+    def _finish_step(self, outcome: Outcome) -> None:
         sequence, new_token_ids = outcome.sequence, outcome.new_token_ids
         num_computed_tokens = len(sequence.token_ids) + len(outcome.nodes)
         sequence.commit(new_token_ids, num_computed_tokens)
@@ -394,23 +307,4 @@ class EngineCore:
         del self._open[sequence.session_id]
         self._transfer.forget(sequence)
         self._scheduler.finish(sequence)
-        if sequence.is_session_open:
-            self._speculator.close(sequence.session_id)
-
-
-def _outcome(sequence: Sequence, draft: TakenDraft, choices: SequenceOf[int]) -> _Outcome:
-    """Accept what the draft foresaw, and cut where the output ends."""
-    acceptance = accept(draft.tree, choices)
-    tokens = [draft.tree.token_ids[node] for node in acceptance.nodes]
-    is_invalid = acceptance.bonus_token_id == INVALID_TOKEN
-    if not is_invalid:
-        tokens.append(acceptance.bonus_token_id)
-    num_kept, stop = sequence.stop.cut(tokens)
-    return _Outcome(
-        sequence=sequence,
-        draft=draft,
-        nodes=acceptance.nodes[:num_kept],
-        new_token_ids=tuple(tokens[:num_kept]),
-        stop=stop,
-        is_invalid=is_invalid,
-    )
+        self._rounds.leave(sequence)
