@@ -261,7 +261,8 @@ class EngineCore:
         sequence, new_token_ids = outcome.sequence, outcome.new_token_ids
         num_computed_tokens = len(sequence.token_ids) + len(outcome.nodes)
         sequence.commit(new_token_ids, num_computed_tokens)
-        self._transfer.publish(sequence)
+        if not outcome.is_invalid:
+            self._transfer.publish(sequence)
         self._num_output_tokens += len(new_token_ids)
         sequence.speculation.add(outcome.draft, len(outcome.nodes))
         self._speculation.add(outcome.draft, len(outcome.nodes))

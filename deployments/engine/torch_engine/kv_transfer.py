@@ -40,7 +40,7 @@ class PageMemory(Protocol):
     def read_page(self, page: int) -> NDArray[np.uint8]:
         """A copy of one page's raw bytes in the layout's order, [layout.nbytes]."""
 
-    def write_page(self, page: int, data: NDArray[np.uint8]) -> None:
+    def write_page(self, page: int, raw: NDArray[np.uint8]) -> None:
         """Overwrite one page."""
 
     def copy_rows(self, src_slots: Tensor, dst_slots: Tensor) -> None:
