@@ -106,7 +106,7 @@ class FakeRunner:
         keys, values = self.memory.k[0, :, 0], self.memory.v[0, :, 0]
         keys[batch.slots] = torch.stack((batch.token_ids, batch.positions), dim=1).float()
         values[batch.slots, 0] = (batch.token_ids + 7 * batch.positions).float()
-        logits_N = np.empty((len(batch.token_ids), VOCAB_SIZE), dtype=np.float32)
+        row_logits = np.empty((len(batch.token_ids), VOCAB_SIZE), dtype=np.float32)
         for span in batch.spans:
             assert torch.equal(
                 span.kv_slots[-span.length :], batch.slots[span.start : span.start + span.length]
@@ -122,11 +122,11 @@ class FakeRunner:
                     seen[total - span.length + q + 1 :] = False
                 else:
                     seen[total - span.tail_mask.shape[1] :] = span.tail_mask[q].numpy()
-                logits_N[span.start + q] = _logits(hashes[seen].sum(dtype=np.uint64))
+                row_logits[span.start + q] = _logits(hashes[seen].sum(dtype=np.uint64))
         if self.nan_after_token is not None:
             poisoned = (batch.token_ids == self.nan_after_token).numpy()
-            logits_N[poisoned, 5] = np.nan
-        return torch.from_numpy(logits_N[batch.logit_rows.numpy()])
+            row_logits[poisoned, 5] = np.nan
+        return torch.from_numpy(row_logits[batch.logit_rows.numpy()])
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class HostileSpeculator(CheckedSpeculator):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self._rng = random.Random(seed)
+        self._rng = random.Random(seed)  # noqa: S311
 
     def draft(self, session_id, token_ids, max_draft_tokens):
         rng = self._rng
