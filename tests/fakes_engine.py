@@ -305,6 +305,7 @@ class FakePageStore(PageStore):
     pending: list = field(default_factory=list)
     num_loads: int = 0
     is_closed: bool = False
+    page_nbytes: int = LAYOUT.nbytes
 
     @property
     def fidelity(self):
@@ -339,7 +340,7 @@ class FakePageStore(PageStore):
         self.pending.clear()
 
     def save(self, key, page):
-        assert page.nbytes == LAYOUT.nbytes
+        assert page.nbytes == self.page_nbytes
         self.pages[key] = page
         return True
 
