@@ -221,8 +221,8 @@ class Generation:
                     observer.tokens(delta.index, len(delta.token_ids))
                     yield delta
             observer.finished(totals.usage())
-        except Exception as error:
-            observer.failed(error)
+        except Exception:
+            observer.failed()
             raise
         finally:
             observer.close()

@@ -42,7 +42,7 @@ def sampling_fields(options: pb.SamplingOptions) -> SamplingFields:
         RequestInvalidError: a value is out of range.
     """
     data: dict[str, Any] = {
-        name: getattr(options, name) for name in _OPTIONAL if options.HasField(name)
+        field.name: value for field, value in options.ListFields() if field.name in _OPTIONAL
     }
     data["logit_bias"] = {str(token): bias for token, bias in options.logit_bias.items()}
     data["stop"] = list(options.stop)

@@ -21,8 +21,8 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
     """
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
-            async for item in only:
-                yield item
+            async for first in only:
+                yield first
         return
     queue: asyncio.Queue[T | None] = asyncio.Queue(_MAX_QUEUED)
 

@@ -132,7 +132,7 @@ class IngressMetrics:
         """A sequence went on at another replica."""
         self._resumes.inc()
 
-    def refused(self, surface: str, error: BaseException) -> None:
+    def error(self, surface: str, error: BaseException) -> None:
         """A request ended in an error, before or after its first token."""
         self.errors.inc(tags={"surface": surface, "error": type(error).__name__})
 
@@ -143,7 +143,7 @@ class RequestObserver:
     def __init__(self, metrics_: IngressMetrics, surface: str, tenant: str) -> None:
         self._metrics = metrics_
         self._labels = {"surface": surface, "tenant": tenant}
-        self._started = time.perfnew_counter()
+        self._started = time.perf_counter()
         self._first: dict[int, float] = {}
         self._last: dict[int, tuple[float, int]] = {}
         self._outcome = "cancelled"
@@ -152,7 +152,7 @@ class RequestObserver:
         """Choice ``index`` got new tokens."""
         if not num_tokens:
             return
-        now = time.perfnew_counter()
+        now = time.perf_counter()
         if not self._first:
             self._metrics.ttft.observe(now - self._started, tags=self._labels)
         if index not in self._first:
@@ -175,14 +175,13 @@ class RequestObserver:
             if count > 0:
                 self._metrics.cached_tokens.inc(count, tags={**tenant, "source": source})
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self) -> None:
         """The request ended in an error."""
         self._outcome = "failed"
-        self._metrics.refused(self._labels["surface"], error)
 
     def close(self) -> None:
         """The request has ended, however it did."""
-        elapsed = time.perfnew_counter() - self._started
+        elapsed = time.perf_counter() - self._started
         self._metrics.duration.observe(elapsed, tags=self._labels)
         for index, (last, count) in self._last.items():
             if count:

@@ -16,7 +16,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 if TYPE_CHECKING:
@@ -67,12 +67,22 @@ class Tracing:
         *,
         kind: SpanKind = SpanKind.INTERNAL,
     ) -> Iterator[Span]:
-        """A span around the block, below the caller's one if it sent a valid ``traceparent``."""
+        """A span around the block, below the caller's one if it sent a valid ``traceparent``.
+
+        The span is not made current: a streaming answer crosses tasks, and a context variable set
+        in one of them cannot be reset in another. Pass ``traceparent_of(span)`` on instead.
+        """
         carrier = {"traceparent": traceparent} if traceparent else {}
-        with self._tracer.start_as_current_span(
+        span = self._tracer.start_span(
             name, context=_PROPAGATOR.extract(carrier), kind=kind, attributes=attributes
-        ) as span:
+        )
+        try:
             yield span
+        except Exception as error:
+            span.set_status(StatusCode.ERROR, type(error).__name__)
+            raise
+        finally:
+            span.end()
 
     def close(self) -> None:
         """Send what is left."""
@@ -105,4 +115,5 @@ def _file_exporter(folder: Path, service: str) -> SpanExporter:
 
 
 def _one_line(span: ReadableSpan) -> str:
-    return span.to_json(indent=None) + "\n"
+    text: str = span.to_json(indent=None)
+    return text + "\n"
