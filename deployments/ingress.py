@@ -50,12 +50,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GRPC_SERVICERS = (
-    "protos.inference_pb2_grpc.add_InferenceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-)
-"""For ``gRPCOptions.grpc_servicer_functions``: Serve calls the methods of the same names below."""
-
 _COMPLETION_DEFAULT_MAX_TOKENS = 16
 
 app = build_app()
@@ -223,9 +217,7 @@ class IngressReplica:
             async with aclosing(self._generation.stream(plan, totals)) as deltas:
                 async for delta in deltas:
                     writer.collect(delta)
-            return json_response(
-                writer.body(totals), headers={REPLICA_HEADER: totals.replica_id}
-            )
+            return json_response(writer.body(totals), headers={REPLICA_HEADER: totals.replica_id})
 
     async def _events(
         self, headers: Mapping[str, str], body: OpenAIRequest

@@ -16,8 +16,8 @@ from deployments.draft_sessions import DraftSessions
 from deployments.engine.factory import build_engine
 from deployments.engine.speculation.grpc_transport import grpc_connector
 from deployments.engine.speculation.handshake import Identity
-from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.speculation.speculator import NoSpeculation
+from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.model_files import model_folder, served_model_name
 from deployments.serve_compat import current_replica_id
 from deployments.target_metrics import TargetMetrics
