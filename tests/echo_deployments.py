@@ -13,7 +13,7 @@ from deployments.config import AuthConfig, IngressConfig, TracingConfig
 from deployments.engine.config import TorchEngineConfig
 from deployments.ingress import IngressDeployment
 from deployments.target import TargetReplica
-from tests.fakes_engine import EchoEngine
+from tests.fakes_echo_engine import EchoEngine
 
 if TYPE_CHECKING:
     from deployments.engine.base import Engine
