@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request  # noqa: TC002 - FastAPI reads the annotations at run time
 from ray import serve
-from starlette.responses import Response
+from starlette.responses import Response  # noqa: TC002
 
 from deployments import grpc_api
 from deployments.accounting import RequestTotals

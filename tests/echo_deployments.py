@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
@@ -16,6 +15,8 @@ from deployments.target import TargetReplica
 from tests.fakes_echo_engine import EchoEngine
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from deployments.engine.base import Engine
     from deployments.engine.speculation.speculator import Speculator
     from deployments.tokenizer import Tokenizer

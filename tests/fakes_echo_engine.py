@@ -169,7 +169,7 @@ class EchoEngine(Engine):
     async def drain(self, timeout_s: float) -> None:
         self._is_draining = True
         deadline = time.monotonic() + timeout_s
-        while self._running and time.monotonic() < deadline:
+        while self._running and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
