@@ -1,0 +1,119 @@
+"""What a human may set about the surfaces and the deployments. Frozen; read once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TenantConfig(_Config):
+    """One customer of the cluster: who may call, and how much at once."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Shown in metrics and logs; KV pages of two names are never shared."""
+    api_keys: tuple[SecretStr, ...] = ()
+    """Keys in clear text. Prefer ``api_key_sha256`` in files that others can read."""
+    api_key_sha256: tuple[str, ...] = ()
+    """Hex SHA-256 digests of keys, for configs that must not hold the keys themselves."""
+    max_concurrent_requests: int = Field(default=64, ge=1)
+    """Requests of this tenant in flight at one ingress replica; one more gets 429."""
+    priority: int = Field(default=0, ge=-100, le=100)
+    """Lower runs first when a target replica has to choose."""
+
+    @model_validator(mode="after")
+    def _digests_are_hex(self) -> TenantConfig:
+        for digest in self.api_key_sha256:
+            if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+                raise ValueError("api_key_sha256 holds 64 lower-case hex digits per key")
+        return self
+
+
+class AuthConfig(_Config):
+    """Who may call."""
+
+    tenants: tuple[TenantConfig, ...] = ()
+    """Empty turns authentication off: every caller is the tenant ``default``."""
+    cluster_secret: SecretStr = SecretStr("")
+    """Tenants' KV namespaces are derived from it. Keep it across restarts, or pages are lost;
+    empty is allowed only while authentication is off."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> AuthConfig:
+        names = [tenant.name for tenant in self.tenants]
+        if len(set(names)) != len(names):
+            raise ValueError("tenant names must differ")
+        for tenant in self.tenants:
+            if not tenant.api_keys and not tenant.api_key_sha256:
+                raise ValueError(f"tenant {tenant.name!r} has no API key")
+        if self.tenants and len(self.cluster_secret.get_secret_value()) < 16:
+            raise ValueError("cluster_secret needs at least 16 characters when tenants are set")
+        return self
+
+
+class IngressConfig(_Config):
+    """Limits and defaults of the public surfaces."""
+
+    max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    """Bytes of one HTTP body, at most."""
+    max_prompt_chars: int = Field(default=1 << 20, ge=1)
+    """Characters of one prompt before tokenisation, at most."""
+    max_concurrent_requests: int = Field(default=256, ge=1)
+    """Requests in flight at one ingress replica; one more gets 429 with Retry-After."""
+    default_timeout_s: float = Field(default=600.0, gt=0)
+    """Deadline of a request that names none."""
+    max_timeout_s: float = Field(default=3600.0, gt=0)
+    """Upper bound on the deadline a client may ask for."""
+    max_choices: int = Field(default=8, ge=1, le=64)
+    """Sequences of one request (prompts times n), at most."""
+    max_resumes: int = Field(default=3, ge=0)
+    """Times a request moves to another target replica after its replica died."""
+    tokenizer_threads: int = Field(default=2, ge=1)
+    """Threads that render templates and tokenise, so that the event loop never does."""
+
+
+class DraftPoolConfig(_Config):
+    """What runs in a draft replica."""
+
+    drafter: str = "student"
+    """``student`` (fitted to the target by ``paceline train student``), ``suffix``,
+    ``model:NAME_OR_FOLDER`` for a small language model of the same vocabulary, or
+    ``package.module:Name`` for a drafter of your own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of a language-model drafter. It never changes a text, only how well it guesses."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where a language-model drafter runs."""
+    num_threads: int = Field(default=1, ge=1)
+    """CPU threads of one draft replica."""
+    num_pages: int = Field(default=256, ge=2)
+    """Pages of 64 tokens for the texts that a language-model drafter continues."""
+    max_sessions: int = Field(default=256, ge=1)
+    """Sequences served at once; beyond it the one unused for longest is dropped."""
+    max_session_tokens: int = Field(default=32_768, ge=64)
+    """Longest text that is drafted for."""
+    secret: SecretStr = SecretStr("")
+    """Targets show it to draft replicas; the cluster draws one when it is empty."""
+
+
+class TracingConfig(_Config):
+    """Where spans go."""
+
+    exporter: Literal["none", "console", "file", "otlp"] = "none"
+    """``file`` writes one JSON object per span and line; ``otlp`` is gRPC to a collector."""
+    otlp_endpoint: str = "http://localhost:4317"
+    """Collector address for ``otlp``."""
+    file_path: Path | None = None
+    """Folder for ``file``; every process writes its own file there."""
+    sample_ratio: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Part of the root traces that is kept; a caller's own decision is respected."""
+
+    @model_validator(mode="after")
+    def _file_has_a_path(self) -> TracingConfig:
+        if self.exporter == "file" and self.file_path is None:
+            raise ValueError("exporter 'file' needs file_path")
+        return self
