@@ -28,6 +28,7 @@ from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.engine.types import GenerationRequest, SamplingParams
 from tests.exactness import Reference, assert_same_text
+from tests.fakes_async import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,7 +142,7 @@ class OracleDrafter(Drafter):
     def __init__(self, whole_texts: Sequence[Sequence[int]], honesty: float) -> None:
         self._texts = [list(text) for text in whole_texts]
         self._honesty = honesty
-        self._rng = random.Random(5)
+        self._rng = random.Random(5)  # noqa: S311 - reproducible on purpose
 
     def _guess(self, committed: list[int], num_tokens: int) -> list[int]:
         for text in self._texts:
@@ -228,8 +229,7 @@ async def speculate(cache_dir, requests, plain_texts, fault: str, *, at_once: bo
             speculator.attach(request.request_id, endpoint)
         running = asyncio.ensure_future(texts(engine, requests, at_once=at_once))
         if fault == "killed":
-            while server.stats().num_tables < 10 and not running.done():
-                await asyncio.sleep(0.01)
+            await eventually(lambda: server.stats().num_tables >= 10 or running.done())
             await asyncio.to_thread(server.close)
         return await running, speculator.stats()
     finally:
