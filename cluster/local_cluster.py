@@ -1,0 +1,280 @@
+"""A whole cluster on one machine, for the length of a ``with`` block.
+
+Order of life: ports, Valkey, Ray, Serve, replicas, ready; and back again. Valkey starts before Ray
+so that replicas find it, and stops after it so that their last pages still get there. Whatever
+happens in between, leaving the block ends every process of the cluster within ``STOP_TIMEOUT_S``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from cluster.errors import ClusterStartError
+from cluster.hot_tier import embedded_hot_tier
+from cluster.pools import machine_resources
+from cluster.ports import PortLease
+from cluster.processes import ClusterProcesses
+from cluster.ray_environment import HAPROXY_FOLDER, applied, local_environment
+from cluster.readiness import wait_until_ready
+from cluster.signals import sigterm_handler_kept
+from cluster.state import (
+    ClusterState,
+    default_state_dir,
+    end_stale_clusters,
+    remove_state,
+    write_state,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+    from typing import Self
+
+    from cluster.config import ClusterConfig
+    from cluster.ports import ClusterPorts
+    from cluster.serve_app import ServedApp
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 30.0
+"""From the first signal until nothing is left."""
+_DRAIN_S = 12.0
+_RAY_SHUTDOWN_S = 6.0
+_END_S = 8.0
+# HAProxy refuses socket paths above 97 characters, and Serve puts a 56-digit folder into them.
+_MAX_TEMP_PATH = 14
+# KV pages never travel through Ray's object store, so the smallest comfortable one is enough.
+_OBJECT_STORE_BYTES = 128 << 20
+
+
+class LocalCluster:
+    """Starts a cluster on this machine and takes it down again, completely."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        app: ServedApp,
+        *,
+        state_dir: Path | None = None,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """Describe the cluster; nothing starts yet.
+
+        Args:
+            config: the settings.
+            app: what to deploy.
+            state_dir: where the cluster is announced; the user's state folder by default.
+            on_progress: told in a few words what happens next.
+        """
+        self._config = config
+        self._app = app
+        self._state_dir = state_dir or default_state_dir()
+        self._progress = on_progress or logger.info
+        self._stack = ExitStack()
+        self._state: ClusterState | None = None
+        self._num_left: int | None = None
+
+    @property
+    def state(self) -> ClusterState:
+        """Addresses of the running cluster.
+
+        Raises:
+            RuntimeError: the cluster is not running.
+        """
+        if self._state is None:
+            raise RuntimeError("the cluster is not running")
+        return self._state
+
+    @property
+    def num_processes_left(self) -> int:
+        """Processes that outlived the stop, counted at its end.
+
+        Raises:
+            RuntimeError: the cluster was not stopped yet.
+        """
+        if self._num_left is None:
+            raise RuntimeError("the cluster was not stopped yet")
+        return self._num_left
+
+    def __enter__(self) -> Self:
+        """Start and wait until every replica is ready.
+
+        Raises:
+            PortInUseError: a configured port is taken; nothing was started.
+            ClusterStartError: a part did not become ready; everything was ended again.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._state = None
+        self._stack.close()
+
+    def _start(self) -> None:
+        server = self._config.server
+        machine = machine_resources(self._config.pools)
+        ended = end_stale_clusters(self._state_dir)
+        if ended:
+            self._progress(f"ended the remains of {ended} cluster(s) that had died")
+        ports = self._stack.enter_context(
+            PortLease(
+                self._state_dir / "locks",
+                host=server.host,
+                http=server.http_port,
+                grpc=server.grpc_port,
+                metrics=server.metrics_port,
+            )
+        )
+        cluster_id = secrets.token_hex(4)
+        run_dir = self._stack.enter_context(_run_dir(cluster_id))
+        processes = ClusterProcesses(cluster_id, run_dir)
+        variables = local_environment(
+            cluster_id=cluster_id,
+            run_dir=run_dir,
+            token_path=_ray_token(self._state_dir),
+            ports=ports,
+            num_threads=self._config.engine.num_threads,
+        )
+        self._stack.enter_context(applied(variables))
+        # Closed in the reverse order: Serve and Ray, then Valkey, then whatever is still there.
+        self._stack.callback(self._end_processes, processes)
+        config, kv_url = self._stack.enter_context(
+            embedded_hot_tier(self._config, run_dir, self._progress)
+        )
+        self._state = self._describe(cluster_id, run_dir, ports, kv_url)
+        write_state(self._state_dir, self._state)
+        self._stack.callback(remove_state, self._state_dir, cluster_id)
+
+        import ray
+        from ray import serve
+
+        self._progress("starting Ray")
+        self._stack.callback(_within, _RAY_SHUTDOWN_S, "Ray's shutdown", ray.shutdown)
+        with sigterm_handler_kept():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=machine.num_cpus,
+                resources=machine.resources or None,
+                labels=machine.labels or None,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                _temp_dir=str(run_dir / "ray"),
+                _metrics_export_port=ports.metrics,
+            )
+        self._progress("starting Ray Serve and HAProxy")
+        self._stack.callback(_within, _DRAIN_S, "Ray Serve's shutdown", serve.shutdown)
+        logging_options = {"log_level": config.log_level, "encoding": "JSON"}
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": server.host, "port": ports.http},
+            grpc_options={
+                "port": ports.grpc,
+                "grpc_servicer_functions": list(self._app.grpc_servicer_functions),
+            },
+            logging_config=logging_options,
+        )
+        processes.remember()
+        self._progress("starting replicas")
+        serve.run_many(
+            [
+                serve.RunTarget(
+                    self._app.build(config), name=config.app_name, logging_config=logging_options
+                )
+            ],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        wait_until_ready(
+            config.app_name,
+            f"{self._state.http_url}/-/healthz",
+            timeout_s=server.start_timeout_s,
+            on_progress=self._progress,
+        )
+        processes.remember()
+
+    def _describe(
+        self, cluster_id: str, run_dir: Path, ports: ClusterPorts, kv_url: str | None
+    ) -> ClusterState:
+        host = self._config.server.host
+        reachable = "127.0.0.1" if host in {"", "0.0.0.0", "::"} else host  # noqa: S104 - compared
+        return ClusterState(
+            cluster_id=cluster_id,
+            pid=os.getpid(),
+            pid_started=psutil.Process().create_time(),
+            run_dir=str(run_dir),
+            http_url=f"http://{reachable}:{ports.http}",
+            grpc_address=f"{reachable}:{ports.grpc}",
+            metrics_url=f"http://127.0.0.1:{ports.metrics}/metrics",
+            model=self._config.served_model_name,
+            kv_url=kv_url,
+            started=time.time(),
+        )
+
+    def _end_processes(self, processes: ClusterProcesses) -> None:
+        self._progress("ending what is left")
+        self._num_left = processes.end(_END_S)
+
+
+@contextmanager
+def _run_dir(cluster_id: str) -> Iterator[Path]:
+    base = tempfile.gettempdir()
+    if len(base) > _MAX_TEMP_PATH:
+        base = "/tmp"  # noqa: S108 - the folder below it is created for this user alone
+    path = Path(base) / f"pl-{cluster_id}"
+    path.mkdir(mode=0o700)
+    (path / HAPROXY_FOLDER).mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _ray_token(state_dir: Path) -> Path:
+    """The user's own Ray token. One for all clusters: Ray caches it for a process's life."""
+    path = state_dir / "ray-token"
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path
+    with os.fdopen(descriptor, "w") as handle:
+        handle.write(secrets.token_hex(32))
+    return path
+
+
+def _within(timeout_s: float, what: str, action: Callable[[], None]) -> None:
+    """Run a shutdown step, and go on without it when it hangs or fails."""
+
+    def run() -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - the root of a thread; the processes are ended
+            logger.warning("%s failed: %s", what, error)
+
+    thread = threading.Thread(target=run, name=what, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        logger.warning("%s took longer than %.0f s", what, timeout_s)
