@@ -1,1 +1,49 @@
 """One KV page from an engine's buffer to another replica."""
+
+from kv_store.config import (
+    BreakerConfig,
+    EmbeddedValkeyTierConfig,
+    KVStoreConfig,
+    MemoryTierConfig,
+    SsdTierConfig,
+    TierConfig,
+    ValkeyTierConfig,
+    WriteBackConfig,
+)
+from kv_store.errors import (
+    KVStoreError,
+    LayoutMismatchError,
+    PageCorruptError,
+    PageUnsupportedError,
+    TierUnavailableError,
+)
+from kv_store.factory import build_page_store
+from kv_store.keys import EXACT, Namespace, PageKey
+from kv_store.layout import PAGE_TOKENS, PageLayout
+from kv_store.page_store import LoadedPages, PageStore, PageStoreStats, TierStats
+
+__all__ = [
+    "EXACT",
+    "PAGE_TOKENS",
+    "BreakerConfig",
+    "EmbeddedValkeyTierConfig",
+    "KVStoreConfig",
+    "KVStoreError",
+    "LayoutMismatchError",
+    "LoadedPages",
+    "MemoryTierConfig",
+    "Namespace",
+    "PageCorruptError",
+    "PageKey",
+    "PageLayout",
+    "PageStore",
+    "PageStoreStats",
+    "PageUnsupportedError",
+    "SsdTierConfig",
+    "TierConfig",
+    "TierStats",
+    "TierUnavailableError",
+    "ValkeyTierConfig",
+    "WriteBackConfig",
+    "build_page_store",
+]

@@ -3,6 +3,7 @@
 KVStoreError
 ├── TierUnavailableError     a tier cannot be reached or refuses work; counted as misses
 ├── PageCorruptError         bytes are not the page that was asked for; deleted and counted
+├── PageUnsupportedError     a sound page of a newer format or of a codec this process lacks
 └── LayoutMismatchError      a page or a buffer has another layout than the store's
 """
 
@@ -17,6 +18,10 @@ class TierUnavailableError(KVStoreError):
 
 class PageCorruptError(KVStoreError):
     """The bytes are not a well-formed page, or not the page that was asked for."""
+
+
+class PageUnsupportedError(KVStoreError):
+    """A sound page that this process cannot read; a miss here, left in place for those who can."""
 
 
 class LayoutMismatchError(KVStoreError):

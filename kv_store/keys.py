@@ -35,7 +35,7 @@ class PageKey(NamedTuple):
 
     namespace_id: bytes
     page_hash: bytes
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody calls on a key
 
 
 class Namespace:

@@ -56,12 +56,16 @@ class PageStoreStats:
     Attributes:
         num_dropped: pages not written because the write-back queue was full.
         num_queued: pages waiting to be written.
+        num_failed: pages taken from the queue that no tier accepted.
+        num_loads_refused: loads answered empty at once because too many were pending.
     """
 
     num_loaded: int = 0
     num_saved: int = 0
     num_dropped: int = 0
     num_queued: int = 0
+    num_failed: int = 0
+    num_loads_refused: int = 0
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
 
 

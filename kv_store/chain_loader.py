@@ -1,0 +1,177 @@
+"""From a chain of keys to verified pages: locate the longest prefix, fetch, verify, decode."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from kv_store.codecs.registry import readable_codecs
+from kv_store.errors import KVStoreError, PageUnsupportedError
+from kv_store.page_format import decode_page
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor
+
+    from numpy.typing import NDArray
+
+    from kv_store.codecs.base import Codec
+    from kv_store.keys import PageKey
+    from kv_store.layout import PageLayout
+    from kv_store.tiers.base import Blob
+    from kv_store.tiers.guarded import GuardedTier
+
+logger = logging.getLogger(__name__)
+
+
+class LoadedPage(NamedTuple):
+    """A verified page and the tier it came from."""
+
+    page: NDArray[np.uint8]
+    tier: str
+
+
+class _Found(NamedTuple):
+    key: PageKey
+    tier: GuardedTier
+
+
+class ChainLoader:
+    """Reads through the tiers, hot first. Lives on the store's event loop."""
+
+    def __init__(
+        self,
+        *,
+        tiers: Sequence[GuardedTier],
+        layout: PageLayout,
+        codec: Codec,
+        codec_threads: Executor,
+        batch_pages: int,
+        promote: Callable[[PageKey, Blob], object] | None,
+    ) -> None:
+        """Wire up.
+
+        Args:
+            tiers: hot first.
+            layout: of every page.
+            codec: the one the store writes with; decides which pages may be served.
+            codec_threads: verify and decode here, off the event loop.
+            batch_pages: pages asked of a tier in one operation.
+            promote: takes a page that was served from below the hottest tier; must not block.
+        """
+        self._tiers = tiers
+        self._layout = layout
+        self._codecs = readable_codecs(codec)
+        self._codec_threads = codec_threads
+        self._batch_pages = batch_pages
+        self._promote = promote
+
+    async def load(
+        self, keys: Sequence[PageKey], loaded: list[LoadedPage], deadline: float
+    ) -> None:
+        """Append the longest prefix that can be had, page by page, in order.
+
+        Args:
+            keys: consecutive keys of one chain.
+            loaded: grows as pages are verified, so that a caller who gives up keeps what came.
+            deadline: on the loop's clock; only divides the waiting among tiers, the caller stops.
+        """
+        found = await self._locate(keys, deadline)
+        batches = [
+            found[start : start + self._batch_pages]
+            for start in range(0, len(found), self._batch_pages)
+        ]
+        fetch: asyncio.Task[list[Blob | None]] | None = None
+        try:
+            for number, batch in enumerate(batches):
+                blobs = await (fetch or self._fetch(batch))
+                # The next batch travels while this one is being decoded.
+                following = batches[number + 1 : number + 2]
+                fetch = asyncio.create_task(self._fetch(following[0])) if following else None
+                unpacked = await asyncio.gather(*map(self._unpack, batch, blobs))
+                for page in unpacked:
+                    if page is None:
+                        return
+                    loaded.append(page)
+        finally:
+            if fetch is not None:
+                fetch.cancel()
+
+    async def _locate(self, keys: Sequence[PageKey], deadline: float) -> list[_Found]:
+        """The prefix in which every page is in some tier; lower tiers fill the holes."""
+        holders: list[GuardedTier | None] = [None] * len(keys)
+        for tier in self._tiers:
+            holes = [index for index, holder in enumerate(holders) if holder is None]
+            if not holes:
+                break
+            # Half of what is left, so that a silent tier leaves time for the ones below it.
+            patience_s = max(0.0, deadline - asyncio.get_running_loop().time()) / 2
+            present = await tier.contains([keys[hole] for hole in holes], patience_s=patience_s)
+            tier.count_misses(present.count(False))
+            for hole, is_present in zip(holes, present, strict=True):
+                if is_present:
+                    holders[hole] = tier
+        found: list[_Found] = []
+        for key, holder in zip(keys, holders, strict=True):
+            if holder is None:
+                break
+            found.append(_Found(key, holder))
+        return found
+
+    async def _fetch(self, batch: Sequence[_Found]) -> list[Blob | None]:
+        """One blob for each page of a batch, from all tiers at once."""
+        blobs: list[Blob | None] = [None] * len(batch)
+
+        async def fetch_from(tier: GuardedTier) -> None:
+            indices = [index for index, item in enumerate(batch) if item.tier is tier]
+            if indices:
+                answers = await tier.get([batch[index].key for index in indices])
+                for index, blob in zip(indices, answers, strict=True):
+                    blobs[index] = blob
+
+        await asyncio.gather(*map(fetch_from, self._tiers))
+        return blobs
+
+    async def _unpack(self, item: _Found, blob: Blob | None) -> LoadedPage | None:
+        """The verified page; if this tier's bytes will not do, another tier's."""
+        page = await self._verify(item, blob)
+        for tier in self._tiers:
+            if page is not None:
+                break
+            if tier is not item.tier:
+                [blob] = await tier.get([item.key])
+                page = await self._verify(_Found(item.key, tier), blob)
+        return page
+
+    async def _verify(self, item: _Found, blob: Blob | None) -> LoadedPage | None:
+        """Decode, or count why not. A corrupt page is deleted, one for other readers is left."""
+        if blob is None:
+            item.tier.count_misses(1)
+            return None
+        loop = asyncio.get_running_loop()
+        try:
+            page = await loop.run_in_executor(self._codec_threads, self._decode, item.key, blob)
+        except PageUnsupportedError as exc:
+            item.tier.count_misses(1)
+            logger.debug("page %s in tier %s: %s", _short(item.key), item.tier.name, exc)
+            return None
+        except KVStoreError as exc:
+            logger.warning("deleted page %s in tier %s: %s", _short(item.key), item.tier.name, exc)
+            await item.tier.discard_corrupt(item.key)
+            return None
+        item.tier.count_hit()
+        if self._promote is not None and item.tier is not self._tiers[0]:
+            self._promote(item.key, blob)
+        return LoadedPage(page, item.tier.name)
+
+    def _decode(self, key: PageKey, blob: Blob) -> NDArray[np.uint8]:
+        page = np.empty(self._layout.nbytes, dtype=np.uint8)
+        decode_page(blob, key, self._layout, self._codecs, page)
+        return page
+
+
+def _short(key: PageKey) -> str:
+    return key.page_hash[:6].hex()

@@ -1,0 +1,1 @@
+"""Codecs: how a page's bytes are packed. Lossless ones keep the ``exact`` fidelity."""

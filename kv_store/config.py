@@ -1,0 +1,154 @@
+"""What a human may set about the KV tier. Frozen; read once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class _TierConfig(_Config):
+    name: str = Field(default="", pattern=r"^[a-z0-9-]*$")
+    """Shown in stats, spans and metrics; the kind by default, and unique within a store."""
+    operation_timeout_s: float = Field(default=1.0, gt=0)
+    """An operation that takes longer counts as a failure of the tier."""
+
+
+class MemoryTierConfig(_TierConfig):
+    """Host memory of one process; nothing is shared."""
+
+    kind: Literal["memory"] = "memory"
+    """Which tier this is."""
+    budget_bytes: int = Field(default=1 * _GIB, gt=0)
+    """Least recently used pages leave beyond this."""
+
+
+class _ValkeyClientConfig(_TierConfig):
+    ttl_s: float = Field(default=3600.0, gt=0)
+    """Seconds a page lives after it was written or last read."""
+    ttl_head_boost: float = Field(default=1.0, ge=0)
+    """The page at index i of its chain lives ``1 + boost / (1 + i)`` times as long."""
+    connect_timeout_s: float = Field(default=0.2, gt=0)
+    """Limit of one connection attempt; short, as requests wait for it."""
+    max_connections: int = Field(default=4, ge=1)
+    """Connections of one process."""
+
+
+class ValkeyTierConfig(_ValkeyClientConfig):
+    """A Valkey or Redis server that somebody else runs, shared by all replicas."""
+
+    kind: Literal["valkey"] = "valkey"
+    """Which tier this is."""
+    url: SecretStr
+    """``redis://``, ``rediss://`` or ``unix://``, with user and password if need be."""
+
+    @field_validator("url")
+    @classmethod
+    def _check_scheme(cls, url: SecretStr) -> SecretStr:
+        if not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("a Valkey url starts with redis://, rediss:// or unix://")
+        return url
+
+
+class EmbeddedValkeyTierConfig(_ValkeyClientConfig):
+    """A Valkey server on loopback that lives and dies with the store that was built from this."""
+
+    kind: Literal["embedded_valkey"] = "embedded_valkey"
+    """Which tier this is."""
+    max_memory_bytes: int = Field(default=512 * _MIB, ge=16 * _MIB)
+    """Least frequently used pages leave beyond this."""
+
+
+class SsdTierConfig(_TierConfig):
+    """A folder on a local disk; pages survive restarts."""
+
+    kind: Literal["ssd"] = "ssd"
+    """Which tier this is."""
+    root: Path
+    """Each process that uses it at once claims a sub-folder of its own."""
+    budget_bytes: int = Field(default=8 * _GIB, gt=0)
+    """Of one process's sub-folder; oldest pages leave beyond this."""
+    segment_bytes: int = Field(default=256 * _MIB, ge=_MIB)
+    """Size of one file, the unit of reclaim; no page may be larger."""
+    num_read_threads: int = Field(default=2, ge=1, le=64)
+    """Reads under way at once."""
+
+    @model_validator(mode="after")
+    def _check_segments(self) -> Self:
+        if 2 * self.segment_bytes > self.budget_bytes:
+            raise ValueError("segment_bytes may be at most half of budget_bytes")
+        return self
+
+
+TierConfig = Annotated[
+    MemoryTierConfig | ValkeyTierConfig | EmbeddedValkeyTierConfig | SsdTierConfig,
+    Field(discriminator="kind"),
+]
+
+
+class BreakerConfig(_Config):
+    """When a failing tier is left alone, and for how long."""
+
+    max_failures: int = Field(default=3, ge=1)
+    """Consecutive failures after which operations are no longer tried."""
+    open_s: float = Field(default=1.0, gt=0)
+    """Seconds until the first probe; doubled after each failed one, with up to half of jitter."""
+    max_open_s: float = Field(default=30.0, gt=0)
+    """Bound of that doubling: a tier that is back is used again within 1.5 times this."""
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.max_open_s < self.open_s:
+            raise ValueError("max_open_s may not be below open_s")
+        return self
+
+
+class WriteBackConfig(_Config):
+    """The queue between the engine and the tiers; beyond either bound pages are dropped."""
+
+    max_pages: int = Field(default=1024, ge=1)
+    """Pages not written yet."""
+    max_bytes: int = Field(default=512 * _MIB, ge=1)
+    """Their memory."""
+    batch_pages: int = Field(default=8, ge=1)
+    """Pages encoded and written together."""
+
+
+class KVStoreConfig(_Config):
+    """One replica's way to the shared pages."""
+
+    codec: str = "raw"
+    """``raw``, ``int8``, or a codec of your own as ``package.module:ClassName``."""
+    tiers: tuple[TierConfig, ...] = (MemoryTierConfig(),)
+    """Hot first. Every page is written to all of them; reads stop at the first that has it."""
+    write_back: WriteBackConfig = WriteBackConfig()
+    """How much may wait to be written."""
+    breaker: BreakerConfig = BreakerConfig()
+    """How failing tiers are treated; each tier has its own breakers."""
+    load_batch_pages: int = Field(default=8, ge=1)
+    """Pages asked of a tier in one operation."""
+    max_pending_loads: int = Field(default=256, ge=1)
+    """Loads under way at once; one more is answered empty."""
+    num_codec_threads: int = Field(default=2, ge=1, le=64)
+    """Threads that verify, encode and decode."""
+    is_promoting: bool = True
+    """Copy a page read from a lower tier into the ones above it."""
+    close_timeout_s: float = Field(default=5.0, ge=0)
+    """Seconds ``close`` waits for queued pages."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [tier.name or tier.kind for tier in self.tiers]
+        if not names:
+            raise ValueError("a store has at least one tier")
+        if len(set(names)) < len(names):
+            raise ValueError(f"tier names must differ: {', '.join(names)}")
+        return self

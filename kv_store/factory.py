@@ -1,0 +1,105 @@
+"""From a configuration to a running store. Heavy imports happen only for what is configured."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from kv_store.codecs.registry import load_codec
+from kv_store.config import (
+    EmbeddedValkeyTierConfig,
+    KVStoreConfig,
+    MemoryTierConfig,
+    SsdTierConfig,
+    TierConfig,
+    ValkeyTierConfig,
+)
+from kv_store.store import TieredPageStore
+from kv_store.tiers.breaker import CircuitBreaker
+from kv_store.tiers.guarded import GuardedTier
+from kv_store.tiers.memory import MemoryTier
+
+if TYPE_CHECKING:
+    from kv_store.layout import PageLayout
+    from kv_store.page_store import PageStore
+    from kv_store.tiers.base import KVTier
+
+logger = logging.getLogger(__name__)
+
+
+def build_page_store(config: KVStoreConfig, layout: PageLayout) -> PageStore:
+    """Build and start a store; it owns a thread, so close it.
+
+    A server or disk that is out of reach is no error: its breaker opens, and it is used as soon as
+    it is back.
+
+    Raises:
+        ValueError: the configured codec does not exist.
+        TierUnavailableError: an embedded server does not start.
+    """
+    codec = load_codec(config.codec)
+    with ExitStack() as owned:
+        tiers = [
+            GuardedTier(
+                _build_tier(tier, owned),
+                operation_timeout_s=tier.operation_timeout_s,
+                make_breaker=lambda: CircuitBreaker(
+                    max_failures=config.breaker.max_failures,
+                    open_s=config.breaker.open_s,
+                    max_open_s=config.breaker.max_open_s,
+                ),
+            )
+            for tier in config.tiers
+        ]
+        names = ", ".join(tier.name for tier in tiers)
+        logger.info("KV store: codec %s (%s), tiers %s", codec.name, codec.fidelity, names)
+        return TieredPageStore(
+            config=config,
+            layout=layout,
+            codec=codec,
+            tiers=tiers,
+            owned=owned.pop_all(),
+        )
+
+
+def _build_tier(config: TierConfig, owned: ExitStack) -> KVTier:
+    name = config.name or config.kind
+    if isinstance(config, MemoryTierConfig):
+        return MemoryTier(config.budget_bytes, name=name)
+    if isinstance(config, SsdTierConfig):
+        from kv_store.tiers.ssd import SsdTier
+
+        return SsdTier(
+            config.root,
+            budget_bytes=config.budget_bytes,
+            segment_bytes=config.segment_bytes,
+            num_read_threads=config.num_read_threads,
+            name=name,
+        )
+    return _build_valkey(config, name, owned)
+
+
+def _build_valkey(
+    config: ValkeyTierConfig | EmbeddedValkeyTierConfig, name: str, owned: ExitStack
+) -> KVTier:
+    from kv_store.tiers.valkey import ValkeyTier
+
+    if isinstance(config, EmbeddedValkeyTierConfig):
+        from kv_store.tiers.embedded_valkey import EmbeddedValkey
+
+        server = EmbeddedValkey(config.max_memory_bytes)
+        server.start()
+        owned.callback(server.stop)
+        url = server.url
+    else:
+        url = config.url.get_secret_value()
+    return ValkeyTier(
+        url,
+        ttl_s=config.ttl_s,
+        ttl_head_boost=config.ttl_head_boost,
+        connect_timeout_s=config.connect_timeout_s,
+        operation_timeout_s=config.operation_timeout_s,
+        max_connections=config.max_connections,
+        name=name,
+    )

@@ -1,0 +1,241 @@
+"""The store behind the engine's seam: tiers, codec and queue on one IO thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from kv_store.chain_loader import ChainLoader, LoadedPage
+from kv_store.page_store import LoadedPages, PageStore, PageStoreStats
+from kv_store.write_back import PageWriter, PendingWrite, WriteBackQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import ExitStack
+
+    from numpy.typing import NDArray
+
+    from kv_store.codecs.base import Codec
+    from kv_store.config import KVStoreConfig
+    from kv_store.keys import PageKey
+    from kv_store.layout import PageLayout
+    from kv_store.tiers.base import Blob
+    from kv_store.tiers.guarded import GuardedTier
+
+logger = logging.getLogger(__name__)
+
+_tracer = trace.get_tracer(__name__)
+_propagator = TraceContextTextMapPropagator()
+
+_NOTHING = LoadedPages((), ())
+_SHUTDOWN_S = 5.0
+
+
+class TieredPageStore(PageStore):
+    """See ``PageStore``. Build it with ``kv_store.factory.build_page_store``."""
+
+    def __init__(
+        self,
+        *,
+        config: KVStoreConfig,
+        layout: PageLayout,
+        codec: Codec,
+        tiers: Sequence[GuardedTier],
+        owned: ExitStack,
+    ) -> None:
+        """Start the IO thread.
+
+        Args:
+            config: bounds and time limits; its tiers are already built.
+            layout: of every page.
+            codec: packs every page.
+            tiers: hot first; owned from here on.
+            owned: what else to release at ``close``.
+        """
+        self._layout = layout
+        self._codec = codec
+        self._tiers = tiers
+        self._owned = owned
+        self._max_pending_loads = config.max_pending_loads
+        self._close_timeout_s = config.close_timeout_s
+        self._queue = WriteBackQueue(
+            max_pages=config.write_back.max_pages, max_bytes=config.write_back.max_bytes
+        )
+        self._codec_threads = ThreadPoolExecutor(
+            config.num_codec_threads, thread_name_prefix="kv-codec"
+        )
+        self._writer = PageWriter(
+            queue=self._queue,
+            tiers=tiers,
+            layout=layout,
+            codec=codec,
+            codec_threads=self._codec_threads,
+            batch_pages=config.write_back.batch_pages,
+        )
+        self._loader = ChainLoader(
+            tiers=tiers,
+            layout=layout,
+            codec=codec,
+            codec_threads=self._codec_threads,
+            batch_pages=config.load_batch_pages,
+            promote=self._promote if config.is_promoting and len(tiers) > 1 else None,
+        )
+        self._lock = threading.Lock()  # guards the four below
+        self._is_closed = False
+        self._pending: set[Future[LoadedPages]] = set()
+        self._num_loaded = 0
+        self._num_refused = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="kv-io", daemon=True)
+        self._thread.start()
+
+    @property
+    def fidelity(self) -> str:
+        """See ``PageStore``; the codec decides."""
+        return self._codec.fidelity
+
+    def load(
+        self, keys: Sequence[PageKey], *, timeout_s: float, traceparent: str | None = None
+    ) -> Future[LoadedPages]:
+        """See ``PageStore``."""
+        deadline = time.monotonic() + timeout_s  # the clock of the event loop
+        future: Future[LoadedPages] = Future()
+        future.set_running_or_notify_cancel()  # the caller cannot cancel what the thread resolves
+        with self._lock:
+            is_refused = len(self._pending) >= self._max_pending_loads
+            self._num_refused += is_refused
+            if is_refused or self._is_closed or not keys:
+                future.set_result(_NOTHING)
+                return future
+            self._pending.add(future)
+            self._loop.call_soon_threadsafe(
+                self._start_load, tuple(keys), deadline, traceparent, future
+            )
+        return future
+
+    def save(self, key: PageKey, page: NDArray[np.uint8]) -> bool:
+        """See ``PageStore``."""
+        if page.dtype != np.uint8 or page.shape != (self._layout.nbytes,):
+            logger.error(
+                "refused a page of %s %s, expected [%d] uint8",
+                page.shape,
+                page.dtype,
+                self._layout.nbytes,
+            )
+            return False
+        with self._lock:
+            if self._is_closed or not self._queue.put(PendingWrite(key, page)):
+                return False
+            self._loop.call_soon_threadsafe(self._writer.wake)
+        return True
+
+    def stats(self) -> PageStoreStats:
+        """See ``PageStore``."""
+        return PageStoreStats(
+            num_loaded=self._num_loaded,
+            num_saved=self._writer.num_saved,
+            num_dropped=self._queue.num_dropped,
+            num_queued=self._queue.num_queued,
+            num_failed=self._writer.num_failed,
+            num_loads_refused=self._num_refused,
+            tiers={tier.name: tier.stats() for tier in self._tiers},
+        )
+
+    def flush(self, timeout_s: float) -> bool:
+        """See ``PageStore``."""
+        return self._queue.wait_until_empty(timeout_s)
+
+    def close(self) -> None:
+        """See ``PageStore``."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self.flush(self._close_timeout_s)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._codec_threads.shutdown()
+        self._owned.close()
+
+    def _run_loop(self) -> None:
+        """The IO thread."""
+        asyncio.set_event_loop(self._loop)
+        self._spawn(self._loop.create_task(self._writer.run(), name="kv-write-back"))
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(self._shut_down())
+        finally:
+            self._loop.close()
+            for future in list(self._pending):
+                self._resolve(future, [])
+
+    async def _shut_down(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for tier in self._tiers:
+            try:
+                async with asyncio.timeout(_SHUTDOWN_S):
+                    await tier.aclose()
+            except TimeoutError:
+                logger.warning("KV tier %s did not close within %s s", tier.name, _SHUTDOWN_S)
+
+    def _start_load(
+        self,
+        keys: Sequence[PageKey],
+        deadline: float,
+        traceparent: str | None,
+        future: Future[LoadedPages],
+    ) -> None:
+        self._spawn(self._loop.create_task(self._load(keys, deadline, traceparent, future)))
+
+    async def _load(
+        self,
+        keys: Sequence[PageKey],
+        deadline: float,
+        traceparent: str | None,
+        future: Future[LoadedPages],
+    ) -> None:
+        """One load's task; resolves its future whatever happens."""
+        loaded: list[LoadedPage] = []
+        context = _propagator.extract({"traceparent": traceparent}) if traceparent else None
+        try:
+            with _tracer.start_as_current_span("kv.load", context=context) as span:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await self._loader.load(keys, loaded, deadline)
+                except TimeoutError:
+                    span.set_attribute("paceline.kv.is_late", True)
+                span.set_attribute("paceline.kv.pages_asked", len(keys))
+                span.set_attribute("paceline.kv.pages_loaded", len(loaded))
+                span.set_attribute("paceline.kv.tiers", sorted({page.tier for page in loaded}))
+        except Exception:
+            logger.exception("a load of %d pages failed after %d", len(keys), len(loaded))
+        finally:
+            self._resolve(future, loaded)
+
+    def _resolve(self, future: Future[LoadedPages], loaded: Sequence[LoadedPage]) -> None:
+        with self._lock:
+            self._pending.discard(future)
+            self._num_loaded += len(loaded)
+        future.set_result(
+            LoadedPages(tuple(page.page for page in loaded), tuple(page.tier for page in loaded))
+        )
+
+    def _promote(self, key: PageKey, blob: Blob) -> None:
+        """Queue a page that was found in a lower tier; the writer skips tiers that have it."""
+        if self._queue.put(PendingWrite(key, blob)):
+            self._writer.wake()
+
+    def _spawn(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,127 @@
+"""The warm tier: a segment log on a local disk, with blocking IO in threads of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from kv_store.errors import TierUnavailableError
+from kv_store.tiers.base import Blob, KVTier, TierUsage
+from kv_store.tiers.folder_lock import ClaimedFolder, claim_folder
+from kv_store.tiers.segment_log import SegmentLog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from kv_store.keys import PageKey
+
+T = TypeVar("T")
+
+
+class SsdTier(KVTier):
+    """Keeps pages over restarts. The folder is claimed and scanned on first use.
+
+    One thread writes, a few read. A file system that refuses (full, read-only, gone) raises
+    ``TierUnavailableError``; an opening that failed is tried again by the next operation.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        budget_bytes: int,
+        segment_bytes: int,
+        num_read_threads: int,
+        name: str = "ssd",
+    ) -> None:
+        """Prepare; the disk is not touched yet.
+
+        Args:
+            root: holds one sub-folder per process that uses it at once.
+            budget_bytes: of this process's sub-folder.
+            segment_bytes: bytes of one segment file, the unit of reclaim.
+            num_read_threads: reads under way at once.
+            name: see ``KVTier``.
+        """
+        self.name = name
+        self._root = root
+        self._budget_bytes = budget_bytes
+        self._segment_bytes = segment_bytes
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-ssd-write")
+        self._readers = ThreadPoolExecutor(num_read_threads, thread_name_prefix="kv-ssd-read")
+        self._log: SegmentLog | None = None
+        self._folder: ClaimedFolder | None = None
+        self._is_closed = False
+
+    async def contains_many(self, keys: Sequence[PageKey]) -> list[bool]:
+        """See ``KVTier``; answered from memory."""
+        log = await self._opened()
+        return [log.contains(key) for key in keys]
+
+    async def get_many(self, keys: Sequence[PageKey]) -> list[Blob | None]:
+        """See ``KVTier``."""
+        log = await self._opened()
+        reads = [self._in_thread(self._readers, partial(log.read, key)) for key in keys]
+        return list(await asyncio.gather(*reads))
+
+    async def put_many(self, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
+        """See ``KVTier``; refuses a blob larger than a segment."""
+        log = await self._opened()
+        held = await self._in_thread(
+            self._writer, lambda: [log.append(key, blob) for key, blob in items]
+        )
+        return [
+            is_held and log.contains(key) for is_held, (key, _) in zip(held, items, strict=True)
+        ]
+
+    async def delete_many(self, keys: Sequence[PageKey]) -> int:
+        """See ``KVTier``; also forgotten after a restart."""
+        log = await self._opened()
+        return await self._in_thread(self._writer, lambda: sum(log.delete(key) for key in keys))
+
+    async def aclose(self) -> None:
+        """Close the files and let another process claim the folder."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        await asyncio.get_running_loop().run_in_executor(self._writer, self._close_log)
+        self._writer.shutdown(wait=False)
+        self._readers.shutdown(wait=False)
+
+    def usage(self) -> TierUsage:
+        """Blobs held, and bytes of all files; unknown before the first use."""
+        return self._log.usage() if self._log else TierUsage()
+
+    async def _opened(self) -> SegmentLog:
+        if self._is_closed:
+            raise TierUnavailableError(f"tier {self.name} is closed")
+        if self._log is not None:
+            return self._log
+        return await self._in_thread(self._writer, self._open_log)
+
+    def _open_log(self) -> SegmentLog:
+        """On the writer's only thread, so that it happens once."""
+        if self._log is None:
+            if self._folder is None:
+                self._folder = claim_folder(self._root)
+            self._log = SegmentLog(
+                self._folder.path,
+                budget_bytes=self._budget_bytes,
+                segment_bytes=self._segment_bytes,
+            )
+        return self._log
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        if self._folder is not None:
+            self._folder.release()
+
+    async def _in_thread(self, threads: ThreadPoolExecutor, operation: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, operation)
+        except OSError as exc:
+            raise TierUnavailableError(f"{type(exc).__name__}: {exc}") from exc
