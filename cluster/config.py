@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - pydantic reads the annotation at run time
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deployments.config import AuthConfig, IngressConfig, TracingConfig
 from deployments.engine.config import EngineConfig, TorchEngineConfig
+from kv_store.config import EmbeddedValkeyTierConfig, KVStoreConfig, SsdTierConfig
+
+_LAPTOP_SSD_BYTES = 2 << 30
 
 
 class _Config(BaseModel):
@@ -85,15 +89,34 @@ class ServerConfig(_Config):
     """Seconds until all replicas must be ready."""
 
 
+def default_cache_dir() -> Path:
+    """``paceline`` in the user's XDG cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
+
+
+def _default_kv(settings: dict[str, Any]) -> KVStoreConfig:
+    # Absent when the cache folder itself was refused; the error is then about that.
+    root = settings.get("cache_dir", default_cache_dir()) / "kv"
+    return KVStoreConfig(
+        tiers=(
+            EmbeddedValkeyTierConfig(),
+            SsdTierConfig(root=root, budget_bytes=_LAPTOP_SSD_BYTES),
+        )
+    )
+
+
 class ClusterConfig(_Config):
     """A whole cluster."""
 
     app_name: str = Field(default="paceline", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     """The Ray Serve application's name."""
-    cache_dir: Path | None = None
-    """Folder of weights and fitted drafts; the user's cache folder by default."""
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    """Folder of weights and fitted drafts; ``paceline`` in the user's cache folder by default."""
     engine: EngineConfig = TorchEngineConfig()
     """What runs in a target replica."""
+    kv: KVStoreConfig | None = Field(default_factory=_default_kv)
+    """Where KV pages are shared; a Valkey of the cluster's own and a folder below ``cache_dir`` by
+    default. ``null`` keeps pages inside their replica."""
     pools: PoolsConfig = PoolsConfig()
     """How many replicas of each kind, and where."""
     ingress: IngressConfig = IngressConfig()

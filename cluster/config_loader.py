@@ -49,20 +49,24 @@ def load_config(path: Path | None, environment: Mapping[str, str] | None = None)
     return _validate(settings, sources)
 
 
-def with_environment(
-    config: ClusterConfig, environment: Mapping[str, str] | None = None
+def parse_config(
+    settings: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> ClusterConfig:
-    """The same settings with the environment's overrides applied.
+    """Settings that are already in memory, with the environment's overrides applied.
 
-    A pod's secrets arrive this way: they are in its environment and not in the rendered config.
+    A pod's secrets arrive this way: they are in its environment and not in the rendered settings.
+
+    Args:
+        settings: nested, as in a YAML file.
+        environment: ``os.environ`` by default.
 
     Raises:
-        ConfigError: an override is wrong.
+        ConfigError: settings are wrong; lists every problem.
     """
     sources: dict[_Path, str] = {}
-    settings = config.model_dump(exclude_unset=True)
-    _merge_environment(settings, os.environ if environment is None else environment, sources)
-    return _validate(settings, sources) if sources else config
+    merged = dict(settings)
+    _merge_environment(merged, os.environ if environment is None else environment, sources)
+    return _validate(merged, sources)
 
 
 def _read_yaml(path: Path, sources: dict[_Path, str]) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def _read_yaml(path: Path, sources: dict[_Path, str]) -> dict[str, Any]:
         raise ConfigError((f"{path}: {error.strerror or error}",)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError((f"{path}: not valid YAML: {error}",)) from error
-    if settings is None:
+    if node is None or settings is None:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError((f"{path}: the file must hold a mapping of settings",))
@@ -141,7 +145,9 @@ def _validate(settings: dict[str, Any], sources: Mapping[_Path, str]) -> Cluster
 def _describe(kind: str, loc: _Path, message: str, sources: Mapping[_Path, str]) -> str:
     # Pydantic puts the names of union members into the path; a user's path has none.
     path = _user_path(loc)
-    where = next((sources[path[:end]] for end in range(len(path), 0, -1) if path[:end] in sources), "")
+    where = next(
+        (sources[path[:end]] for end in range(len(path), 0, -1) if path[:end] in sources), ""
+    )
     prefix = f"{where}: " if where else ""
     name = _dotted(path) or "the settings"
     if kind == "extra_forbidden":

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 from cluster.errors import ClusterStartError
-from cluster.hot_tier import embedded_hot_tier
+from cluster.hot_tier import hot_tier, hot_tier_address
+from cluster.kept_logs import keep_logs
+from cluster.manifest import serve_logging
 from cluster.pools import machine_resources
 from cluster.ports import PortLease
 from cluster.processes import ClusterProcesses
@@ -132,9 +134,7 @@ class LocalCluster:
 
     def _start(self) -> None:
         server = self._config.server
-        machine = machine_resources(self._config.pools)
-        ended = end_stale_clusters(self._state_dir)
-        if ended:
+        if ended := end_stale_clusters(self._state_dir):
             self._progress(f"ended the remains of {ended} cluster(s) that had died")
         ports = self._stack.enter_context(
             PortLease(
@@ -158,17 +158,27 @@ class LocalCluster:
         self._stack.enter_context(applied(variables))
         # Closed in the reverse order: Serve and Ray, then Valkey, then whatever is still there.
         self._stack.callback(self._end_processes, processes)
-        config, kv_url = self._stack.enter_context(
-            embedded_hot_tier(self._config, run_dir, self._progress)
-        )
-        self._state = self._describe(cluster_id, run_dir, ports, kv_url)
+        config = self._stack.enter_context(hot_tier(self._config, run_dir, self._progress))
+        self._state = self._describe(cluster_id, run_dir, ports, hot_tier_address(config))
         write_state(self._state_dir, self._state)
         self._stack.callback(remove_state, self._state_dir, cluster_id)
+        try:
+            self._start_ray(run_dir, ports)
+            self._start_serve(ports)
+            processes.remember()
+            self._deploy(config)
+        except Exception as error:
+            logs = keep_logs(run_dir, self._state_dir, cluster_id)
+            where = f"\nlogs: {logs}" if logs else ""
+            # Ray raises errors of many unrelated types; the reader needs the last line of them.
+            raise ClusterStartError(f"{_last_words(error)}{where}") from error
+        processes.remember()
 
-        import ray
-        from ray import serve
-
+    def _start_ray(self, run_dir: Path, ports: ClusterPorts) -> None:
+        machine = machine_resources(self._config.pools)
         self._progress("starting Ray")
+        import ray
+
         self._stack.callback(_within, _RAY_SHUTDOWN_S, "Ray's shutdown", ray.shutdown)
         with sigterm_handler_kept():
             ray.init(
@@ -183,39 +193,43 @@ class LocalCluster:
                 _temp_dir=str(run_dir / "ray"),
                 _metrics_export_port=ports.metrics,
             )
+
+    def _start_serve(self, ports: ClusterPorts) -> None:
         self._progress("starting Ray Serve and HAProxy")
+        from ray import serve
+
         self._stack.callback(_within, _DRAIN_S, "Ray Serve's shutdown", serve.shutdown)
-        logging_options = {"log_level": config.log_level, "encoding": "JSON"}
         serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": server.host, "port": ports.http},
+            http_options={"host": self._config.server.host, "port": ports.http},
             grpc_options={
                 "port": ports.grpc,
                 "grpc_servicer_functions": list(self._app.grpc_servicer_functions),
             },
-            logging_config=logging_options,
+            logging_config=serve_logging(self._config),
         )
-        processes.remember()
+
+    def _deploy(self, config: ClusterConfig) -> None:
         self._progress("starting replicas")
+        from ray import serve
+
+        target = serve.RunTarget(
+            self._app.build(config), name=config.app_name, logging_config=serve_logging(config)
+        )
         serve.run_many(
-            [
-                serve.RunTarget(
-                    self._app.build(config), name=config.app_name, logging_config=logging_options
-                )
-            ],
+            [target],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
         wait_until_ready(
             config.app_name,
-            f"{self._state.http_url}/-/healthz",
-            timeout_s=server.start_timeout_s,
+            f"{self.state.http_url}/-/healthz",
+            timeout_s=config.server.start_timeout_s,
             on_progress=self._progress,
         )
-        processes.remember()
 
     def _describe(
-        self, cluster_id: str, run_dir: Path, ports: ClusterPorts, kv_url: str | None
+        self, cluster_id: str, run_dir: Path, ports: ClusterPorts, kv_address: str | None
     ) -> ClusterState:
         host = self._config.server.host
         reachable = "127.0.0.1" if host in {"", "0.0.0.0", "::"} else host  # noqa: S104 - compared
@@ -228,7 +242,7 @@ class LocalCluster:
             grpc_address=f"{reachable}:{ports.grpc}",
             metrics_url=f"http://127.0.0.1:{ports.metrics}/metrics",
             model=self._config.served_model_name,
-            kv_url=kv_url,
+            kv_address=kv_address,
             started=time.time(),
         )
 
@@ -262,6 +276,13 @@ def _ray_token(state_dir: Path) -> Path:
     with os.fdopen(descriptor, "w") as handle:
         handle.write(secrets.token_hex(32))
     return path
+
+
+def _last_words(error: Exception) -> str:
+    if isinstance(error, ClusterStartError):
+        return str(error)
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"the cluster did not start: {lines[-1].strip()}"
 
 
 def _within(timeout_s: float, what: str, action: Callable[[], None]) -> None:

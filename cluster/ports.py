@@ -20,7 +20,6 @@ from cluster.errors import ClusterStartError, PortInUseError
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
-    from typing import Self
 
 _BLOCK_SIZE = 64
 _NUM_BLOCKS = 60

@@ -1,4 +1,7 @@
-"""What a local cluster runs: an application and the gRPC services it answers."""
+"""What a cluster runs: an application and the gRPC services it answers.
+
+Nothing here imports Ray, which must see its environment before it is imported.
+"""
 
 from __future__ import annotations
 
@@ -24,3 +27,20 @@ class ServedApp:
 
     build: Callable[[ClusterConfig], serve.Application]
     grpc_servicer_functions: tuple[str, ...]
+
+
+INFERENCE_SERVICER = "protos.inference_pb2_grpc.add_InferenceServicer_to_server"
+"""Adds the public gRPC service to a proxy."""
+IMPORT_PATH = "cluster.app:build_app"
+"""How Ray Serve finds the application."""
+
+
+def paceline_app() -> ServedApp:
+    """The product itself."""
+
+    def build(config: ClusterConfig) -> serve.Application:
+        from cluster.app import build_application
+
+        return build_application(config)
+
+    return ServedApp(build=build, grpc_servicer_functions=(INFERENCE_SERVICER,))

@@ -32,7 +32,7 @@ class ClusterState:
         pid: of the process that owns the cluster.
         pid_started: that process's start time, seconds since the epoch; guards against reuse.
         metrics_url: Prometheus endpoint of Ray, where replicas export their metrics.
-        kv_url: the hot KV tier without credentials, or None where there is none.
+        kv_address: the hot KV tier without credentials, or None where there is none.
         started: seconds since the epoch.
     """
 
@@ -44,7 +44,7 @@ class ClusterState:
     grpc_address: str
     metrics_url: str
     model: str
-    kv_url: str | None
+    kv_address: str | None
     started: float
 
     def is_alive(self) -> bool:

@@ -46,9 +46,7 @@ def test_two_clusters_live_side_by_side_and_signals_stop_each_completely(start, 
 
     for state in states:
         # Many connections: were both on one port, the kernel would spread them over the two.
-        answers = {
-            httpx.get(f"{state.http_url}/where").json()["cluster"] for _ in range(20)
-        }
+        answers = {httpx.get(f"{state.http_url}/where").json()["cluster"] for _ in range(20)}
         assert answers == {state.cluster_id}
     running = [one.processes() for one in pair]
     for processes in running:
@@ -101,7 +99,10 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path):
         cluster = LocalCluster(
             config, ServedApp(build=never, grpc_servicer_functions=()), state_dir=tmp_path
         )
-        with pytest.raises(PortInUseError, match=f"port {port} is in use.*server.grpc_port"), cluster:
+        with (
+            pytest.raises(PortInUseError, match=f"port {port} is in use.*server.grpc_port"),
+            cluster,
+        ):
             pass
     assert list_states(tmp_path) == []
 

@@ -18,6 +18,10 @@ from cluster.signals import StopRequestedError, stop_on_signals
 BROKEN = "--broken" in sys.argv
 
 
+def say(*words: object) -> None:
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+
+
 def build(config: ClusterConfig):
     from fastapi import FastAPI
     from ray import serve
@@ -40,15 +44,15 @@ def build(config: ClusterConfig):
 
 def main() -> int:
     app = ServedApp(build=build, grpc_servicer_functions=())
-    cluster = LocalCluster(load_config(Path(sys.argv[1])), app, on_progress=print)
+    cluster = LocalCluster(load_config(Path(sys.argv[1])), app, on_progress=say)
     try:
         with stop_on_signals(lambda: None), cluster:
-            print("READY")
+            say("READY")
             threading.Event().wait()
     except StopRequestedError:
-        print("LEFT", cluster.num_processes_left)
+        say("LEFT", cluster.num_processes_left)
     except ClusterError as error:
-        print(error)
+        say(error)
         return error.exit_code
     return 0
 
