@@ -53,6 +53,8 @@ class TorchEngineConfig(_Config):
     """Token budget of one step; longer prefills are cut into chunks of at most this."""
     max_waiting: int = Field(default=128, ge=1)
     """Requests that may wait; one more is refused as overloaded."""
+    kv_load_timeout_s: float = Field(default=1.0, gt=0)
+    """How long a request waits for its prefix from the KV tier before it is computed instead."""
     speculation: SpeculationConfig = SpeculationConfig()
     """How drafts are used."""
 

@@ -4,7 +4,10 @@ EngineError
 ├── RequestRejectedError      the request can never be served as asked (the client's fault)
 ├── EngineOverloadedError     no room now; carries a hint when to try again
 ├── DeadlineExceededError     the request's deadline passed before it finished
+├── InvalidLogitsError        the model gave NaN or nothing finite for this request
 ├── WeightsMissingError       the model's files are not on this machine
+├── UnsupportedModelError     the model asks for something this engine does not compute
+├── WeightsMismatchError      the files' tensors are not the ones the model is made of
 └── EngineDeadError           the engine thread has died; the replica must be replaced
 """
 
@@ -51,8 +54,20 @@ class DeadlineExceededError(EngineError):
     """The request's deadline passed before its last token."""
 
 
+class InvalidLogitsError(EngineError):
+    """The model's logits for this request are not numbers; other requests are not affected."""
+
+
 class WeightsMissingError(EngineError):
     """The model's files cannot be found; the message names the command that fetches them."""
+
+
+class UnsupportedModelError(EngineError):
+    """The model's configuration asks for something this engine does not compute."""
+
+
+class WeightsMismatchError(EngineError):
+    """A tensor is missing, unknown, or of another shape; the message names it."""
 
 
 class EngineDeadError(EngineError):

@@ -1,0 +1,64 @@
+"""Builds the engine that a configuration asks for. Heavy libraries are imported only then."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from deployments.engine.base import Engine
+    from deployments.engine.config import TorchEngineConfig
+    from deployments.engine.speculation.speculator import Speculator
+    from kv_store.layout import PageLayout
+    from kv_store.page_store import PageStore
+
+
+def build_engine(
+    config: TorchEngineConfig,
+    *,
+    cache_dir: Path,
+    page_store_factory: Callable[[PageLayout], PageStore] | None,
+    speculator: Speculator,
+    detokenize: Callable[[Sequence[int]], str],
+) -> Engine:
+    """Load the model and start the engine; takes seconds, blocks.
+
+    Args:
+        config: which model, and how much of everything.
+        cache_dir: where fetched models lie.
+        page_store_factory: makes the KV tier once the layout of the model's pages is known; the
+            engine closes it. None keeps pages in this replica.
+        speculator: where drafts come from; the engine shuts it down.
+        detokenize: text of output tokens, for stop strings; called from the engine thread.
+
+    Raises:
+        WeightsMissingError: the model is not here and cannot be had.
+        EngineError: the model cannot be run.
+    """
+    import torch
+
+    from deployments.engine.torch_engine.assembly import EngineParts, start_engine
+    from deployments.engine.torch_engine.kv_cache import KVCache
+    from deployments.engine.torch_engine.model_runner import ModelRunner
+    from deployments.engine.torch_engine.weights.loader import load_model
+
+    torch.set_num_threads(config.num_threads)
+    loaded = load_model(config.model, dtype=config.dtype, device=config.device, cache_dir=cache_dir)
+    memory = KVCache(
+        loaded.config, config.num_pages, dtype=loaded.model.dtype, device=config.device
+    )
+    layout = loaded.page_layout()
+    parts = EngineParts(
+        runner=ModelRunner(loaded.model, loaded.config, memory),
+        memory=memory,
+        layout=layout,
+        vocab_size=loaded.config.vocab_size,
+        max_positions=loaded.config.max_positions,
+        eos_token_ids=frozenset(loaded.config.eos_token_ids),
+        store=page_store_factory(layout) if page_store_factory is not None else None,
+        speculator=speculator,
+        detokenize=detokenize,
+    )
+    return start_engine(config, parts)

@@ -1,0 +1,102 @@
+"""KV rows of all sequences of one replica, addressed by slot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kv_store.errors import LayoutMismatchError
+from kv_store.layout import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from deployments.engine.torch_engine.model_config import ModelConfig
+
+
+class KVCache:
+    """Keys (after rotation) and values of every layer; slot = page * PAGE_TOKENS + offset.
+
+    It knows nothing of who owns which page. All methods belong to the engine thread.
+
+    Attributes:
+        k: [num_layers, num_slots, num_kv_heads, head_dim].
+        v: same shape.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Allocate the pool, all zero: attention multiplies masked rows by 0, and 0 * NaN is NaN.
+
+        Args:
+            config: the model whose rows are kept.
+            num_pages: pages of PAGE_TOKENS rows.
+            dtype: of the rows; the model's own.
+            device: where the rows live.
+        """
+        shape = (
+            config.num_layers,
+            num_pages * PAGE_TOKENS,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        self.num_pages = num_pages
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def num_slots(self) -> int:
+        """Rows that can be kept."""
+        return self.k.shape[1]
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page, keys and values of all layers."""
+        layers, _, heads, dim = self.k.shape
+        return layers * 2 * PAGE_TOKENS * heads * dim * self.k.element_size()
+
+    def read_page(self, page: int) -> NDArray[np.uint8]:
+        """A copy of one page in the byte order of ``kv_store.layout.PageLayout``.
+
+        Returns:
+            [page_nbytes] uint8, owned by the caller.
+        """
+        rows = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
+        both = torch.stack((self.k[:, rows], self.v[:, rows]), dim=1)
+        flat: NDArray[np.uint8] = both.view(torch.uint8).flatten().cpu().numpy()
+        return flat
+
+    def write_page(self, page: int, raw: NDArray[np.uint8]) -> None:
+        """Fill one page from the bytes ``read_page`` gave.
+
+        Raises:
+            LayoutMismatchError: ``raw`` is not one page of this cache.
+        """
+        if raw.nbytes != self.page_nbytes:
+            raise LayoutMismatchError(f"a page has {self.page_nbytes} bytes, got {raw.nbytes}")
+        layers, _, heads, dim = self.k.shape
+        # frombuffer on a copy: received pages may be read-only, which torch refuses to wrap.
+        both = torch.frombuffer(bytearray(raw.tobytes()), dtype=self.k.dtype)
+        both = both.view(layers, 2, PAGE_TOKENS, heads, dim).to(self.k.device)
+        rows = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
+        self.k[:, rows] = both[:, 0]
+        self.v[:, rows] = both[:, 1]
+
+    def copy_rows(self, src_slots: Tensor, dst_slots: Tensor) -> None:
+        """Copy rows of all layers; every source is read before any destination is written.
+
+        Args:
+            src_slots: [R] int64.
+            dst_slots: [R] int64, distinct.
+        """
+        for rows in (self.k, self.v):
+            rows.index_copy_(1, dst_slots.to(rows.device), rows[:, src_slots.to(rows.device)])

@@ -1,0 +1,199 @@
+"""Pages between the pool and the KV tier, seen from the engine thread. Nothing here blocks.
+
+Out: when a page fills with committed tokens it enters the prefix cache, and a copy is queued for
+the tier. In: before a waiting sequence is admitted, the part of its prefix that the pool lacks is
+asked for; what arrives in time becomes idle cached pages, where admission finds it like any other.
+A waiting sequence holds no pages, so a slow tier can delay a request but never starve another.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kv_store.keys import EXACT, Namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from deployments.engine.torch_engine.page_pool import PagePool
+    from deployments.engine.torch_engine.sequence import Sequence
+    from kv_store.keys import PageKey
+    from kv_store.layout import PageLayout
+    from kv_store.page_store import LoadedPages, PageStore
+
+logger = logging.getLogger(__name__)
+
+_GRACE_S = 0.5
+"""How much longer than its own deadline the store is waited for."""
+
+
+class PageMemory(Protocol):
+    """The tensors behind page numbers and slots."""
+
+    def read_page(self, page: int) -> NDArray[np.uint8]:
+        """A copy of one page's raw bytes in the layout's order, [layout.nbytes]."""
+
+    def write_page(self, page: int, raw: NDArray[np.uint8]) -> None:
+        """Overwrite one page."""
+
+    def copy_rows(self, src_slots: Tensor, dst_slots: Tensor) -> None:
+        """Copy KV rows; all sources are read before any destination is written."""
+
+
+@dataclass(slots=True)
+class _Load:
+    sequence: Sequence
+    keys: list[PageKey]
+    num_local_pages: int
+    future: Future[LoadedPages]
+    gives_up_at: float
+
+
+class KVTransfer:
+    """Moves pages for the engine thread."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        memory: PageMemory,
+        layout: PageLayout,
+        store: PageStore | None,
+        *,
+        load_timeout_s: float,
+        monotonic: Callable[[], float],
+        wake: Callable[[], None],
+    ) -> None:
+        """Connect a pool to a store.
+
+        Args:
+            pool: page ownership.
+            memory: the pages' bytes.
+            layout: their shape.
+            store: the KV tier, or None to keep pages in this replica only.
+            load_timeout_s: a request waits for the tier no longer than about this.
+            monotonic: the clock behind time-outs.
+            wake: called from any thread when a load has ended.
+        """
+        self._pool = pool
+        self._memory = memory
+        self._layout = layout
+        self._store = store
+        self._load_timeout_s = load_timeout_s
+        self._monotonic = monotonic
+        self._wake = wake
+        self._loads: list[_Load] = []
+        self._fidelity = store.fidelity if store is not None else EXACT
+
+    def namespace(self, tenant_key: bytes) -> Namespace:
+        """Where a tenant's pages are named."""
+        return Namespace(tenant_key, self._layout, self._fidelity)
+
+    def begin_load(self, sequence: Sequence) -> None:
+        """Ask the tier for the pages of a waiting sequence that the pool lacks.
+
+        Does nothing if that was done before, or while as many pages are under way as the pool has.
+        """
+        if sequence.is_tier_asked or self._store is None:
+            return
+        keys = sequence.reusable_keys
+        num_local = self._pool.touch_prefix(keys)
+        # Room for what is missing, and the prefix found just now must not be evicted for it.
+        num_room = self._pool.num_free - num_local - sum(len(load.keys) for load in self._loads)
+        missing = keys[num_local : num_local + max(0, num_room)]
+        if keys[num_local:] and not missing and self._loads:
+            return
+        sequence.is_tier_asked = True
+        if not missing:
+            return
+        future = self._store.load(
+            missing,
+            timeout_s=self._load_timeout_s,
+            traceparent=sequence.request.traceparent,
+        )
+        sequence.is_loading = True
+        gives_up_at = self._monotonic() + self._load_timeout_s + _GRACE_S
+        self._loads.append(_Load(sequence, missing, num_local, future, gives_up_at))
+        future.add_done_callback(lambda _: self._wake())
+
+    def finish_loads(self) -> None:
+        """Take in what has arrived, and give up on what has not in time."""
+        now = self._monotonic()
+        pending = []
+        for load in self._loads:
+            if load.future.done():
+                self._take_in(load)
+            elif now < load.gives_up_at:
+                pending.append(load)
+                continue
+            else:
+                logger.warning("the KV tier did not answer in time; computing the pages instead")
+            load.sequence.is_loading = False
+        self._loads = pending
+
+    def forget(self, sequence: Sequence) -> None:
+        """Stop waiting for a sequence that has ended."""
+        for load in self._loads:
+            if load.sequence is sequence:
+                load.future.cancel()
+        self._loads = [load for load in self._loads if load.sequence is not sequence]
+        sequence.is_loading = False
+
+    @property
+    def gives_up_at(self) -> float | None:
+        """When the next load times out, on the monotonic clock; None if none is under way."""
+        return min((load.gives_up_at for load in self._loads), default=None)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Cache the pages that a commit has filled, and queue copies for the tier."""
+        num_full = sequence.num_computed_tokens // self._layout.page_tokens
+        if num_full <= sequence.num_published_pages:
+            return
+        sequence.extend_page_keys()
+        for index in range(sequence.num_published_pages, num_full):
+            page, key = sequence.page_table[index], sequence.page_keys[index]
+            is_new = self._pool.publish(page, key)
+            if is_new and self._store is not None:
+                self._store.save(key, self._memory.read_page(page))
+        sequence.num_published_pages = num_full
+
+    def _take_in(self, load: _Load) -> None:
+        """Write arrived pages into the pool as idle cached pages."""
+        if load.future.cancelled() or load.future.exception() is not None:
+            logger.warning("a KV load failed: %s", _reason(load.future))
+            return
+        # What was found in the pool may be needed to reach what arrived: keep it for now.
+        owned = self._pool.acquire_prefix(load.sequence.reusable_keys[: load.num_local_pages])
+        num_arrived = 0
+        for key, data in zip(load.keys, load.future.result().pages, strict=False):
+            if data.nbytes != self._layout.nbytes:
+                logger.warning("a loaded page has %d bytes; it is not used", data.nbytes)
+                break
+            page = self._take_in_page(key, data)
+            if page is None:
+                break
+            owned.append(page)
+            num_arrived += 1
+        self._pool.release(owned)
+        load.sequence.first_loaded_page = load.num_local_pages
+        load.sequence.num_loaded_pages = load.num_local_pages + num_arrived
+
+    def _take_in_page(self, key: PageKey, data: NDArray[np.uint8]) -> int | None:
+        present = self._pool.acquire_prefix([key])
+        if present:
+            return present[0]
+        page = self._pool.allocate()
+        if page is not None:
+            self._memory.write_page(page, data)
+            self._pool.publish(page, key)
+        return page
+
+
+def _reason(future: Future[LoadedPages]) -> str:
+    return "cancelled" if future.cancelled() else repr(future.exception())

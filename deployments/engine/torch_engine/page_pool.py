@@ -1,0 +1,118 @@
+"""Who owns which KV page: reference counts, the prefix cache's index, and what is evicted.
+
+A page is in exactly one of three states: *free* (nobody owns it, nothing worth keeping), *owned*
+(one or more sequences hold it), or *idle* (nobody owns it, but it is indexed by its key and can be
+revived until somebody needs the room). A page is indexed only when all its rows belong to committed
+tokens; from then on it is never written again, so any number of sequences may share it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from kv_store.keys import PageKey
+
+
+class PagePool:
+    """Page numbers and their owners; the rows themselves live in the KV cache."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._num_owners = [0] * num_pages
+        self._key_of: dict[int, PageKey] = {}
+        self._page_of: dict[PageKey, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Pages that ``allocate`` could still hand out, idle ones included."""
+        return len(self._free) + len(self._idle)
+
+    def allocate(self) -> int | None:
+        """Take one page, evicting the least recently used idle one if need be.
+
+        Returns:
+            A page owned once, holding garbage; None if every page is owned.
+        """
+        if self._free:
+            page = self._free.pop()
+        elif self._idle:
+            page, _ = self._idle.popitem(last=False)
+            del self._page_of[self._key_of.pop(page)]
+        else:
+            return None
+        self._num_owners[page] = 1
+        return page
+
+    def acquire_prefix(self, keys: Sequence[PageKey]) -> list[int]:
+        """Become an owner of the pages of the longest indexed prefix of a chain."""
+        pages: list[int] = []
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is None:
+                break
+            self._num_owners[page] += 1
+            self._idle.pop(page, None)
+            pages.append(page)
+        return pages
+
+    def touch_prefix(self, keys: Sequence[PageKey]) -> int:
+        """Mark the longest indexed prefix of a chain as just used, and return its length."""
+        pages: list[int] = []
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        # The tail first: what lies deeper in a chain is worthless without its ancestors.
+        for page in reversed(pages):
+            if page in self._idle:
+                self._idle.move_to_end(page)
+        return len(pages)
+
+    def publish(self, page: int, key: PageKey) -> bool:
+        """Index an owned page whose rows are all committed.
+
+        Returns:
+            False if another page already answers to this key; the pool then keeps that one.
+        """
+        if key in self._page_of:
+            return False
+        self._page_of[key] = page
+        self._key_of[page] = key
+        return True
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Give up one ownership of each page of a page table, given in chain order."""
+        for page in reversed(pages):
+            self._num_owners[page] -= 1
+            if self._num_owners[page] == 0:
+                if page in self._key_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def check_integrity(self, page_tables: Iterable[Sequence[int]]) -> None:
+        """Compare the pool's books with the page tables of every live sequence.
+
+        Raises:
+            RuntimeError: a page is leaked, owned twice by mistake, or in two states at once.
+        """
+        owners = Counter(page for table in page_tables for page in table)
+        free = set(self._free)
+        if len(free) != len(self._free):
+            raise RuntimeError("a page is twice in the free list")
+        for page, num_owners in enumerate(self._num_owners):
+            if owners[page] != num_owners:
+                raise RuntimeError(f"page {page} has {owners[page]} owners, counted {num_owners}")
+            if (page in free) + (page in self._idle) + (num_owners > 0) != 1:
+                raise RuntimeError(f"page {page} is not in exactly one state")
+            if page in self._idle and page not in self._key_of:
+                raise RuntimeError(f"idle page {page} has no key")
+        if {key: page for page, key in self._key_of.items()} != self._page_of:
+            raise RuntimeError("the index and its inverse differ")

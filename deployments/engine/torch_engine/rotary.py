@@ -1,0 +1,82 @@
+"""Rotary position embeddings in the layout of Hugging Face checkpoints (two halves).
+
+N: tokens of a batch, H: heads, D: head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """How positions turn into angles.
+
+    Attributes:
+        theta: the base of the wavelengths.
+        scaling: ``linear`` stretches all positions by ``factor``; ``llama3`` stretches long
+            wavelengths only, with a smooth passage (Llama 3.1).
+        low_freq_factor: llama3 only; wavelengths above ``original_max_positions`` divided by
+            this are stretched fully.
+        high_freq_factor: llama3 only; wavelengths below ``original_max_positions`` divided by
+            this are left alone.
+        original_max_positions: llama3 only; the context length of the pretraining.
+    """
+
+    theta: float = 10_000.0
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def canonical_text(self) -> str:
+        """One line that differs whenever two settings rotate differently."""
+        if self.scaling == "none":
+            return f"theta={self.theta!r}"
+        text = f"theta={self.theta!r} {self.scaling} factor={self.factor!r}"
+        if self.scaling == "llama3":
+            text += (
+                f" low={self.low_freq_factor!r} high={self.high_freq_factor!r}"
+                f" original={self.original_max_positions}"
+            )
+        return text
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Angle per position of each pair of dimensions: [D / 2] float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / (rope.theta**exponents)
+    if rope.scaling == "linear":
+        return frequencies / rope.factor
+    if rope.scaling == "llama3":
+        return _stretch_long_wavelengths(frequencies, rope)
+    return frequencies
+
+
+def _stretch_long_wavelengths(frequencies: Tensor, rope: RopeConfig) -> Tensor:
+    """Llama 3.1's scaling, continuous in the wavelength."""
+    turns = rope.original_max_positions * frequencies / (2 * math.pi)
+    span = rope.high_freq_factor - rope.low_freq_factor
+    smooth = ((turns - rope.low_freq_factor) / span).clamp(0, 1)
+    return frequencies * (smooth + (1 - smooth) / rope.factor)
+
+
+def rotation_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of each token: [2, N, 1, D / 2]; angles are computed in float32."""
+    angles = positions.to(torch.float32).unsqueeze(1) * frequencies
+    return torch.stack((angles.cos(), angles.sin())).to(dtype).unsqueeze(2)
+
+
+def rotate(heads_NHD: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair (i, i + D / 2) of every head by its token's angles."""
+    cos, sin = table.unbind()
+    first, second = heads_NHD.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,172 @@
+"""The engine's side of speculation: drafts in, outcomes out. Nothing here waits.
+
+Drafts are guesses from outside. A malformed one is dropped, an overlong one cut; none can change
+the text, because what is accepted is only what the sampler chose by itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from deployments.engine.speculation.acceptance import accept
+from deployments.engine.speculation.speculator import DraftRequest, RoundResult, TakenDraft
+from deployments.engine.speculation.types import DraftSampling, DraftTree, SessionSpec
+from deployments.engine.torch_engine.sampler import INVALID_TOKEN
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from deployments.engine.speculation.speculator import Speculator
+    from deployments.engine.torch_engine.scheduler import Chunk
+    from deployments.engine.torch_engine.sequence import Sequence
+    from deployments.engine.torch_engine.stopping import Stop
+
+
+class Outcome(NamedTuple):
+    """What one sampled chunk gave.
+
+    Attributes:
+        nodes: accepted draft nodes that became output, from the root's child downwards.
+        new_token_ids: what is committed.
+        stop: the end of the output, if it was reached.
+        is_invalid: the model's logits behind ``new_token_ids`` were not numbers.
+    """
+
+    sequence: Sequence
+    draft: TakenDraft
+    nodes: tuple[int, ...]
+    new_token_ids: tuple[int, ...]
+    stop: Stop | None
+    is_invalid: bool
+
+
+def verify(sequence: Sequence, draft: TakenDraft, choices: SequenceOf[int]) -> Outcome:
+    """Accept what the draft foresaw, and cut where the output ends.
+
+    Args:
+        sequence: its stop condition is advanced; the rest is left as it is.
+        draft: what was verified, possibly empty.
+        choices: the sampler's token behind the committed text and behind each draft node.
+    """
+    acceptance = accept(draft.tree, choices)
+    tokens = [draft.tree.token_ids[node] for node in acceptance.nodes]
+    is_invalid = acceptance.bonus_token_id == INVALID_TOKEN
+    if not is_invalid:
+        tokens.append(acceptance.bonus_token_id)
+    num_kept, stop = sequence.stop.cut(tokens)
+    return Outcome(
+        sequence=sequence,
+        draft=draft,
+        nodes=acceptance.nodes[:num_kept],
+        new_token_ids=tuple(tokens[:num_kept]),
+        stop=stop,
+        is_invalid=is_invalid,
+    )
+
+
+class DraftRounds:
+    """Talks to the speculator, once per step and kind of call."""
+
+    def __init__(self, speculator: Speculator, vocab_size: int) -> None:
+        self._speculator = speculator
+        self._vocab_size = vocab_size
+
+    def begin(self, chunks: SequenceOf[Chunk]) -> list[TakenDraft]:
+        """Get the drafts of the coming step and announce its rounds.
+
+        A chunk that ends a prefill takes part with an empty draft: the draft pool may use the time
+        of this forward to think about the first token already.
+
+        Returns:
+            One draft per chunk, in order; each fits into the chunk's slots.
+        """
+        taken = [TakenDraft(tree=DraftTree()) for _ in chunks]
+        asking: list[int] = []
+        requests: list[DraftRequest] = []
+        for index, chunk in enumerate(chunks):
+            if not chunk.sequence.is_speculated:
+                continue
+            self._open_session(chunk.sequence)
+            if chunk.is_sampled:
+                asking.append(index)
+                requests.append(
+                    DraftRequest(
+                        session_id=chunk.sequence.session_id,
+                        token_ids=chunk.sequence.token_ids,
+                        max_draft_tokens=chunk.max_draft_tokens,
+                    )
+                )
+        if not requests:
+            return taken
+        rounds: list[tuple[DraftRequest, DraftTree]] = []
+        answers = self._speculator.take(requests)
+        for index, request, answer in zip(asking, requests, answers, strict=True):
+            tree = usable_draft(answer.tree, request.max_draft_tokens, self._vocab_size)
+            taken[index] = TakenDraft(
+                tree=tree, table_hit=answer.table_hit, table_miss=answer.table_miss
+            )
+            rounds.append((request, tree))
+        self._speculator.verifying(rounds)
+        return taken
+
+    def end(self, outcomes: SequenceOf[Outcome]) -> None:
+        """Report the step. The sequences' texts must not have grown yet."""
+        results = [
+            RoundResult(
+                session_id=outcome.sequence.session_id,
+                tree=outcome.draft.tree,
+                num_accepted=len(outcome.nodes),
+                new_token_ids=outcome.new_token_ids,
+            )
+            for outcome in outcomes
+            if outcome.sequence.is_speculated and outcome.new_token_ids
+        ]
+        if results:
+            self._speculator.verified(results)
+
+    def leave(self, sequence: Sequence) -> None:
+        """A sequence has ended."""
+        if sequence.is_session_open:
+            self._speculator.close(sequence.session_id)
+
+    def _open_session(self, sequence: Sequence) -> None:
+        if sequence.is_session_open:
+            return
+        request, sampling = sequence.request, sequence.sampling
+        sequence.is_session_open = True
+        self._speculator.open(
+            SessionSpec(
+                session_id=sequence.session_id,
+                request_id=request.request_id,
+                tenant=request.tenant,
+                token_ids=tuple(sequence.token_ids),
+                sampling=DraftSampling(
+                    seed=sampling.seed,
+                    choice_index=request.choice_index,
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    min_p=sampling.min_p,
+                ),
+                traceparent=request.traceparent,
+            )
+        )
+
+
+def usable_draft(tree: DraftTree, max_draft_tokens: int, vocab_size: int) -> DraftTree:
+    """The part of a draft that can be verified.
+
+    Returns:
+        The tree, cut to ``max_draft_tokens`` nodes; empty if it is malformed.
+    """
+    is_sound = len(tree.parents) == len(tree.token_ids) and all(
+        -1 <= parent < node and 0 <= token < vocab_size
+        for node, (parent, token) in enumerate(zip(tree.parents, tree.token_ids, strict=False))
+    )
+    if not is_sound or max_draft_tokens <= 0:
+        return DraftTree()
+    if len(tree) <= max_draft_tokens:
+        return tree
+    return DraftTree(
+        tree.token_ids[:max_draft_tokens], tree.parents[:max_draft_tokens], tree.origin
+    )

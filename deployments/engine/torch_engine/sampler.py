@@ -1,0 +1,133 @@
+"""Chooses the next token of every sampled row. The only place where text is decided.
+
+A row's choice is a function of its logits, the tokens before it and the request's seed: not of the
+batch it is computed in, nor of the draft that made it a row of this batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from deployments.engine.speculation.noise import gumbel, row_key
+from deployments.engine.torch_engine.sampling_math import process_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from torch import Tensor
+
+    from deployments.engine.torch_engine.sequence import Sequence
+
+INVALID_TOKEN = -1
+"""The choice of a row whose logits are not numbers."""
+
+_ROWS_AT_ONCE = 16
+"""Bounds the float64 temporaries of sampled rows."""
+
+
+class SampleRow(NamedTuple):
+    """One position to choose a token for.
+
+    Attributes:
+        path: draft tokens between the sequence's committed text and this position.
+    """
+
+    sequence: Sequence
+    path: tuple[int, ...] = ()
+
+
+def sample(logits_MV: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
+    """Choose one token per row.
+
+    Args:
+        logits_MV: [M, V] float32, raw.
+        rows: M rows, in the order of the logits.
+
+    Returns:
+        M token ids; ``INVALID_TOKEN`` where a row holds NaN, or no finite maximum.
+    """
+    if not rows:
+        return []
+    # The maximum of a row with a NaN is NaN, so one pass both picks greedily and checks.
+    best_M, token_M = logits_MV.max(dim=1)
+    choices: list[int] = token_M.tolist()
+    is_valid: list[bool] = torch.isfinite(best_M).tolist()
+    slow = [
+        index
+        for index, row in enumerate(rows)
+        if is_valid[index] and (not row.sequence.sampling.is_greedy or _is_adjusted(row))
+    ]
+    for start in range(0, len(slow), _ROWS_AT_ONCE):
+        part = slow[start : start + _ROWS_AT_ONCE]
+        for index, token in zip(part, _sample_slow(logits_MV, rows, part), strict=True):
+            choices[index] = token
+    return [
+        token if valid else INVALID_TOKEN for token, valid in zip(choices, is_valid, strict=True)
+    ]
+
+
+def _sample_slow(logits_MV: Tensor, rows: SequenceOf[SampleRow], indices: list[int]) -> list[int]:
+    scores_RV = logits_MV[indices].to(torch.float64)
+    chosen = [rows[index] for index in indices]
+    for at, row in enumerate(chosen):
+        if _is_adjusted(row):
+            scores_RV[at] = _adjust(scores_RV[at], row)
+    settings = [row.sequence.sampling for row in chosen]
+    scores_RV = process_logits(
+        scores_RV,
+        [sampling.temperature for sampling in settings],
+        [sampling.top_k for sampling in settings],
+        [sampling.top_p for sampling in settings],
+        [sampling.min_p for sampling in settings],
+    )
+    drawn = [at for at, sampling in enumerate(settings) if not sampling.is_greedy]
+    if drawn:
+        vocabulary = torch.arange(scores_RV.shape[1], device=scores_RV.device)
+        keys = [_noise_key(chosen[at]) for at in drawn]
+        noise_DV = gumbel(keys, vocabulary)
+        if len(drawn) == len(chosen):
+            scores_RV = scores_RV + noise_DV
+        else:
+            scores_RV[drawn] += noise_DV
+    best_R, token_R = scores_RV.max(dim=1)
+    is_valid = torch.isfinite(best_R).tolist()
+    tokens: list[int] = token_R.tolist()
+    return [
+        token if valid else INVALID_TOKEN for token, valid in zip(tokens, is_valid, strict=True)
+    ]
+
+
+def _noise_key(row: SampleRow) -> int:
+    position = len(row.sequence.token_ids) + len(row.path)
+    return row_key(row.sequence.sampling.seed, row.sequence.request.choice_index, position)
+
+
+def _must_go_on(row: SampleRow) -> bool:
+    """Whether ``min_tokens`` forbids a stop token at this position."""
+    sequence = row.sequence
+    num_output_tokens = sequence.num_output_tokens + len(row.path)
+    # A stop token here would be output token number num_output_tokens + 1.
+    return num_output_tokens < sequence.stop.min_tokens and bool(sequence.stop.stop_token_ids)
+
+
+def _is_adjusted(row: SampleRow) -> bool:
+    sequence = row.sequence
+    return bool(sequence.sampling.logit_bias) or sequence.penalties is not None or _must_go_on(row)
+
+
+def _adjust(logits_V: Tensor, row: SampleRow) -> Tensor:
+    """Bias, then penalties, then the ban on stop tokens; [V] float64 in and out."""
+    bias = row.sequence.sampling.logit_bias
+    if bias:
+        # index_add_ sums the biases of a token named twice, on every device alike.
+        ids = torch.tensor([token for token, _ in bias], device=logits_V.device)
+        values = torch.tensor([value for _, value in bias], dtype=torch.float64)
+        logits_V = logits_V.index_add(0, ids, values.to(logits_V.device))
+    if row.sequence.penalties is not None:
+        logits_V = row.sequence.penalties.apply(logits_V, row.path)
+    if _must_go_on(row):
+        banned = torch.tensor(sorted(row.sequence.stop.stop_token_ids), device=logits_V.device)
+        logits_V = logits_V.index_fill(0, banned, -torch.inf)
+    return logits_V

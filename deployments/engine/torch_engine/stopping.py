@@ -1,0 +1,115 @@
+"""When an output ends: stop tokens, stop strings and the length limit, one token at a time.
+
+Everything here is a function of the output tokens alone, fed one by one. How many tokens a step
+commits together therefore cannot change where an output ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deployments.engine.types import FinishReason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_MAX_HELD_TOKENS = 8
+"""Tokens that may wait for the rest of a character; UTF-8 needs at most four bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The end of an output."""
+
+    reason: FinishReason
+    match: str | int | None = None
+
+
+class StopStringMatcher:
+    """Finds the first stop string in a growing text.
+
+    Text is decoded over a sliding window of tokens, because a token's text may depend on its
+    neighbours and a character may span tokens.
+    """
+
+    def __init__(
+        self, stop_strings: Sequence[str], detokenize: Callable[[Sequence[int]], str]
+    ) -> None:
+        self._stop_strings = [string for string in stop_strings if string]
+        self._detokenize = detokenize
+        self._num_kept_chars = max(map(len, self._stop_strings), default=1) - 1
+        self._tail = ""
+        self._window: list[int] = []
+        self._num_read = 0
+
+    def append(self, token_id: int) -> str | None:
+        """Add a token; return the stop string that it completes, if any.
+
+        Of several completed at once the one that starts first is returned, then the longest.
+        """
+        num_old_chars = len(self._tail)
+        text = self._tail + self._new_text(token_id)
+        self._tail = text[max(0, len(text) - self._num_kept_chars) :]
+        found = []
+        for string in self._stop_strings:
+            # Only what this token completes: an earlier match may have been too early to count.
+            start = text.find(string, max(0, num_old_chars - len(string) + 1))
+            if start >= 0:
+                found.append((start, -len(string), string))
+        return min(found)[2] if found else None
+
+    def _new_text(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._detokenize(self._window)
+        is_cut = text.endswith("\ufffd") and len(self._window) - self._num_read < _MAX_HELD_TOKENS
+        if is_cut:
+            return ""
+        known = self._detokenize(self._window[: self._num_read]) if self._num_read else ""
+        self._window = self._window[self._num_read :]
+        self._num_read = len(self._window)
+        return text[len(known) :]
+
+
+class StopCondition:
+    """Decides, token by token, whether an output has ended."""
+
+    def __init__(
+        self,
+        *,
+        max_output_tokens: int,
+        min_tokens: int,
+        stop_token_ids: frozenset[int],
+        stop_strings: Sequence[str],
+        detokenize: Callable[[Sequence[int]], str],
+    ) -> None:
+        self.max_output_tokens = max_output_tokens
+        self.min_tokens = min_tokens
+        self.stop_token_ids = stop_token_ids
+        self._matcher = StopStringMatcher(stop_strings, detokenize) if any(stop_strings) else None
+        self._num_output_tokens = 0
+
+    def append(self, token_id: int) -> Stop | None:
+        """Add the next output token; return the reason if it is the last one."""
+        self._num_output_tokens += 1
+        match = self._matcher.append(token_id) if self._matcher else None
+        if self._num_output_tokens >= self.min_tokens:
+            if token_id in self.stop_token_ids:
+                return Stop(FinishReason.STOP, token_id)
+            if match is not None:
+                return Stop(FinishReason.STOP, match)
+        if self._num_output_tokens >= self.max_output_tokens:
+            return Stop(FinishReason.LENGTH)
+        return None
+
+    def cut(self, token_ids: Sequence[int]) -> tuple[int, Stop | None]:
+        """Add tokens until one of them ends the output.
+
+        Returns:
+            How many of them belong to the output, and the end if it was reached.
+        """
+        for index, token_id in enumerate(token_ids):
+            stop = self.append(token_id)
+            if stop is not None:
+                return index + 1, stop
+        return len(token_ids), None

@@ -1,0 +1,188 @@
+"""Finds a model's folder and fills the model with exactly its tensors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import blake3
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from deployments.engine.config import DEFAULT_MODEL
+from deployments.engine.errors import WeightsMismatchError, WeightsMissingError
+from deployments.engine.torch_engine.model_config import ModelConfig
+from deployments.engine.torch_engine.models import model_class
+from deployments.engine.torch_engine.weights.gguf import GGUFFile
+from deployments.engine.torch_engine.weights.safetensors import read_safetensors, safetensors_files
+from kv_store.layout import PageLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+    from deployments.engine.torch_engine.models.llama import Model
+
+DtypeName = Literal["float32", "bfloat16"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_ALWAYS_DERIVED = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to run, and where it came from.
+
+    Attributes:
+        weights_digest: hex; differs whenever a file that decides the arithmetic differs.
+        folder: holds the tokenizer's files as well.
+        dtype: of weights, activations and KV rows.
+    """
+
+    model: Model
+    config: ModelConfig
+    weights_digest: str
+    folder: Path
+    dtype: DtypeName
+
+    def page_layout(self) -> PageLayout:
+        """The layout of this model's KV pages."""
+        return PageLayout(
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.dtype,
+            model_digest=self.weights_digest,
+            rope=self.config.rope.canonical_text(),
+        )
+
+
+def default_cache_dir() -> Path:
+    """Where fetched and derived files live unless a caller names another place."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "paceline"
+
+
+def builtin_folder(cache_dir: Path) -> Path:
+    """Where the built-in model lies once it has been fetched."""
+    return cache_dir / "models" / DEFAULT_MODEL
+
+
+def find_model_folder(name_or_path: str, cache_dir: Path) -> Path:
+    """The local folder of a model; a Hugging Face id is downloaded unless the hub is offline.
+
+    Args:
+        name_or_path: the built-in model's name, a folder, or a Hugging Face id.
+        cache_dir: Paceline's cache; Hugging Face models stay in that library's own cache.
+
+    Raises:
+        WeightsMissingError: it is not here and cannot be had.
+    """
+    if name_or_path == DEFAULT_MODEL:
+        folder = builtin_folder(cache_dir)
+        if not folder.is_dir():
+            raise WeightsMissingError(
+                f"the model {DEFAULT_MODEL} is not in {cache_dir}; get it with: paceline fetch"
+            )
+        return folder
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=_SNAPSHOT_PATTERNS))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise WeightsMissingError(
+            f"{name_or_path!r} is neither a folder nor a Hugging Face model that can be had now "
+            f"({type(error).__name__}); get it with: paceline fetch --model {name_or_path}"
+        ) from error
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: DtypeName,
+    device: str = "cpu",
+    cache_dir: Path,
+) -> LoadedModel:
+    """Build a model and fill it.
+
+    Raises:
+        WeightsMissingError: the files are not here and cannot be had.
+        UnsupportedModelError: the model asks for something this engine does not compute.
+        WeightsMismatchError: the files do not hold exactly the model's tensors.
+    """
+    folder = find_model_folder(name_or_path, cache_dir)
+    config = ModelConfig.from_folder(folder)
+    files = weight_files(folder)
+    model = model_class(config.model_type)(config, dtype=_DTYPES[dtype], device=device)
+    fill_model(model, read_tensors(files))
+    return LoadedModel(
+        model=model,
+        config=config,
+        weights_digest=digest_files([folder / "config.json", *files]),
+        folder=folder,
+        dtype=dtype,
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights.
+
+    Raises:
+        WeightsMissingError: there are none.
+    """
+    files = safetensors_files(folder) or sorted(folder.glob("*.gguf"))
+    if not files:
+        raise WeightsMissingError(f"{folder} holds no *.safetensors and no *.gguf file")
+    return files
+
+
+def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the files, under their Hugging Face names."""
+    for path in files:
+        if path.suffix == ".gguf":
+            yield from GGUFFile(path).tensors()
+        else:
+            yield from read_safetensors([path])
+
+
+def fill_model(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy every tensor to its place.
+
+    Raises:
+        WeightsMismatchError: a tensor is unknown, missing, given twice or of another shape.
+    """
+    targets = model.weight_targets()
+    for name, tensor in tensors:
+        if name.endswith(_ALWAYS_DERIVED):
+            continue
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue  # some files store the tied head a second time
+        target = targets.pop(name, None)
+        if target is None:
+            raise WeightsMismatchError(f"tensor {name!r} has no place in the model, or came twice")
+        if target.shape != tensor.shape:
+            raise WeightsMismatchError(
+                f"tensor {name!r} is {tuple(tensor.shape)}, the model wants {tuple(target.shape)}"
+            )
+        target.copy_(tensor)
+    if targets:
+        raise WeightsMismatchError(
+            f"{len(targets)} tensors are missing, the first is {min(targets)!r}"
+        )
+
+
+def digest_files(files: Iterable[Path]) -> str:
+    """Hex digest of the files' contents, in order."""
+    total = blake3.blake3()
+    for path in files:
+        one = blake3.blake3(max_threads=blake3.blake3.AUTO)
+        one.update_mmap(path)
+        total.update(one.digest())
+    hexdigest: str = total.hexdigest()
+    return hexdigest

@@ -1,0 +1,260 @@
+"""The flow of one client request, the same for every surface: prompts in, text deltas out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from deployments.accounting import RequestTotals
+from deployments.detokenizer import ChoiceText
+from deployments.engine.types import GenerationRequest
+from deployments.errors import ContextLengthError, RequestInvalidError, RequestTooLargeError
+from deployments.merge import merge
+from deployments.sampling import build_sampling_params, check_prompt_token_ids
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    from deployments.config import IngressConfig
+    from deployments.engine.types import FinishReason
+    from deployments.metrics import IngressMetrics
+    from deployments.sampling import SamplingFields
+    from deployments.target_client import TargetClient
+    from deployments.tenants import Tenant
+    from deployments.tokenizer import ChatTurn, Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallContext:
+    """What a surface knows about a call besides its content.
+
+    Attributes:
+        surface: ``http`` or ``grpc``.
+        deadline: seconds since the epoch.
+        avoid_replicas: target replicas not to use, if others can be had.
+    """
+
+    surface: str
+    tenant: Tenant
+    deadline: float
+    traceparent: str | None = None
+    avoid_replicas: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A validated call: one engine request per choice.
+
+    Attributes:
+        completion_id: names the answer.
+        requests: prompts times n, in the order of the answer's choice indices.
+    """
+
+    completion_id: str
+    context: CallContext
+    requests: tuple[GenerationRequest, ...]
+    num_choices_per_prompt: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return [
+            len(request.prompt_token_ids)
+            for request in self.requests[:: self.num_choices_per_prompt]
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDelta:
+    """New text of one choice; the last one has a finish reason.
+
+    Attributes:
+        index: the choice's index in the answer.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    replica_id: str
+
+
+class Generation:
+    """Turns prompts into plans and plans into text."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        target: TargetClient,
+        config: IngressConfig,
+        metrics: IngressMetrics,
+        *,
+        max_model_len: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._target = target
+        self._config = config
+        self._metrics = metrics
+        self._max_model_len = max_model_len
+        self._threads = ThreadPoolExecutor(config.tokenizer_threads, "tokenizer")
+
+    async def encode_chat(self, turns: Sequence[ChatTurn]) -> tuple[int, ...]:
+        """Token ids of a conversation, ready for the assistant's answer.
+
+        Raises:
+            RequestInvalidError: too long, or refused by the model's template.
+        """
+        self._check_chars(sum(len(turn.content) for turn in turns), "messages")
+        loop = asyncio.get_running_loop()
+        return tuple(await loop.run_in_executor(self._threads, self._tokenizer.encode_chat, turns))
+
+    async def encode_text(self, text: str, param: str) -> tuple[int, ...]:
+        """Token ids of plain text.
+
+        Raises:
+            RequestInvalidError: empty or too long.
+        """
+        self._check_chars(len(text), param)
+        loop = asyncio.get_running_loop()
+        token_ids = await loop.run_in_executor(self._threads, self._tokenizer.encode, text)
+        if not token_ids:
+            raise RequestInvalidError(f"'{param}' must not be empty.", param=param)
+        return tuple(token_ids)
+
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> tuple[int, ...]:
+        """Token ids given by the client.
+
+        Raises:
+            RequestInvalidError: none, or unknown ones.
+        """
+        if not token_ids:
+            raise RequestInvalidError(f"'{param}' must not be empty.", param=param)
+        check_prompt_token_ids(token_ids, self._tokenizer.vocab_size, param)
+        return tuple(token_ids)
+
+    def plan(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        fields: SamplingFields,
+        context: CallContext,
+        *,
+        n: int,
+        max_tokens: int | None,
+        max_tokens_param: str,
+        prompt_param: str,
+        speculation: bool,
+    ) -> Plan:
+        """Build the engine requests of a call.
+
+        Raises:
+            RequestInvalidError: a prompt does not fit, or the parameters contradict each other.
+        """
+        if len(prompts) * n > self._config.max_choices:
+            raise RequestInvalidError(
+                f"At most {self._config.max_choices} choices per request (prompts times n).",
+                param="n",
+            )
+        completion_id = uuid.uuid4().hex
+        requests: list[GenerationRequest] = []
+        for prompt in prompts:
+            room = self._max_model_len - len(prompt)
+            if room < 1:
+                raise ContextLengthError(
+                    f"This model's maximum context length is {self._max_model_len} tokens. "
+                    f"However, your prompt has {len(prompt)} tokens and leaves no room for output.",
+                    param=prompt_param,
+                )
+            sampling = build_sampling_params(
+                fields,
+                max_tokens=max_tokens,
+                max_tokens_param=max_tokens_param,
+                room=room,
+                vocab_size=self._tokenizer.vocab_size,
+            )
+            requests.extend(
+                GenerationRequest(
+                    request_id=f"{completion_id}-{len(requests) + choice}",
+                    prompt_token_ids=prompt,
+                    sampling=sampling,
+                    choice_index=choice,
+                    tenant=context.tenant.name,
+                    tenant_key=context.tenant.tenant_key,
+                    priority=context.tenant.priority,
+                    deadline=context.deadline,
+                    traceparent=context.traceparent,
+                    speculation=speculation,
+                    avoid_replicas=context.avoid_replicas,
+                )
+                for choice in range(n)
+            )
+        return Plan(
+            completion_id=completion_id,
+            context=context,
+            requests=tuple(requests),
+            num_choices_per_prompt=n,
+        )
+
+    async def stream(self, plan: Plan, totals: RequestTotals) -> AsyncGenerator[TextDelta, None]:
+        """Text of all choices, interleaved as it is generated.
+
+        Closing the generator cancels every choice at its replica.
+
+        Args:
+            plan: from ``plan``.
+            totals: filled in on the way; complete once the stream has ended.
+
+        Raises:
+            EngineError: from the engine.
+            SurfaceError: no replica could serve the request.
+        """
+        observer = self._metrics.observe(plan.context.surface, plan.context.tenant.name)
+        streams = [self._choice(plan, index, totals) for index in range(len(plan.requests))]
+        try:
+            async with aclosing(merge(streams)) as deltas:
+                async for delta in deltas:
+                    observer.tokens(delta.index, len(delta.token_ids))
+                    yield delta
+            observer.finished(totals.usage())
+        except Exception:
+            observer.failed()
+            raise
+        finally:
+            observer.close()
+
+    async def _choice(
+        self, plan: Plan, index: int, totals: RequestTotals
+    ) -> AsyncGenerator[TextDelta, None]:
+        request = plan.requests[index]
+        text = ChoiceText(self._tokenizer.decode, request.sampling.stop_strings)
+        async with aclosing(self._target.stream(request)) as deltas:
+            async for delta in deltas:
+                totals.add_output(len(delta.token_ids))
+                totals.replica_id = totals.replica_id or delta.replica_id
+                if delta.finish_reason is not None:
+                    prompt_index = index // plan.num_choices_per_prompt
+                    totals.add_finished(prompt_index, delta.usage, delta.speculation)
+                yield TextDelta(
+                    index=index,
+                    text=text.push(delta),
+                    token_ids=delta.token_ids,
+                    finish_reason=delta.finish_reason,
+                    replica_id=delta.replica_id,
+                )
+
+    def close(self) -> None:
+        """Stop the tokeniser's threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _check_chars(self, num_chars: int, param: str) -> None:
+        if num_chars > self._config.max_prompt_chars:
+            raise RequestTooLargeError(
+                f"'{param}' has {num_chars} characters; at most "
+                f"{self._config.max_prompt_chars} are accepted.",
+                param=param,
+            )

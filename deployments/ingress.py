@@ -1,0 +1,342 @@
+"""The ingress: OpenAI-compatible HTTP and gRPC in, a token stream out.
+
+A request, from top to bottom: authenticate and admit (``call``), parse (``openai_api`` or
+``grpc_api``), tokenise and plan (``generation``), stream from the target pool (``target_client``),
+and shape the answer (``openai_answers`` or ``grpc_api``).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from fastapi import Request  # noqa: TC002 - FastAPI reads the annotations at run time
+from ray import serve
+from starlette.responses import Response
+
+from deployments import grpc_api
+from deployments.accounting import RequestTotals
+from deployments.admission import AdmissionGate
+from deployments.call import REPLICA_HEADER, CallGuard
+from deployments.errors import ModelNotFoundError, RequestInvalidError, describe
+from deployments.generation import Generation, Plan
+from deployments.grpc_health import HealthService
+from deployments.http_app import EventStream, build_app, error_response, json_response, read_body
+from deployments.metrics import IngressMetrics
+from deployments.model_files import model_folder, served_model_name
+from deployments.openai_answers import AnswerWriter, model_body, sse_error
+from deployments.openai_api import ChatCompletionRequest, CompletionRequest, parse_body
+from deployments.target_client import TargetClient
+from deployments.target_probe import TargetProbe
+from deployments.tenants import TenantDirectory
+from deployments.tokenizer import ChatTurn, Tokenizer
+from deployments.tracing import Tracing
+from protos import inference_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+    from pathlib import Path
+
+    from grpc_health.v1 import health_pb2
+    from ray.serve.grpc_util import RayServegRPCContext
+
+    from deployments.config import AuthConfig, IngressConfig, TracingConfig
+    from deployments.engine.config import EngineConfig
+    from deployments.generation import CallContext
+    from deployments.openai_api import OpenAIRequest
+    from deployments.serve_compat import Handle
+
+logger = logging.getLogger(__name__)
+
+GRPC_SERVICERS = (
+    "protos.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+"""For ``gRPCOptions.grpc_servicer_functions``: Serve calls the methods of the same names below."""
+
+_COMPLETION_DEFAULT_MAX_TOKENS = 16
+
+app = build_app()
+
+
+@serve.deployment(name="ingress", max_ongoing_requests=512)
+@serve.ingress(app)
+class IngressDeployment:
+    """One replica of the public surfaces."""
+
+    def __init__(
+        self,
+        target: Handle,
+        *,
+        engine: EngineConfig,
+        cache_dir: Path,
+        config: IngressConfig,
+        auth: AuthConfig,
+        tracing: TracingConfig,
+    ) -> None:
+        """Load the tokenizer and wrap the target pool.
+
+        Args:
+            target: handle of the target deployment.
+            engine: for the model's name and its length limit.
+            cache_dir: where models lie that are not local folders.
+            config: limits.
+            auth: tenants and their keys.
+            tracing: where spans go.
+        """
+        self._config = config
+        self._model = served_model_name(engine)
+        self._max_model_len = engine.max_model_len
+        self._created = int(time.time())
+        self._metrics = IngressMetrics()
+        self._tracing = Tracing(tracing, "paceline-ingress")
+        self._tokenizer = Tokenizer.load(model_folder(engine.model, cache_dir))
+        client = TargetClient(
+            target, max_resumes=config.max_resumes, on_resume=self._metrics.resumed
+        )
+        self._generation = Generation(
+            self._tokenizer, client, config, self._metrics, max_model_len=self._max_model_len
+        )
+        gate = AdmissionGate(config.max_concurrent_requests)
+        self._guard = CallGuard(config, TenantDirectory(auth), gate, self._tracing, self._model)
+        self._probe = TargetProbe(target)
+        self._health = HealthService(self._probe)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(self, request: Request) -> Response:
+        """Chat completion, whole or streamed."""
+        return await self._answer_http(request, ChatCompletionRequest)
+
+    @app.post("/v1/completions")
+    async def completions(self, request: Request) -> Response:
+        """Plain completion, whole or streamed."""
+        return await self._answer_http(request, CompletionRequest)
+
+    @app.get("/v1/models")
+    async def models(self, request: Request) -> Response:
+        """The one model served here."""
+        try:
+            self._guard.authenticate(request.headers)
+        except Exception as error:  # noqa: BLE001 - root of the request
+            return self._http_error(error)
+        body = model_body(self._model, self._created, self._max_model_len)
+        return json_response({"object": "list", "data": [body]})
+
+    @app.get("/v1/models/{model:path}")
+    async def model(self, request: Request, model: str) -> Response:
+        """One model by its id."""
+        try:
+            self._guard.authenticate(request.headers)
+            self._check_model(model)
+        except Exception as error:  # noqa: BLE001 - root of the request
+            return self._http_error(error)
+        return json_response(model_body(self._model, self._created, self._max_model_len))
+
+    @app.get("/health")
+    async def health(self) -> Response:
+        """200 while a target replica answers, else 503."""
+        ready = await self._probe.is_ready()
+        return json_response({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
+
+    async def Generate(  # noqa: N802 - the RPC's name
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        """Stream text as it is generated."""
+        try:
+            with self._guard.call("grpc", "text_completion", _metadata(grpc_context)) as context:
+                plan = await self._plan_grpc(request, context)
+                totals = RequestTotals(plan.prompt_lengths)
+                async with aclosing(self._generation.stream(plan, totals)) as deltas:
+                    num_open = len(plan.requests)
+                    async for delta in deltas:
+                        num_open -= delta.finish_reason is not None
+                        yield grpc_api.chunk_message(plan, delta, None if num_open else totals)
+        except Exception as error:  # noqa: BLE001 - root of the request
+            self._grpc_error(error, grpc_context)
+
+    async def GenerateUnary(  # noqa: N802
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> pb.GenerateResponse:
+        """The same generation as one answer."""
+        try:
+            with self._guard.call("grpc", "text_completion", _metadata(grpc_context)) as context:
+                plan = await self._plan_grpc(request, context)
+                totals = RequestTotals(plan.prompt_lengths)
+                builder = grpc_api.ResponseBuilder(plan, self._model)
+                async with aclosing(self._generation.stream(plan, totals)) as deltas:
+                    async for delta in deltas:
+                        builder.collect(delta)
+                return builder.build(totals)
+        except Exception as error:  # noqa: BLE001 - root of the request
+            self._grpc_error(error, grpc_context)
+            return pb.GenerateResponse()
+
+    async def ModelInfo(  # noqa: N802
+        self, request: pb.ModelInfoRequest, grpc_context: RayServegRPCContext
+    ) -> pb.ModelInfoResponse:
+        """What is served here."""
+        try:
+            self._guard.authenticate(_metadata(grpc_context))
+        except Exception as error:  # noqa: BLE001 - root of the request
+            self._grpc_error(error, grpc_context)
+            return pb.ModelInfoResponse()
+        return pb.ModelInfoResponse(
+            model=self._model,
+            max_model_len=self._max_model_len,
+            vocab_size=self._tokenizer.vocab_size,
+            has_chat_template=self._tokenizer.has_chat_template,
+            max_choices=self._config.max_choices,
+        )
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> health_pb2.HealthCheckResponse:
+        """``grpc.health.v1``: the state now."""
+        return await self._health.check(request, grpc_context)
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest
+    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
+        """``grpc.health.v1``: every change of the state."""
+        async with aclosing(self._health.watch(request)) as states:
+            async for state in states:
+                yield state
+
+    async def _answer_http(self, request: Request, body_type: type[OpenAIRequest]) -> Response:
+        try:
+            self._guard.authenticate(request.headers)
+            body = parse_body(await read_body(request, self._config.max_body_bytes), body_type)
+            self._check_model(body.model)
+            if body.stream:
+                events = self._events(request.headers, body)
+                # The first event is awaited here, so that what fails before it has a status.
+                return EventStream(await anext(events), events)
+            return await self._whole_answer(request.headers, body)
+        except Exception as error:  # noqa: BLE001 - root of the request
+            return self._http_error(error)
+
+    async def _whole_answer(self, headers: Mapping[str, str], body: OpenAIRequest) -> Response:
+        with self._guard.call("http", _operation(body), headers) as context:
+            plan = await self._plan_http(body, context)
+            totals = RequestTotals(plan.prompt_lengths)
+            writer = AnswerWriter(plan, self._model, chat=_is_chat(body))
+            async with aclosing(self._generation.stream(plan, totals)) as deltas:
+                async for delta in deltas:
+                    writer.collect(delta)
+            return json_response(
+                writer.body(totals), headers={REPLICA_HEADER: totals.replica_id}
+            )
+
+    async def _events(
+        self, headers: Mapping[str, str], body: OpenAIRequest
+    ) -> AsyncGenerator[bytes, None]:
+        begun = False
+        try:
+            with self._guard.call("http", _operation(body), headers) as context:
+                plan = await self._plan_http(body, context)
+                totals = RequestTotals(plan.prompt_lengths)
+                options = body.stream_options
+                include_usage = options is not None and options.include_usage
+                writer = AnswerWriter(
+                    plan, self._model, chat=_is_chat(body), include_usage=include_usage
+                )
+                async with aclosing(self._generation.stream(plan, totals)) as deltas:
+                    async for delta in deltas:
+                        events = writer.delta(delta)
+                        if not begun:
+                            events = writer.opening() + events
+                        begun = True
+                        yield b"".join(events)
+                yield b"".join(writer.closing(totals))
+        except Exception as error:
+            if not begun:
+                raise
+            yield sse_error(describe(self._counted("http", error)))
+
+    async def _plan_http(self, body: OpenAIRequest, context: CallContext) -> Plan:
+        if isinstance(body, ChatCompletionRequest):
+            turns = [ChatTurn(message.role, message.text()) for message in body.messages]
+            prompts = [await self._generation.encode_chat(turns)]
+            (max_tokens, max_tokens_param), prompt_param = body.output_limit, "messages"
+        elif isinstance(body, CompletionRequest):
+            prompts = [
+                await self._generation.encode_text(prompt, "prompt")
+                if isinstance(prompt, str)
+                else self._generation.check_token_ids(prompt, "prompt")
+                for prompt in body.prompts()
+            ]
+            max_tokens = body.max_tokens or _COMPLETION_DEFAULT_MAX_TOKENS
+            max_tokens_param, prompt_param = "max_tokens", "prompt"
+        else:
+            raise TypeError(f"no plan for {type(body).__name__}")
+        return self._generation.plan(
+            prompts,
+            body,
+            context,
+            n=body.n or 1,
+            max_tokens=max_tokens,
+            max_tokens_param=max_tokens_param,
+            prompt_param=prompt_param,
+            speculation=body.speculation,
+        )
+
+    async def _plan_grpc(self, request: pb.GenerateRequest, context: CallContext) -> Plan:
+        self._check_model(request.model)
+        kind = request.WhichOneof("prompt")
+        if kind == "text":
+            prompt = await self._generation.encode_text(request.text, "text")
+        elif kind == "chat":
+            prompt = await self._generation.encode_chat(grpc_api.chat_turns(request.chat))
+        elif kind == "token_ids":
+            prompt = self._generation.check_token_ids(request.token_ids.ids, "token_ids")
+        else:
+            raise RequestInvalidError("Missing required parameter: 'prompt'.", param="prompt")
+        return self._generation.plan(
+            [prompt],
+            grpc_api.sampling_fields(request.sampling),
+            context,
+            n=grpc_api.num_choices(request),
+            max_tokens=grpc_api.max_tokens(request.sampling),
+            max_tokens_param="max_tokens",
+            prompt_param=kind,
+            speculation=request.speculation if request.HasField("speculation") else True,
+        )
+
+    def _check_model(self, model: str) -> None:
+        if model != self._model:
+            raise ModelNotFoundError(f"The model '{model[:256]}' does not exist.")
+
+    def _http_error(self, error: Exception) -> Response:
+        return error_response(describe(self._counted("http", error)))
+
+    def _grpc_error(self, error: Exception, context: RayServegRPCContext) -> None:
+        # The status is set and the method returns: an exception would be logged with a traceback
+        # by Serve, once per bad request.
+        described = describe(self._counted("grpc", error))
+        context.set_code(described.kind.grpc_code)
+        context.set_details(described.message)
+        metadata = [("x-paceline-error-code", described.kind.code or described.kind.type)]
+        if described.param is not None:
+            metadata.append(("x-paceline-error-param", described.param))
+        metadata.extend((name.lower(), value) for name, value in described.headers().items())
+        context.set_trailing_metadata(metadata)
+
+    def _counted(self, surface: str, error: Exception) -> Exception:
+        self._metrics.error(surface, error)
+        if describe(error).kind.http_status >= 500:
+            logger.error("a request failed on the %s surface", surface, exc_info=error)
+        return error
+
+
+def _metadata(context: RayServegRPCContext) -> dict[str, str]:
+    return {str(key): str(value) for key, value in context.invocation_metadata()}
+
+
+def _is_chat(body: OpenAIRequest) -> bool:
+    return isinstance(body, ChatCompletionRequest)
+
+
+def _operation(body: OpenAIRequest) -> str:
+    return "chat" if _is_chat(body) else "text_completion"

@@ -1,0 +1,191 @@
+"""Every metric's name, unit and labels. Ray exports them on its Prometheus endpoint.
+
+Ray prefixes the names with ``ray_``; Serve adds the labels ``deployment``, ``replica`` and
+``application``. Layers below return snapshots (``EngineStats``, ``PageStoreStats``); only this file
+turns them into metrics.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from ray.serve import metrics
+
+if TYPE_CHECKING:
+    from deployments.engine.types import GenerationUsage
+
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 60.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 0.75, 2.5)
+
+
+class Metric(NamedTuple):
+    """One metric's definition; a histogram has boundaries."""
+
+    name: str
+    description: str
+    labels: tuple[str, ...] = ()
+    boundaries: tuple[float, ...] = ()
+
+
+TTFT = Metric(
+    "paceline_time_to_first_token_seconds",
+    "From the request's arrival to its first token, at the ingress.",
+    ("surface", "tenant"),
+    _SECONDS,
+)
+INTER_TOKEN = Metric(
+    "paceline_time_per_output_token_seconds",
+    "Mean time per output token behind the first one, per choice, at the ingress.",
+    ("surface", "tenant"),
+    _TOKEN_SECONDS,
+)
+REQUEST_DURATION = Metric(
+    "paceline_request_duration_seconds",
+    "From the request's arrival to its end, at the ingress.",
+    ("surface", "tenant"),
+    _SECONDS,
+)
+REQUESTS = Metric(
+    "paceline_requests_total", "Requests ended, by outcome.", ("surface", "tenant", "outcome")
+)
+ERRORS = Metric("paceline_errors_total", "Requests refused or failed.", ("surface", "error"))
+PROMPT_TOKENS = Metric("paceline_prompt_tokens_total", "Prompt tokens served.", ("tenant",))
+OUTPUT_TOKENS = Metric("paceline_output_tokens_total", "Output tokens delivered.", ("tenant",))
+CACHED_TOKENS = Metric(
+    "paceline_cached_tokens_total",
+    "Prompt tokens whose KV was not computed again, by where it came from.",
+    ("tenant", "source"),
+)
+IN_FLIGHT = Metric("paceline_requests_in_flight", "Requests in flight at this ingress replica.")
+RESUMES = Metric("paceline_resumes_total", "Sequences moved to another target replica.")
+DRAFT_TOKENS = Metric("paceline_draft_tokens_total", "Draft tokens verified.")
+ACCEPTED_TOKENS = Metric(
+    "paceline_accepted_draft_tokens_total", "Draft tokens accepted, by drafter.", ("origin",)
+)
+SPEC_STEPS = Metric("paceline_spec_steps_total", "Verification steps that carried a draft.")
+TABLE_LOOKUPS = Metric(
+    "paceline_outcome_table_lookups_total",
+    "Steps for which the draft pool was asked, by whether a row fitted.",
+    ("result",),
+)
+RUNNING = Metric("paceline_engine_running_sequences", "Sequences decoding in this engine.")
+WAITING = Metric("paceline_engine_waiting_sequences", "Sequences queued in this engine.")
+PREEMPTIONS = Metric("paceline_engine_preemptions_total", "Sequences put back for lack of pages.")
+STEPS = Metric("paceline_engine_steps_total", "Engine steps.")
+STEP_TIME = Metric("paceline_engine_step_seconds", "Moving average of one engine step.")
+PAGES = Metric("paceline_kv_pages", "KV pages of this replica, by state.", ("state",))
+TIER_PAGES = Metric("paceline_kv_tier_pages_total", "Pages by tier and outcome.", ("tier", "event"))
+STORE_QUEUE = Metric("paceline_kv_write_queue_pages", "Pages waiting to be written to the tier.")
+DRAFT_SESSIONS = Metric("paceline_draft_sessions", "Sequences that hold a draft replica.")
+
+ALL_METRICS: tuple[Metric, ...] = tuple(
+    value for value in list(globals().values()) if isinstance(value, Metric)
+)
+
+
+def new_counter(metric: Metric) -> metrics.Counter:
+    """A counter of this process."""
+    return metrics.Counter(metric.name, metric.description, metric.labels)
+
+
+def new_gauge(metric: Metric) -> metrics.Gauge:
+    """A gauge of this process."""
+    return metrics.Gauge(metric.name, metric.description, metric.labels)
+
+
+def new_histogram(metric: Metric) -> metrics.Histogram:
+    """A histogram of this process."""
+    return metrics.Histogram(
+        metric.name, metric.description, list(metric.boundaries), metric.labels
+    )
+
+
+class IngressMetrics:
+    """What the ingress measures."""
+
+    def __init__(self) -> None:
+        self.ttft = new_histogram(TTFT)
+        self.inter_token = new_histogram(INTER_TOKEN)
+        self.duration = new_histogram(REQUEST_DURATION)
+        self.requests = new_counter(REQUESTS)
+        self.errors = new_counter(ERRORS)
+        self.prompt_tokens = new_counter(PROMPT_TOKENS)
+        self.output_tokens = new_counter(OUTPUT_TOKENS)
+        self.cached_tokens = new_counter(CACHED_TOKENS)
+        self.in_flight = new_gauge(IN_FLIGHT)
+        self._resumes = new_counter(RESUMES)
+        self._num_in_flight = 0
+
+    def observe(self, surface: str, tenant: str) -> RequestObserver:
+        """Start the clock of one request."""
+        self._num_in_flight += 1
+        self.in_flight.set(self._num_in_flight)
+        return RequestObserver(self, surface, tenant)
+
+    def released(self) -> None:
+        """One request less in flight."""
+        self._num_in_flight -= 1
+        self.in_flight.set(self._num_in_flight)
+
+    def resumed(self) -> None:
+        """A sequence went on at another replica."""
+        self._resumes.inc()
+
+    def error(self, surface: str, error: BaseException) -> None:
+        """A request ended in an error, before or after its first token."""
+        self.errors.inc(tags={"surface": surface, "error": type(error).__name__})
+
+
+class RequestObserver:
+    """The times and counts of one request, from arrival to end."""
+
+    def __init__(self, metrics_: IngressMetrics, surface: str, tenant: str) -> None:
+        self._metrics = metrics_
+        self._labels = {"surface": surface, "tenant": tenant}
+        self._started = time.perf_counter()
+        self._first: dict[int, float] = {}
+        self._last: dict[int, tuple[float, int]] = {}
+        self._outcome = "cancelled"
+
+    def tokens(self, index: int, num_tokens: int) -> None:
+        """Choice ``index`` got new tokens."""
+        if not num_tokens:
+            return
+        now = time.perf_counter()
+        if not self._first:
+            self._metrics.ttft.observe(now - self._started, tags=self._labels)
+        if index not in self._first:
+            # A first step may bring several tokens; only those behind it have a gap to measure.
+            self._first[index] = now
+            self._last[index] = (now, 0)
+        else:
+            self._last[index] = (now, self._last[index][1] + num_tokens)
+
+    def finished(self, usage: GenerationUsage) -> None:
+        """All choices ended."""
+        self._outcome = "finished"
+        tenant = {"tenant": self._labels["tenant"]}
+        if usage.num_prompt_tokens:
+            self._metrics.prompt_tokens.inc(usage.num_prompt_tokens, tags=tenant)
+        if usage.num_output_tokens:
+            self._metrics.output_tokens.inc(usage.num_output_tokens, tags=tenant)
+        local = usage.num_cached_tokens - usage.num_tier_cached_tokens
+        for source, count in (("replica", local), ("tier", usage.num_tier_cached_tokens)):
+            if count > 0:
+                self._metrics.cached_tokens.inc(count, tags={**tenant, "source": source})
+
+    def failed(self) -> None:
+        """The request ended in an error."""
+        self._outcome = "failed"
+
+    def close(self) -> None:
+        """The request has ended, however it did."""
+        elapsed = time.perf_counter() - self._started
+        self._metrics.duration.observe(elapsed, tags=self._labels)
+        for index, (last, count) in self._last.items():
+            if count:
+                gap = (last - self._first[index]) / count
+                self._metrics.inter_token.observe(gap, tags=self._labels)
+        self._metrics.requests.inc(tags={**self._labels, "outcome": self._outcome})
+        self._metrics.released()

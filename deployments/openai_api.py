@@ -1,0 +1,184 @@
+"""OpenAI's request bodies as this server accepts them.
+
+Types are strict, unknown fields are refused by name, and a parameter of the public API that is not
+implemented here is accepted at its default and refused at any other value, so that no client is
+ever answered as if something it asked for had been done.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import orjson
+from pydantic import Field
+
+from deployments.errors import RequestInvalidError, UnsupportedParameterError
+from deployments.sampling import SamplingFields, TokenId, WireModel, validate
+
+R = TypeVar("R", bound="OpenAIRequest")
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+MaxTokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
+
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "prompt_logprobs": (None,),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "parallel_tool_calls": (None, True, False),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None, "none"),
+    "web_search_options": (None,),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "verbosity": (None, "medium"),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+}
+"""Parameter -> the values that ask for nothing."""
+
+_IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+"""Labels for the provider's own records; they never change an answer."""
+
+
+class TextPart(WireModel):
+    """One part of a message; only text is understood."""
+
+    type: Literal["text"]
+    """The part's kind."""
+    text: str
+    """Its text."""
+
+
+class Message(WireModel):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """Who speaks."""
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    """What is said."""
+    name: str | None = None
+    """Accepted for compatibility; chat templates of text models do not show it."""
+
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class StreamOptions(WireModel):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    """Send one more chunk, without choices, that carries the usage."""
+    include_obfuscation: bool = False
+    """Accepted for compatibility; no padding is sent."""
+
+
+class OpenAIRequest(SamplingFields):
+    """What chat and plain completions share."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    """The served model's id."""
+    n: Annotated[int, Field(ge=1, le=8)] | None = None
+    """Choices per prompt; 1 by default."""
+    stream: bool | None = None
+    """Answer with server-sent events."""
+    stream_options: StreamOptions | None = None
+    """Only together with ``stream``."""
+    speculation: bool = True
+    """Let draft tokens be verified; the text is the same either way."""
+    max_tokens: MaxTokens | None = None
+    """Output tokens, at most."""
+
+
+class ChatCompletionRequest(OpenAIRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    """The conversation so far."""
+    max_completion_tokens: MaxTokens | None = None
+    """Output tokens, at most; the newer name of ``max_tokens``."""
+
+    @property
+    def output_limit(self) -> tuple[int | None, str]:
+        """The limit and the name the client gave it.
+
+        Raises:
+            RequestInvalidError: both names were used.
+        """
+        if self.max_completion_tokens is None:
+            return self.max_tokens, "max_tokens"
+        if self.max_tokens is not None:
+            raise RequestInvalidError(
+                "'max_tokens' and 'max_completion_tokens' cannot both be set.", param="max_tokens"
+            )
+        return self.max_completion_tokens, "max_completion_tokens"
+
+
+class CompletionRequest(OpenAIRequest):
+    """``POST /v1/completions``."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
+    )
+    """Text or token ids, one prompt or several."""
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt, in order."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        items: list[str | int | list[int]] = list(self.prompt)
+        token_ids = [item for item in items if isinstance(item, int)]
+        if token_ids:
+            return [token_ids]
+        return [item for item in items if not isinstance(item, int)]
+
+
+def parse_body(body: bytes, model: type[R]) -> R:
+    """Parse and validate one request body.
+
+    Raises:
+        RequestInvalidError: not JSON, not an object, or a field is wrong (named in ``param``).
+        UnsupportedParameterError: a known parameter that is not implemented was set.
+    """
+    try:
+        data: Any = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise RequestInvalidError("The request body is not valid JSON.") from error
+    if not isinstance(data, dict):
+        raise RequestInvalidError("The request body must be a JSON object.")
+    request = validate(model, _without_unsupported(data, model))
+    if request.stream_options is not None and not request.stream:
+        raise RequestInvalidError(
+            "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
+        )
+    return request
+
+
+def _without_unsupported(data: dict[str, Any], model: type[WireModel]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in data.items():
+        if name in model.model_fields:
+            kept[name] = value
+        elif name in _UNSUPPORTED:
+            # Compared with the type, because False == 0 and 1 == True.
+            defaults = _UNSUPPORTED[name]
+            if not any(type(value) is type(default) and value == default for default in defaults):
+                raise UnsupportedParameterError(
+                    f"Unsupported parameter: '{name}' is not supported by this server.", param=name
+                )
+        elif name not in _IGNORED:
+            kept[name] = value
+    return kept

@@ -1,0 +1,109 @@
+"""Routes a request to the target replica that holds its prompt's beginning, unless it is busy."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from typing import TYPE_CHECKING
+
+from deployments.engine.types import GenerationRequest
+from deployments.prefix_affinity import PrefixAffinity, prefix_hashes
+from deployments.serve_compat import RequestRouter
+
+if TYPE_CHECKING:
+    from deployments.serve_compat import PendingRequest, ReplicaID, RunningReplica
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixAwareRouter(RequestRouter):  # type: ignore[misc] # Ray ships no types
+    """Prefix affinity, bounded by load; otherwise the shorter queue of two random replicas.
+
+    A replica named in ``GenerationRequest.avoid_replicas`` is chosen only when no other one could
+    be had for ``avoid_grace_s``: it failed this request, or an operator asked for another.
+    """
+
+    def initialize_state(
+        self,
+        *,
+        capacity: int = 65536,
+        max_queue_excess: int = 4,
+        avoid_grace_s: float = 2.0,
+    ) -> None:
+        """Take ``RequestRouterConfig.request_router_kwargs``.
+
+        Args:
+            capacity: prompt prefixes remembered.
+            max_queue_excess: the cached replica is left for another once its queue is longer
+                than the shortest by more than this.
+            avoid_grace_s: seconds a request waits for a replica it does not avoid.
+        """
+        self._affinity = PrefixAffinity(capacity)
+        self._max_queue_excess = max_queue_excess
+        self._avoid_grace_s = avoid_grace_s
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Ranks of candidates; Serve takes the first that has room."""
+        if pending_request is None:
+            return [candidate_replicas]
+        # Without this flag Serve retries in a busy loop while every replica is full.
+        pending_request.routing_context.should_backoff = True
+        request = _generation_request(pending_request)
+        if request is None:
+            return [_two_of(candidate_replicas)]
+        candidates = self._without_avoided(candidate_replicas, request, pending_request.created_at)
+        preferred = self._cached_replica(candidates, request)
+        if preferred is None:
+            return [_two_of(candidates), candidates]
+        return [[preferred], _two_of(candidates), candidates]
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: object
+    ) -> None:
+        """Remember where a prompt went."""
+        request = _generation_request(pending_request)
+        if request is not None:
+            hashes = prefix_hashes(request.tenant, request.prompt_token_ids)
+            self._affinity.record(hashes, replica_id.unique_id)
+
+    def _without_avoided(
+        self, replicas: list[RunningReplica], request: GenerationRequest, created_at: float
+    ) -> list[RunningReplica]:
+        if not request.avoid_replicas:
+            return replicas
+        kept = [r for r in replicas if r.replica_id.unique_id not in request.avoid_replicas]
+        if kept or time.time() - created_at < self._avoid_grace_s:
+            return kept
+        return replicas
+
+    def _cached_replica(
+        self, replicas: list[RunningReplica], request: GenerationRequest
+    ) -> RunningReplica | None:
+        by_id = {replica.replica_id.unique_id: replica for replica in replicas}
+        hashes = prefix_hashes(request.tenant, request.prompt_token_ids)
+        cached = self._affinity.lookup(hashes, by_id.keys())
+        if cached is None:
+            return None
+        queues = {name: self._queue_len(replica) for name, replica in by_id.items()}
+        if queues[cached] > min(queues.values()) + self._max_queue_excess:
+            return None
+        return by_id[cached]
+
+    def _queue_len(self, replica: RunningReplica) -> int:
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+
+
+def _generation_request(pending_request: PendingRequest) -> GenerationRequest | None:
+    if pending_request.args and isinstance(pending_request.args[0], GenerationRequest):
+        return pending_request.args[0]
+    return None
+
+
+def _two_of(replicas: list[RunningReplica]) -> list[RunningReplica]:
+    # Load balancing needs no cryptographic randomness.
+    return random.sample(replicas, k=min(2, len(replicas)))

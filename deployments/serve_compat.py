@@ -1,0 +1,104 @@
+"""Everything of Ray Serve 2.60 that is private or younger than its stable API, in one place.
+
+``tests/contract/test_serve_compat.py`` fails when an upgrade of Ray moves any of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import grpc
+from ray import serve
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve._private.common import ReplicaID
+from ray.serve._private.request_router.common import PendingRequest
+from ray.serve._private.request_router.replica_wrapper import RunningReplica
+from ray.serve._private.request_router.request_router import RequestRouter
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
+
+from deployments.engine.errors import EngineDeadError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+    from typing import Any, Protocol
+
+    class ReplicaSelection(Protocol):
+        """A replica with one of its slots held."""
+
+        replica_id: str
+        replica_metadata: dict[str, Any]
+
+    class ResponseStream(Protocol):
+        """The items of a streaming handle call."""
+
+        def __aiter__(self) -> AsyncIterator[Any]:
+            """Items in order."""
+
+        def cancel(self) -> None:
+            """End the call at the replica."""
+
+    class Handle(Protocol):
+        """What is used of ``ray.serve.handle.DeploymentHandle``."""
+
+        def options(self, **options: object) -> Handle:
+            """The same deployment, called in another way."""
+
+        def remote(self, *args: object) -> Any:  # noqa: ANN401 - a response or a stream
+            """Start a call."""
+
+        def choose_replica(self, *args: object) -> AbstractAsyncContextManager[ReplicaSelection]:
+            """Hold a slot of one replica for as long as the context lasts."""
+
+
+__all__ = [
+    "PendingRequest",
+    "ReplicaID",
+    "RequestRouter",
+    "RunningReplica",
+    "current_replica_id",
+    "is_cancelled",
+    "is_deployment_failed",
+    "is_queue_full",
+    "is_replica_lost",
+]
+
+_LOST_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+
+
+def current_replica_id() -> str:
+    """The unique part of the id of the replica this process is."""
+    return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def is_replica_lost(error: BaseException) -> bool:
+    """Whether a call failed because its replica is gone, so that another one can take over.
+
+    A dead replica shows as an actor error on Ray's own transport and as an unavailable channel on
+    the gRPC transport between replicas.
+    """
+    if isinstance(error, TaskCancelledError):
+        return False
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code() in _LOST_CODES
+    return isinstance(error, RayActorError | ReplicaUnavailableError | EngineDeadError)
+
+
+def is_queue_full(error: BaseException) -> bool:
+    """Whether Serve refused a call because replicas and their queue are full."""
+    return isinstance(error, BackPressureError)
+
+
+def is_cancelled(error: BaseException) -> bool:
+    """Whether a call ended because it was cancelled from this side."""
+    return isinstance(error, RequestCancelledError | TaskCancelledError)
+
+
+def is_deployment_failed(error: BaseException) -> bool:
+    """Whether the deployment called could not be brought up at all."""
+    return isinstance(error, DeploymentUnavailableError)

@@ -1,0 +1,150 @@
+"""The ingress's view of the target pool: one uninterrupted stream per request.
+
+The ingress owns the transcript. When a replica dies under a request, the request goes to another
+one with the tokens delivered so far, and because every token is a pure function of the request and
+those tokens, the client sees the text it would have seen anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from deployments.engine.errors import DeadlineExceededError
+from deployments.engine.types import FinishReason, GenerationUsage, TokenDelta
+from deployments.errors import RequestCancelledError, TargetBusyError, TargetUnavailableError
+from deployments.serve_compat import (
+    is_cancelled,
+    is_deployment_failed,
+    is_queue_full,
+    is_replica_lost,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from deployments.engine.types import GenerationRequest
+    from deployments.serve_compat import Handle
+
+logger = logging.getLogger(__name__)
+
+_DEADLINE_GRACE_S = 2.0
+"""The engine reports a passed deadline itself; this much later nobody waits for it any more."""
+_RESUME_PAUSE_S = 0.05
+
+
+class TargetClient:
+    """Streams tokens from whichever target replicas it takes."""
+
+    def __init__(self, target: Handle, *, max_resumes: int, on_resume: Callable[[], None]) -> None:
+        """Wrap a deployment handle.
+
+        Args:
+            target: handle of the target deployment.
+            max_resumes: moves to another replica per request, at most.
+            on_resume: called at every such move.
+        """
+        self._generate = target.options(stream=True, method_name="generate")
+        self._max_resumes = max_resumes
+        self._on_resume = on_resume
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Deltas of one sequence, the last one with a finish reason.
+
+        Closing the generator cancels the sequence at its replica.
+
+        Raises:
+            EngineError: the engine refused or ended the request.
+            TargetBusyError: all replicas and the queue before them are full.
+            TargetUnavailableError: more replicas died than ``max_resumes`` allows.
+            DeadlineExceededError: the deadline passed, reported by the engine or not.
+        """
+        transcript = list(request.resumed_output_ids)
+        avoid = list(request.avoid_replicas)
+        for attempt in range(self._max_resumes + 1):
+            if attempt:
+                self._on_resume()
+                await asyncio.sleep(_RESUME_PAUSE_S * attempt)
+            if transcript and len(transcript) >= request.sampling.max_tokens:
+                yield _ended_by_length(request, transcript)
+                return
+            replica_id = ""
+            try:
+                resumed = replace(
+                    request, resumed_output_ids=tuple(transcript), avoid_replicas=tuple(avoid)
+                )
+                async with aclosing(self._attempt(resumed)) as deltas:
+                    async for delta in deltas:
+                        replica_id = delta.replica_id
+                        transcript.extend(delta.token_ids)
+                        yield delta
+                        if delta.finish_reason is not None:
+                            return
+            except _ReplicaLostError:
+                pass
+            logger.warning(
+                "target replica %s was lost after %d tokens of %s",
+                replica_id or "(before its first token)",
+                len(transcript),
+                request.request_id,
+            )
+            if replica_id:
+                avoid.append(replica_id)
+        raise TargetUnavailableError("The model's replicas failed repeatedly under this request.")
+
+    async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        deadline = None
+        if request.deadline is not None:
+            remaining = request.deadline - time.time() + _DEADLINE_GRACE_S
+            deadline = asyncio.get_running_loop().time() + remaining
+        stream = self._generate.remote(request)
+        finished = False
+        try:
+            items = aiter(stream)
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    delta = await anext(items)
+                yield delta
+        except StopAsyncIteration:
+            finished = True
+        except TimeoutError as error:
+            raise DeadlineExceededError("The request's deadline passed.") from error
+        except Exception as error:
+            finished = True
+            raise _translated(error) from error
+        finally:
+            if not finished:
+                stream.cancel()
+
+
+class _ReplicaLostError(Exception):
+    """The replica is gone; the transcript goes on elsewhere."""
+
+
+def _translated(error: Exception) -> Exception:
+    """Serve's exceptions in this package's words; an engine's own pass unchanged."""
+    if is_replica_lost(error):
+        return _ReplicaLostError()
+    if is_queue_full(error):
+        return TargetBusyError("All model replicas are busy; try again shortly.", 1.0)
+    if is_deployment_failed(error):
+        return TargetUnavailableError("The model's replicas could not be started.")
+    if is_cancelled(error):
+        return RequestCancelledError("The request was cancelled.")
+    return error
+
+
+def _ended_by_length(request: GenerationRequest, transcript: list[int]) -> TokenDelta:
+    return TokenDelta(
+        request_id=request.request_id,
+        token_ids=(),
+        choice_index=request.choice_index,
+        finish_reason=FinishReason.LENGTH,
+        usage=GenerationUsage(
+            num_prompt_tokens=len(request.prompt_token_ids), num_output_tokens=len(transcript)
+        ),
+    )

@@ -1,0 +1,78 @@
+"""Text to token ids and back, from a local model folder; never from the network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jinja2
+from transformers import AutoTokenizer
+
+from deployments.errors import RequestInvalidError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerFast
+
+
+class ChatTurn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+class Tokenizer:
+    """One model's tokenizer. Thread-safe: the fast tokenizers hold no state between calls."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self.vocab_size: int = len(tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Load the tokenizer files of a folder in Hugging Face layout.
+
+        Raises:
+            OSError: the folder holds no tokenizer.
+        """
+        return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with the special tokens the model expects around it."""
+        return list(self._backend.encode(text, add_special_tokens=True).ids)
+
+    def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
+        """Token ids of a rendered conversation that ends where the assistant begins.
+
+        Raises:
+            RequestInvalidError: the model has no chat template, or its template refuses the turns.
+        """
+        if not self.has_chat_template:
+            raise RequestInvalidError(
+                "This model has no chat template; use /v1/completions instead.", param="messages"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": turn.role, "content": turn.content} for turn in turns],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except jinja2.TemplateError as error:
+            raise RequestInvalidError(
+                f"The model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        # The template writes the special tokens itself; adding them again would double the BOS.
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; broken UTF-8 becomes U+FFFD."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=True)
+        return text
