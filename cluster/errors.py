@@ -4,7 +4,8 @@ ClusterError
 ├── ConfigError           a setting is wrong; one line per problem, each naming the field
 ├── PortInUseError        a configured port is taken
 ├── ClusterStartError     the cluster did not become ready
-└── NoClusterError        a command needs a running cluster and there is none
+├── NoClusterError        a command needs a running cluster and there is none
+└── RequestError          a running cluster refused a request, or broke it off
 """
 
 from __future__ import annotations
@@ -69,3 +70,9 @@ class NoClusterError(ClusterError):
     """No running cluster was found."""
 
     exit_code = 5
+
+
+class RequestError(ClusterError):
+    """A running cluster refused a request, broke it off, or did not answer."""
+
+    exit_code = 7

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import redis
 from pydantic import SecretStr
 
-from kv_store.config import EmbeddedValkeyTierConfig, ValkeyTierConfig
+from kv_store.config import EmbeddedValkeyTierConfig, SsdTierConfig, ValkeyTierConfig
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 
 if TYPE_CHECKING:
@@ -106,6 +106,12 @@ def hot_tier_address(config: ClusterConfig) -> str | None:
         if isinstance(tier, ValkeyTierConfig):
             return public_address(tier.url.get_secret_value())
     return None
+
+
+def ssd_roots(config: ClusterConfig) -> list[str]:
+    """The folders of the warm tiers."""
+    tiers = config.kv.tiers if config.kv else ()
+    return [str(tier.root) for tier in tiers if isinstance(tier, SsdTierConfig)]
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+from pydantic import SecretStr
 
 from cluster.errors import ClusterStartError
-from cluster.hot_tier import hot_tier, hot_tier_address
+from cluster.hot_tier import hot_tier, hot_tier_address, ssd_roots
 from cluster.kept_logs import keep_logs
 from cluster.manifest import serve_logging
 from cluster.pools import machine_resources
@@ -151,15 +152,17 @@ class LocalCluster:
         variables = local_environment(
             cluster_id=cluster_id,
             run_dir=run_dir,
-            token_path=_ray_token(self._state_dir),
+            # One for all of the user's clusters: Ray caches it for the life of a process.
+            token_path=_secret_file(self._state_dir, "ray-token"),
             ports=ports,
             num_threads=self._config.engine.num_threads,
         )
         self._stack.enter_context(applied(variables))
         # Closed in the reverse order: Serve and Ray, then Valkey, then whatever is still there.
         self._stack.callback(self._end_processes, processes)
-        config = self._stack.enter_context(hot_tier(self._config, run_dir, self._progress))
-        self._state = self._describe(cluster_id, run_dir, ports, hot_tier_address(config))
+        config = _with_secret(self._config, self._state_dir)
+        config = self._stack.enter_context(hot_tier(config, run_dir, self._progress))
+        self._state = self._describe(cluster_id, run_dir, ports, config)
         write_state(self._state_dir, self._state)
         self._stack.callback(remove_state, self._state_dir, cluster_id)
         try:
@@ -229,7 +232,7 @@ class LocalCluster:
         )
 
     def _describe(
-        self, cluster_id: str, run_dir: Path, ports: ClusterPorts, kv_address: str | None
+        self, cluster_id: str, run_dir: Path, ports: ClusterPorts, config: ClusterConfig
     ) -> ClusterState:
         host = self._config.server.host
         reachable = "127.0.0.1" if host in {"", "0.0.0.0", "::"} else host  # noqa: S104 - compared
@@ -242,7 +245,8 @@ class LocalCluster:
             grpc_address=f"{reachable}:{ports.grpc}",
             metrics_url=f"http://127.0.0.1:{ports.metrics}/metrics",
             model=self._config.served_model_name,
-            kv_address=kv_address,
+            kv_address=hot_tier_address(config),
+            ssd_roots=ssd_roots(config),
             started=time.time(),
         )
 
@@ -265,9 +269,9 @@ def _run_dir(cluster_id: str) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _ray_token(state_dir: Path) -> Path:
-    """The user's own Ray token. One for all clusters: Ray caches it for a process's life."""
-    path = state_dir / "ray-token"
+def _secret_file(state_dir: Path, name: str) -> Path:
+    """A secret of this user, drawn at its first use and the same ever since."""
+    path = state_dir / name
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -276,6 +280,15 @@ def _ray_token(state_dir: Path) -> Path:
     with os.fdopen(descriptor, "w") as handle:
         handle.write(secrets.token_hex(32))
     return path
+
+
+def _with_secret(config: ClusterConfig, state_dir: Path) -> ClusterConfig:
+    """Give a cluster without a secret this user's own, so that stored pages outlive a restart."""
+    if config.auth.cluster_secret.get_secret_value():
+        return config
+    secret = SecretStr(_secret_file(state_dir, "cluster-secret").read_text())
+    auth = config.auth.model_copy(update={"cluster_secret": secret})
+    return config.model_copy(update={"auth": auth})
 
 
 def _last_words(error: Exception) -> str:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, SecretStr
 
 from cluster.config_loader import ENV_PREFIX
-from cluster.serve_app import IMPORT_PATH, INFERENCE_SERVICER
+from cluster.serve_app import GRPC_SERVICERS, IMPORT_PATH
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -46,7 +46,7 @@ def render(config: ClusterConfig) -> Manifest:
         "http_options": {"host": _EVERYWHERE, "port": config.server.http_port or 8000},
         "grpc_options": {
             "port": config.server.grpc_port or 9000,
-            "grpc_servicer_functions": [INFERENCE_SERVICER],
+            "grpc_servicer_functions": list(GRPC_SERVICERS),
         },
         "logging_config": serve_logging(config),
         "applications": [

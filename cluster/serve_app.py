@@ -29,8 +29,11 @@ class ServedApp:
     grpc_servicer_functions: tuple[str, ...]
 
 
-INFERENCE_SERVICER = "protos.inference_pb2_grpc.add_InferenceServicer_to_server"
-"""Adds the public gRPC service to a proxy."""
+GRPC_SERVICERS = (
+    "protos.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+"""The gRPC services that proxies take; the ingress answers their methods."""
 IMPORT_PATH = "cluster.app:build_app"
 """How Ray Serve finds the application."""
 
@@ -43,4 +46,4 @@ def paceline_app() -> ServedApp:
 
         return build_application(config)
 
-    return ServedApp(build=build, grpc_servicer_functions=(INFERENCE_SERVICER,))
+    return ServedApp(build=build, grpc_servicer_functions=GRPC_SERVICERS)

@@ -33,6 +33,7 @@ class ClusterState:
         pid_started: that process's start time, seconds since the epoch; guards against reuse.
         metrics_url: Prometheus endpoint of Ray, where replicas export their metrics.
         kv_address: the hot KV tier without credentials, or None where there is none.
+        ssd_roots: folders of the warm KV tier.
         started: seconds since the epoch.
     """
 
@@ -45,6 +46,7 @@ class ClusterState:
     metrics_url: str
     model: str
     kv_address: str | None
+    ssd_roots: list[str]
     started: float
 
     def is_alive(self) -> bool:
