@@ -77,6 +77,29 @@ class IngressConfig(_Config):
     """Threads that render templates and tokenise, so that the event loop never does."""
 
 
+class DraftPoolConfig(_Config):
+    """What runs in a draft replica."""
+
+    drafter: str = "student"
+    """``student`` (fitted to the target by ``paceline train student``), ``suffix``,
+    ``model:NAME_OR_FOLDER`` for a small language model of the same vocabulary, or
+    ``package.module:Name`` for a drafter of your own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of a language-model drafter. It never changes a text, only how well it guesses."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where a language-model drafter runs."""
+    num_threads: int = Field(default=1, ge=1)
+    """CPU threads of one draft replica."""
+    num_pages: int = Field(default=256, ge=2)
+    """Pages of 64 tokens for the texts that a language-model drafter continues."""
+    max_sessions: int = Field(default=256, ge=1)
+    """Sequences served at once; beyond it the one unused for longest is dropped."""
+    max_session_tokens: int = Field(default=32_768, ge=64)
+    """Longest text that is drafted for."""
+    secret: SecretStr = SecretStr("")
+    """Targets show it to draft replicas; the cluster draws one when it is empty."""
+
+
 class TracingConfig(_Config):
     """Where spans go."""
 

@@ -61,9 +61,7 @@ _COMPLETION_DEFAULT_MAX_TOKENS = 16
 app = build_app()
 
 
-@serve.deployment(name="ingress", max_ongoing_requests=512)
-@serve.ingress(app)
-class IngressDeployment:
+class IngressReplica:
     """One replica of the public surfaces."""
 
     def __init__(
@@ -328,6 +326,11 @@ class IngressDeployment:
         if describe(error).kind.http_status >= 500:
             logger.error("a request failed on the %s surface", surface, exc_info=error)
         return error
+
+
+IngressDeployment = serve.deployment(name="ingress", max_ongoing_requests=512)(
+    serve.ingress(app)(IngressReplica)
+)
 
 
 def _metadata(context: RayServegRPCContext) -> dict[str, str]:

@@ -73,6 +73,7 @@ class TargetClient:
                 yield _ended_by_length(request, transcript)
                 return
             replica_id = ""
+            is_finished = False
             try:
                 resumed = replace(
                     request, resumed_output_ids=tuple(transcript), avoid_replicas=tuple(avoid)
@@ -81,11 +82,13 @@ class TargetClient:
                     async for delta in deltas:
                         replica_id = delta.replica_id
                         transcript.extend(delta.token_ids)
+                        is_finished = delta.finish_reason is not None
                         yield delta
-                        if delta.finish_reason is not None:
-                            return
             except _ReplicaLostError:
                 pass
+            # Read to its end, because a stream that is left early counts as cancelled.
+            if is_finished:
+                return
             logger.warning(
                 "target replica %s was lost after %d tokens of %s",
                 replica_id or "(before its first token)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import blake3
 import jinja2
 from transformers import AutoTokenizer
 
@@ -44,6 +45,13 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return bool(self._tokenizer.chat_template)
+
+    def vocab_digest(self) -> str:
+        """Hex digest of the id -> token mapping; equal where ids mean the same text."""
+        digest = blake3.blake3()
+        for token, token_id in sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1]):
+            digest.update(f"{token_id}\0{token}\0".encode())
+        return digest.hexdigest(length=16)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens the model expects around it."""

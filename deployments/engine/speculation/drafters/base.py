@@ -22,6 +22,12 @@ class Drafter(ABC):
     def open(self, session: SessionSpec) -> None:  # noqa: B027 - stateless drafters need nothing
         """A session begins; its text is ``session.token_ids``."""
 
+    def append(self, session_id: int, token_ids: Sequence[int]) -> None:  # noqa: B027
+        """Text was committed that no query need ever show; for drafters that learn from output.
+
+        A host that learns of it calls this; unknown ids are ignored.
+        """
+
     def close(self, session_id: int) -> None:  # noqa: B027
         """A session ended or was evicted; unknown ids are ignored."""
 

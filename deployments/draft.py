@@ -1,0 +1,100 @@
+"""A draft replica: a drafter behind a gRPC stream server that target replicas dial themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import ray
+from ray import serve
+
+from deployments.draft_sessions import ENDPOINT_KEY
+from deployments.drafters import build_drafter
+from deployments.engine.speculation.draft_server import DraftServer
+from deployments.engine.speculation.draft_service import DraftLimits
+from deployments.engine.speculation.handshake import Identity
+from deployments.model_files import model_folder, served_model_name
+from deployments.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from deployments.config import DraftPoolConfig
+    from deployments.engine.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+
+class DraftReplica:
+    """Serves guesses. Serve handles only choose it; its tokens travel on streams of their own."""
+
+    async def __init__(
+        self, *, engine: EngineConfig, draft: DraftPoolConfig, cache_dir: Path
+    ) -> None:
+        """Load the drafter on a thread of its own and listen on a free port.
+
+        Args:
+            engine: the targets' engine, whose model and vocabulary the drafter must share.
+            draft: which drafter, and how much of everything.
+            cache_dir: where models and fitted drafts lie.
+        """
+        self._model = served_model_name(engine)
+        self._executor = ThreadPoolExecutor(1, "draft-lifecycle")
+        loop = asyncio.get_running_loop()
+        self._host = ray.util.get_node_ip_address()
+        self._identity, self._server, self._port = await loop.run_in_executor(
+            self._executor, self._start, engine, draft, cache_dir
+        )
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """What targets learn of this replica when the router chooses it for them."""
+        return {
+            ENDPOINT_KEY: f"{self._host}:{self._port}",
+            "model": self._model,
+            "vocab_digest": self._identity.vocab_digest,
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy sees of this replica."""
+        stats = self._server.stats()
+        return {
+            "num_sessions": float(stats.num_sessions),
+            "num_pending": float(stats.num_pending),
+            "batch_time_s": stats.batch_time_ewma_s,
+        }
+
+    async def __call__(self) -> str:
+        """The endpoint; Serve reserves slots under this method."""
+        return f"{self._host}:{self._port}"
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook: end the streams; targets go on with local drafts."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, self._server.close)
+        self._executor.shutdown(wait=False)
+
+    def _start(
+        self, engine: EngineConfig, draft: DraftPoolConfig, cache_dir: Path
+    ) -> tuple[Identity, DraftServer, int]:
+        tokenizer = Tokenizer.load(model_folder(engine.model, cache_dir))
+        identity = Identity(
+            model=self._model,
+            vocab_size=tokenizer.vocab_size,
+            vocab_digest=tokenizer.vocab_digest(),
+        )
+        server = DraftServer(
+            build_drafter(draft, engine, cache_dir),
+            identity,
+            draft.secret,
+            limits=DraftLimits(
+                max_sessions=draft.max_sessions, max_session_tokens=draft.max_session_tokens
+            ),
+        )
+        port = server.start(self._host)
+        logger.info("drafting for %s at %s:%d", self._model, self._host, port)
+        return identity, server, port
+
+
+DraftDeployment = serve.deployment(name="draft", max_ongoing_requests=256)(DraftReplica)

@@ -1,0 +1,58 @@
+"""How much to draft: pure functions of what was accepted so far and of who is waiting."""
+
+from __future__ import annotations
+
+import math
+
+INITIAL_ACCEPTANCE = 0.75
+_WEIGHT = 0.15
+_WORTH = 0.2
+
+
+def update_acceptance(acceptance: float, num_accepted: int, num_drafted: int) -> float:
+    """The estimate of a draft token's chance, given that all before it were accepted.
+
+    Args:
+        acceptance: the estimate so far.
+        num_accepted: accepted tokens of the round, along one path.
+        num_drafted: verified tokens of that path; 0 teaches nothing.
+
+    Returns:
+        An exponential average over draft tokens that were put to the test: the accepted ones and,
+        if one was refused, that one.
+    """
+    if num_drafted == 0:
+        return acceptance
+    num_tested = num_accepted + (num_accepted < num_drafted)
+    keep = (1.0 - _WEIGHT) ** num_tested
+    return keep * acceptance + (1.0 - keep) * num_accepted / num_tested
+
+
+def draft_length(acceptance: float, max_draft_tokens: int) -> int:
+    """Draft tokens worth verifying.
+
+    The i-th token survives with chance ``acceptance ** i``; it is worth a row of the batch while
+    that is at least 0.2.
+
+    Returns:
+        1 to ``max_draft_tokens``; 0 only if that is 0. One token is always tried, else a session
+        whose text turns predictable would never notice.
+    """
+    if acceptance >= 1.0:
+        return max_draft_tokens
+    if acceptance <= _WORTH:
+        return min(1, max_draft_tokens)
+    return min(max_draft_tokens, int(math.log(_WORTH) / math.log(acceptance)))
+
+
+def shed_fanout(fanout: int, num_pending: int, max_batch: int) -> int:
+    """Fan-out a busy draft replica grants: it sheds guesses before it sheds sessions.
+
+    Args:
+        fanout: what the target asked.
+        num_pending: sessions that wait for a table.
+        max_batch: sessions one drafter batch takes.
+    """
+    if num_pending <= max_batch:
+        return fanout
+    return max(1, fanout * max_batch // num_pending)

@@ -1,0 +1,109 @@
+"""A draft replica's server: gRPC streams in front, one drafter thread behind."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from deployments.engine.speculation.draft_service import DraftLimits, DraftService
+from deployments.engine.speculation.grpc_server import GrpcDraftFront
+from deployments.engine.speculation.handshake import PROTOCOL_VERSION
+from protos import draft_pb2
+
+if TYPE_CHECKING:
+    import grpc
+    from pydantic import SecretStr
+
+    from deployments.engine.speculation.draft_service import DraftServerStats
+    from deployments.engine.speculation.drafters.base import Drafter
+    from deployments.engine.speculation.grpc_transport import GrpcLimits
+    from deployments.engine.speculation.handshake import Identity
+
+logger = logging.getLogger(__name__)
+
+_IDLE_INTERVAL_S = 1.0
+
+
+class DraftServer:
+    """Serves one drafter to any number of targets.
+
+    The drafter is called from one thread only, the server's; ``start``, ``stats`` and ``close`` do
+    not belong on an event loop's hot path (``close`` waits for the batch under way).
+
+    Args:
+        identity: the model and vocabulary the drafter was made for; other targets are refused.
+        secret: what targets must present.
+        credentials: for TLS; None means plain connections.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        identity: Identity,
+        secret: SecretStr,
+        *,
+        limits: DraftLimits | None = None,
+        grpc_limits: GrpcLimits | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        limits = limits or DraftLimits()
+        self._service = DraftService(drafter, vocab_size=identity.vocab_size, limits=limits)
+        self._news = threading.Event()
+        self._is_closed = False
+        self._front = GrpcDraftFront(
+            identity,
+            secret,
+            welcome=draft_pb2.Welcome(
+                protocol_version=PROTOCOL_VERSION, max_session_tokens=limits.max_session_tokens
+            ),
+            accept=self._service.accept,
+            on_arrival=self._news.set,
+            credentials=credentials,
+            limits=grpc_limits,
+        )
+        self._thread = threading.Thread(target=self._draft, name="drafter", daemon=True)
+
+    def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
+        """Listen and draft.
+
+        Returns:
+            The port targets dial.
+
+        Raises:
+            RuntimeError: the address cannot be bound.
+        """
+        bound = self._front.start(host, port)
+        self._thread.start()
+        return bound
+
+    def stats(self) -> DraftServerStats:
+        """A snapshot, at most one batch old; may be called from any thread."""
+        return self._service.stats()
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether the drafter thread lives."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """End all streams, then stop the drafter thread."""
+        self._is_closed = True
+        self._front.stop()
+        self._news.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _draft(self) -> None:
+        is_busy = False
+        while not self._is_closed:
+            if not is_busy:
+                self._news.wait(_IDLE_INTERVAL_S)
+            self._news.clear()
+            try:
+                is_busy = self._service.step()
+            except Exception:
+                # The thread's root: whatever went wrong, other sessions still want drafts.
+                logger.exception("a drafting step failed")
+                is_busy = False
+        self._service.close()

@@ -1,0 +1,351 @@
+"""The drafter's side of all its streams: sessions in, batches to the drafter, tables out.
+
+One thread calls ``step``. What a target gets wrong costs that session; what a drafter gets wrong
+costs the sessions of that batch; neither ends a stream or the thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from deployments.engine.speculation import wire
+from deployments.engine.speculation.budget import shed_fanout
+from deployments.engine.speculation.draft_session import CommitOutcome, DraftSession, Question
+from deployments.engine.speculation.drafters.ask import ask, calling
+from deployments.engine.speculation.errors import DrafterFailedError, MalformedMessageError
+from deployments.engine.speculation.transport import TransportState
+from protos import draft_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deployments.engine.speculation.drafters.base import Drafter
+    from deployments.engine.speculation.transport import DraftTransport
+
+logger = logging.getLogger(__name__)
+
+_SMOOTHING = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftLimits:
+    """Bounds of a draft replica.
+
+    Attributes:
+        max_sessions: beyond it the session unused for longest is evicted.
+        max_session_tokens: text of one session.
+        max_batch_sessions: sessions of one drafter call.
+        idle_timeout_s: a session its target does not speak of expires.
+    """
+
+    max_sessions: int = 256
+    max_session_tokens: int = 32_768
+    max_batch_sessions: int = 16
+    idle_timeout_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftServerStats:
+    """A snapshot; counters count since the start.
+
+    Attributes:
+        num_pending: sessions with a question not yet answered.
+        num_superseded: questions replaced by a newer round before a batch took them.
+        num_dropped_by_reason: sessions dropped, by the protocol's reason.
+        num_frames_dropped: frames that found no room in a queue, both directions.
+        batch_time_ewma_s: of one drafter call.
+    """
+
+    num_streams: int = 0
+    num_sessions: int = 0
+    num_pending: int = 0
+    num_tables: int = 0
+    num_rows: int = 0
+    num_batches: int = 0
+    num_superseded: int = 0
+    num_stale_commits: int = 0
+    num_resyncs: int = 0
+    num_drafter_failures: int = 0
+    num_frames_dropped: int = 0
+    num_dropped_by_reason: tuple[tuple[str, int], ...] = ()
+    batch_time_ewma_s: float = 0.0
+
+
+class _Key(NamedTuple):
+    stream: int
+    session: int
+
+
+@dataclass(slots=True)
+class _Stream:
+    transport: DraftTransport
+    reply: draft_pb2.DraftFrame
+
+
+class DraftService:
+    """Sessions of any number of streams on one drafter.
+
+    ``accept`` and ``stats`` may be called from any thread; ``step`` belongs to one.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        *,
+        vocab_size: int,
+        limits: DraftLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._drafter = drafter
+        self._vocab_size = vocab_size
+        self._limits = limits or DraftLimits()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._arrivals: list[DraftTransport] = []
+        self._streams: dict[int, _Stream] = {}
+        self._sessions: OrderedDict[_Key, DraftSession] = OrderedDict()
+        self._pending: OrderedDict[_Key, None] = OrderedDict()
+        self._num_opened = 0
+        self._num_accepted_streams = 0
+        self._drops: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
+        self._batch_time_ewma_s = 0.0
+        self._snapshot = DraftServerStats()
+
+    @property
+    def limits(self) -> DraftLimits:
+        """The bounds of this replica."""
+        return self._limits
+
+    def accept(self, transport: DraftTransport) -> None:
+        """Serve a stream whose handshake is done."""
+        with self._lock:
+            self._arrivals.append(transport)
+
+    def stats(self) -> DraftServerStats:
+        """As of the end of the last step."""
+        return self._snapshot
+
+    def step(self) -> bool:
+        """Take in what arrived, answer one batch of questions.
+
+        Returns:
+            Whether questions are left over.
+        """
+        now = self._clock()
+        self._reap_streams()
+        for number, stream in self._streams.items():
+            for frame, _ in stream.transport.receive():
+                self._apply(number, frame, now)
+        self._expire(now)
+        # Repairs do not wait for the batch.
+        self._flush()
+        self._draft_batch()
+        self._flush()
+        self._publish()
+        return bool(self._pending)
+
+    def close(self) -> None:
+        """End all streams and let the drafter forget their sessions."""
+        with self._lock:
+            transports = self._arrivals + [item.transport for item in self._streams.values()]
+            self._arrivals = []
+        for transport in transports:
+            transport.close()
+        self._reap_streams()
+        self._publish()
+
+    def _reap_streams(self) -> None:
+        with self._lock:
+            arrivals, self._arrivals = self._arrivals, []
+        for transport in arrivals:
+            self._num_accepted_streams += 1
+            self._streams[self._num_accepted_streams] = _Stream(transport, draft_pb2.DraftFrame())
+        ended = {
+            number
+            for number, stream in self._streams.items()
+            if stream.transport.state is TransportState.CLOSED
+        }
+        for key in [key for key in self._sessions if key.stream in ended]:
+            self._forget(key)
+        for number in ended:
+            self._count(num_frames_dropped=self._streams.pop(number).transport.num_dropped)
+
+    def _apply(self, number: int, frame: draft_pb2.TargetFrame, now: float) -> None:
+        for closing in frame.closes:
+            key = _Key(number, closing.session)
+            session = self._sessions.get(key)
+            if session is not None and session.epoch <= closing.epoch:
+                self._forget(key)
+        for opening in frame.opens:
+            self._open(_Key(number, opening.session), opening, now)
+        for commit in frame.commits:
+            self._commit(_Key(number, commit.session), commit, now)
+
+    def _open(self, key: _Key, message: draft_pb2.Open, now: float) -> None:
+        old = self._sessions.get(key)
+        if old is not None:
+            if message.epoch <= old.epoch:
+                return
+            self._forget(key)
+        if len(message.token_ids) > self._limits.max_session_tokens:
+            self._drop(key, message.epoch, draft_pb2.Dropped.TOO_LONG)
+            return
+        self._num_opened += 1
+        try:
+            spec = wire.open_from_wire(message, self._num_opened, self._vocab_size)
+            with calling(self._drafter):
+                self._drafter.open(spec)
+        except MalformedMessageError as error:
+            logger.warning("a target's open is malformed: %s", error)
+            self._drop(key, message.epoch, draft_pb2.Dropped.MALFORMED)
+            return
+        except DrafterFailedError:
+            self._count(num_drafter_failures=1)
+            logger.warning("the drafter failed to open a session", exc_info=True)
+            self._drop(key, message.epoch, draft_pb2.Dropped.DRAFTER_FAILED)
+            return
+        self._sessions[key] = DraftSession(spec, message.epoch, now)
+        if len(self._sessions) > self._limits.max_sessions:
+            oldest = next(iter(self._sessions))
+            self._drop(oldest, self._sessions[oldest].epoch, draft_pb2.Dropped.EVICTED)
+
+    def _commit(self, key: _Key, message: draft_pb2.Commit, now: float) -> None:
+        session = self._sessions.get(key)
+        if session is None or message.epoch > session.epoch:
+            self._drop(key, message.epoch, draft_pb2.Dropped.UNKNOWN)
+            return
+        if message.epoch < session.epoch:
+            self._count(num_stale_commits=1)
+            return
+        if message.base_len > self._limits.max_session_tokens:
+            self._drop(key, message.epoch, draft_pb2.Dropped.TOO_LONG)
+            return
+        asked_before = session.question
+        try:
+            outcome = session.commit(message, self._vocab_size, now)
+        except MalformedMessageError as error:
+            logger.warning("a target's commit is malformed: %s", error)
+            self._drop(key, message.epoch, draft_pb2.Dropped.MALFORMED)
+            return
+        self._sessions.move_to_end(key)
+        if outcome is CommitOutcome.STALE:
+            self._count(num_stale_commits=1)
+        elif outcome is CommitOutcome.GAP:
+            self._count(num_resyncs=1)
+            self._streams[key.stream].reply.resyncs.add(
+                session=key.session,
+                epoch=session.epoch,
+                round=message.round,
+                have_len=len(session.token_ids),
+            )
+        elif session.question is not asked_before:
+            self._count(num_superseded=asked_before is not None)
+            self._pending[key] = None
+
+    def _expire(self, now: float) -> None:
+        # In order of last use, so the first that is young enough ends the search.
+        while self._sessions:
+            key, session = next(iter(self._sessions.items()))
+            if now - session.used_at < self._limits.idle_timeout_s:
+                return
+            self._drop(key, session.epoch, draft_pb2.Dropped.EXPIRED)
+
+    def _draft_batch(self) -> None:
+        num_pending = len(self._pending)
+        keys = list(self._pending)[: self._limits.max_batch_sessions]
+        if not keys:
+            return
+        asked: list[tuple[_Key, DraftSession, Question]] = []
+        for key in keys:
+            del self._pending[key]
+            session = self._sessions[key]
+            if session.question is None:
+                continue
+            query = session.question.query
+            fanout = shed_fanout(query.fanout, num_pending, self._limits.max_batch_sessions)
+            query = replace(query, fanout=fanout)
+            if session.question.base_len < len(session.token_ids):
+                # The text grew behind the question, by a chunk that asked nothing.
+                query = replace(query, token_ids=session.token_ids[: session.question.base_len])
+            asked.append((key, session, replace(session.question, query=query)))
+            session.question = None
+        started = time.monotonic()
+        try:
+            answers = ask(self._drafter, [item.query for _, _, item in asked], self._vocab_size)
+        except DrafterFailedError:
+            logger.warning("the drafter failed; its batch is dropped", exc_info=True)
+            self._count(num_drafter_failures=1)
+            for key, session, _ in asked:
+                self._drop(key, session.epoch, draft_pb2.Dropped.DRAFTER_FAILED)
+            return
+        self._on_batch_time(time.monotonic() - started)
+        for (key, session, question), rows in zip(asked, answers, strict=True):
+            self._count(num_tables=1, num_rows=len(rows))
+            self._streams[key.stream].reply.tables.add(
+                session=key.session,
+                epoch=session.epoch,
+                round=question.round,
+                base_len=question.base_len,
+                rows=wire.rows_to_wire(rows),
+            )
+
+    def _on_batch_time(self, seconds: float) -> None:
+        old = self._batch_time_ewma_s
+        self._batch_time_ewma_s = old + _SMOOTHING * (seconds - old) if old else seconds
+        self._count(num_batches=1)
+
+    def _flush(self) -> None:
+        for stream in self._streams.values():
+            if not (stream.reply.tables or stream.reply.resyncs or stream.reply.drops):
+                continue
+            stream.reply.load.num_pending = len(self._pending)
+            stream.reply.load.num_sessions = len(self._sessions)
+            stream.reply.load.batch_us = int(self._batch_time_ewma_s * 1e6)
+            stream.transport.send(stream.reply)
+            stream.reply = draft_pb2.DraftFrame()
+
+    def _drop(self, key: _Key, epoch: int, reason: draft_pb2.Dropped.Reason.ValueType) -> None:
+        self._forget(key)
+        name = draft_pb2.Dropped.Reason.Name(reason).lower()
+        self._drops[name] = self._drops.get(name, 0) + 1
+        self._streams[key.stream].reply.drops.add(session=key.session, epoch=epoch, reason=reason)
+
+    def _forget(self, key: _Key) -> None:
+        session = self._sessions.pop(key, None)
+        self._pending.pop(key, None)
+        if session is None:
+            return
+        try:
+            with calling(self._drafter):
+                self._drafter.close(session.spec.session_id)
+        except DrafterFailedError:
+            self._count(num_drafter_failures=1)
+            logger.warning("the drafter failed to close a session", exc_info=True)
+
+    def _count(self, **increments: int) -> None:
+        self._counts.update(increments)
+
+    def _publish(self) -> None:
+        counts = self._counts
+        living = sum(stream.transport.num_dropped for stream in self._streams.values())
+        self._snapshot = DraftServerStats(
+            num_streams=len(self._streams),
+            num_sessions=len(self._sessions),
+            num_pending=len(self._pending),
+            num_tables=counts["num_tables"],
+            num_rows=counts["num_rows"],
+            num_batches=counts["num_batches"],
+            num_superseded=counts["num_superseded"],
+            num_stale_commits=counts["num_stale_commits"],
+            num_resyncs=counts["num_resyncs"],
+            num_drafter_failures=counts["num_drafter_failures"],
+            num_frames_dropped=counts["num_frames_dropped"] + living,
+            num_dropped_by_reason=tuple(sorted(self._drops.items())),
+            batch_time_ewma_s=self._batch_time_ewma_s,
+        )

@@ -1,0 +1,85 @@
+"""A session as its drafter sees it: the text so far and the newest question about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from deployments.engine.speculation import wire
+from deployments.engine.speculation.errors import MalformedMessageError
+from deployments.engine.speculation.types import DraftQuery
+
+if TYPE_CHECKING:
+    from deployments.engine.speculation.types import SessionSpec
+    from protos import draft_pb2
+
+
+class CommitOutcome(Enum):
+    """What a commit was."""
+
+    APPLIED = auto()
+    STALE = auto()
+    GAP = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A table to make: for which round, and what the drafter is asked."""
+
+    round: int
+    base_len: int
+    query: DraftQuery
+
+
+class DraftSession:
+    """The text is always a prefix of the target's committed text; not thread-safe.
+
+    Attributes:
+        spec: with the id the session goes by at the drafter.
+        epoch: of the target's open.
+        used_at: seconds; when the target last spoke of it.
+        question: not answered yet; a newer round replaces it.
+    """
+
+    def __init__(self, spec: SessionSpec, epoch: int, now: float) -> None:
+        self.spec = spec
+        self.epoch = epoch
+        self.used_at = now
+        self.question: Question | None = None
+        self.token_ids = list(spec.token_ids)
+        self._round = 0
+
+    def commit(self, message: draft_pb2.Commit, vocab_size: int, now: float) -> CommitOutcome:
+        """Append what is new and remember the question.
+
+        Raises:
+            MalformedMessageError: the message contradicts itself or the text so far.
+        """
+        self.used_at = now
+        if message.round <= self._round:
+            return CommitOutcome.STALE
+        have_len = len(self.token_ids)
+        start = message.base_len - len(message.committed)
+        if start > have_len:
+            return CommitOutcome.GAP
+        if start < 0 or message.base_len < have_len:
+            raise MalformedMessageError("a commit shorter than the text before it")
+        wire.check_token_ids(message.committed, vocab_size)
+        in_flight = wire.in_flight_from_wire(message, vocab_size)
+        overlap = have_len - start
+        if list(message.committed[:overlap]) != self.token_ids[start:]:
+            raise MalformedMessageError("a commit that rewrites text")
+        self.token_ids.extend(message.committed[overlap:])
+        self._round = message.round
+        if message.fanout:
+            query = DraftQuery(
+                session_id=self.spec.session_id,
+                token_ids=self.token_ids,
+                in_flight=in_flight,
+                num_draft_tokens=message.num_draft_tokens,
+                fanout=message.fanout,
+                sampling=self.spec.sampling,
+            )
+            self.question = Question(message.round, message.base_len, query)
+        return CommitOutcome.APPLIED

@@ -1,0 +1,36 @@
+"""Drafters by name: a built-in one, or any class or factory as ``package.module:Name``."""
+
+from __future__ import annotations
+
+import importlib
+
+from deployments.engine.speculation.drafters.base import Drafter
+from deployments.engine.speculation.drafters.suffix import SuffixDrafter
+from deployments.engine.speculation.errors import DrafterLoadError
+
+
+def load_drafter(spec: str) -> Drafter:
+    """Build the drafter a configuration names.
+
+    Args:
+        spec: "suffix", or "module:name" of something that is called without arguments and returns
+            a ``Drafter``. The module runs with the rights of the replica: name only what you trust.
+
+    Raises:
+        DrafterLoadError: it cannot be imported, or what it builds is not a ``Drafter``.
+    """
+    if spec == "suffix":
+        return SuffixDrafter()
+    module_name, colon, name = spec.partition(":")
+    if not (module_name and colon and name):
+        raise DrafterLoadError(f'drafter {spec!r} is neither "suffix" nor "module:name"')
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise DrafterLoadError(f"drafter {spec!r} cannot be imported: {error}") from error
+    if not callable(factory):
+        raise DrafterLoadError(f"drafter {spec!r} is not a class or a function")
+    drafter = factory()
+    if not isinstance(drafter, Drafter):
+        raise DrafterLoadError(f"drafter {spec!r} built a {type(drafter).__name__}, not a Drafter")
+    return drafter

@@ -1,0 +1,286 @@
+"""The target's speculator: rows from the draft pool first, a local drafter second, else plain."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from deployments.engine.speculation.budget import (
+    INITIAL_ACCEPTANCE,
+    draft_length,
+    update_acceptance,
+)
+from deployments.engine.speculation.drafters.ask import ask, calling
+from deployments.engine.speculation.drafters.suffix import SuffixDrafter
+from deployments.engine.speculation.errors import DrafterFailedError
+from deployments.engine.speculation.pool_client import PoolClient, PoolDraft
+from deployments.engine.speculation.session import Ask
+from deployments.engine.speculation.speculator import Speculator, TakenDraft
+from deployments.engine.speculation.speculator_stats import SpeculatorStats
+from deployments.engine.speculation.types import DraftOrigin, DraftQuery, DraftTree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from deployments.engine.config import SpeculationConfig
+    from deployments.engine.speculation.drafters.base import Drafter
+    from deployments.engine.speculation.pool_link import LinkLimits
+    from deployments.engine.speculation.speculator import DraftRequest, RoundResult
+    from deployments.engine.speculation.transport import Connector
+    from deployments.engine.speculation.types import OutcomeRow, SessionSpec
+
+logger = logging.getLogger(__name__)
+
+_UPKEEP_INTERVAL_S = 0.05
+_MAX_LOCAL_FAILURES = 3
+_EMPTY = DraftTree()
+
+
+class _Running:
+    """What the engine thread keeps of a running sequence."""
+
+    __slots__ = ("acceptance", "spec")
+
+    def __init__(self, spec: SessionSpec) -> None:
+        self.spec = spec
+        self.acceptance = {
+            DraftOrigin.POOL: INITIAL_ACCEPTANCE,
+            DraftOrigin.LOCAL: INITIAL_ACCEPTANCE,
+        }
+
+
+class SplitSpeculator(Speculator):
+    """Speculation across the network that no step ever waits for.
+
+    ``attach`` and ``detach`` may be called from an event loop; the rest is the engine thread's. A
+    thread of its own dials and redials draft replicas; it starts with the first ``attach``.
+
+    Args:
+        vocab_size: ids outside it are never proposed.
+        connect: starts a transport to an endpoint, ``grpc_transport.grpc_connector`` in production;
+            None where there is no draft pool.
+        on_link_lost: called with the endpoint, from that thread, when a stream is lost or refused,
+            so that the owner may choose other replicas. Until then its sessions draft locally, and
+            the link is redialled as long as sessions are attached to it.
+        local_drafter: instead of the one that ``config.local_drafter`` names.
+    """
+
+    def __init__(
+        self,
+        config: SpeculationConfig,
+        *,
+        vocab_size: int,
+        connect: Connector | None = None,
+        on_link_lost: Callable[[str], None] | None = None,
+        local_drafter: Drafter | None = None,
+        limits: LinkLimits | None = None,
+    ) -> None:
+        self._config = config
+        self._vocab_size = vocab_size
+        self._on_link_lost = on_link_lost
+        if local_drafter is None and config.local_drafter == "suffix":
+            local_drafter = SuffixDrafter(min_match_tokens=config.min_match_tokens)
+        self._local = local_drafter
+        self._running: dict[int, _Running] = {}
+        self._pool: PoolClient | None = None
+        if connect is not None:
+            prompt_ask = Ask(config.num_draft_tokens, config.fanout)
+            self._pool = PoolClient(
+                connect, vocab_size=vocab_size, prompt_ask=prompt_ask, limits=limits
+            )
+        self._thread_lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._is_shut_down = False
+        self._num_rounds = 0
+        self._num_table_hits = 0
+        self._num_table_misses = 0
+        self._num_local_failures = 0
+        self._num_drafted = dict.fromkeys(DraftOrigin, 0)
+        self._num_accepted = dict.fromkeys(DraftOrigin, 0)
+
+    def attach(self, request_id: str, endpoint: str) -> None:
+        """Have a request served by the draft replica at ``endpoint`` ("host:port").
+
+        Attaching again moves it. Without a draft pool nothing happens.
+        """
+        if self._pool is None:
+            return
+        self._pool.attach(request_id, endpoint)
+        self._start_thread()
+        self._wake.set()
+
+    def detach(self, request_id: str) -> None:
+        """The draft replica chosen for the request is given back; unknown ids are ignored."""
+        if self._pool is not None:
+            self._pool.detach(request_id)
+            self._wake.set()
+
+    def open(self, session: SessionSpec) -> None:
+        """Prepare to draft for a sequence."""
+        self._running[session.session_id] = _Running(session)
+        if self._local is not None:
+            with self._tolerating(self._local):
+                self._local.open(session)
+        if self._pool is not None:
+            self._pool.open(session)
+            self._wake.set()
+
+    def take(self, requests: Sequence[DraftRequest]) -> list[TakenDraft]:
+        """A fitting row of the pool, else a local draft, else nothing."""
+        if self._pool is None:
+            from_pool = [PoolDraft((), was_asked=False)] * len(requests)
+        else:
+            from_pool = self._pool.drafts(requests)
+        taken: list[TakenDraft] = []
+        unserved: list[int] = []
+        for index, (request, draft) in enumerate(zip(requests, from_pool, strict=True)):
+            room = self._length(request, DraftOrigin.POOL)
+            if draft.token_ids and room:
+                tree = DraftTree.chain(draft.token_ids[:room], DraftOrigin.POOL)
+                taken.append(TakenDraft(tree=tree, table_hit=True))
+            else:
+                taken.append(TakenDraft(tree=_EMPTY, table_miss=draft.was_asked and room > 0))
+                if room and request.session_id in self._running:
+                    unserved.append(index)
+            self._num_table_hits += taken[-1].table_hit
+            self._num_table_misses += taken[-1].table_miss
+        for index, tree in zip(
+            unserved, self._local_drafts([requests[index] for index in unserved]), strict=True
+        ):
+            taken[index] = TakenDraft(tree=tree, table_miss=taken[index].table_miss)
+        return taken
+
+    def verifying(self, rounds: Sequence[tuple[DraftRequest, DraftTree]]) -> None:
+        """Announce the round to the pool, plain ones too: their bonus token can be foreseen."""
+        if self._pool is None:
+            return
+        fanout = self._config.fanout
+        self._pool.announce(
+            [
+                (request, tree, Ask(self._wanted(request, DraftOrigin.POOL), fanout))
+                for request, tree in rounds
+            ]
+        )
+
+    def verified(self, results: Sequence[RoundResult]) -> None:
+        """Learn from the outcome."""
+        for result in results:
+            self._num_rounds += 1
+            running = self._running.get(result.session_id)
+            origin = result.tree.origin
+            num_drafted = len(result.tree)
+            self._num_drafted[origin] += num_drafted
+            self._num_accepted[origin] += result.num_accepted
+            if running is None:
+                continue
+            if origin in running.acceptance:
+                running.acceptance[origin] = update_acceptance(
+                    running.acceptance[origin], result.num_accepted, num_drafted
+                )
+            if self._local is not None:
+                with self._tolerating(self._local):
+                    self._local.append(result.session_id, result.new_token_ids)
+
+    def close(self, session_id: int) -> None:
+        """Forget a sequence."""
+        if self._running.pop(session_id, None) is None:
+            return
+        if self._local is not None:
+            with self._tolerating(self._local):
+                self._local.close(session_id)
+        if self._pool is not None:
+            self._pool.close(session_id)
+
+    def shutdown(self) -> None:
+        """Stop the thread and close the links."""
+        with self._thread_lock:
+            self._is_shut_down = True
+            thread = self._thread
+        self._wake.set()
+        if thread is not None:
+            thread.join()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def stats(self) -> SpeculatorStats:
+        """A snapshot; may be called from any thread."""
+        own = SpeculatorStats(
+            num_rounds=self._num_rounds,
+            num_table_hits=self._num_table_hits,
+            num_table_misses=self._num_table_misses,
+            num_pool_draft_tokens=self._num_drafted[DraftOrigin.POOL],
+            num_pool_accepted_tokens=self._num_accepted[DraftOrigin.POOL],
+            num_local_draft_tokens=self._num_drafted[DraftOrigin.LOCAL],
+            num_local_accepted_tokens=self._num_accepted[DraftOrigin.LOCAL],
+            num_local_failures=self._num_local_failures,
+        )
+        return own if self._pool is None else self._pool.add_to(own)
+
+    def _wanted(self, request: DraftRequest, origin: DraftOrigin) -> int:
+        running = self._running.get(request.session_id)
+        k = self._config.num_draft_tokens
+        return k if running is None else draft_length(running.acceptance[origin], k)
+
+    def _length(self, request: DraftRequest, origin: DraftOrigin) -> int:
+        return min(request.max_draft_tokens, self._wanted(request, origin))
+
+    def _local_drafts(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+        if self._local is None or not requests:
+            return [_EMPTY] * len(requests)
+        queries = [
+            DraftQuery(
+                session_id=request.session_id,
+                token_ids=request.token_ids,
+                in_flight=_EMPTY,
+                # The bonus token behind the committed text is itself the draft's first token.
+                num_draft_tokens=self._length(request, DraftOrigin.LOCAL) - 1,
+                fanout=1,
+                sampling=self._running[request.session_id].spec.sampling,
+            )
+            for request in requests
+        ]
+        answers: list[list[OutcomeRow]] = [[]] * len(requests)
+        with self._tolerating(self._local):
+            answers = ask(self._local, queries, self._vocab_size)
+        return [
+            DraftTree.chain((rows[0].bonus_token_id, *rows[0].draft_token_ids), DraftOrigin.LOCAL)
+            if rows
+            else _EMPTY
+            for rows in answers
+        ]
+
+    @contextmanager
+    def _tolerating(self, drafter: Drafter) -> Iterator[None]:
+        try:
+            with calling(drafter):
+                yield
+        except DrafterFailedError:
+            self._num_local_failures += 1
+            logger.warning("the local drafter failed", exc_info=True)
+            if self._num_local_failures >= _MAX_LOCAL_FAILURES:
+                logger.error("the local drafter failed repeatedly and is switched off")  # noqa: TRY400
+                self._local = None
+
+    def _start_thread(self) -> None:
+        with self._thread_lock:
+            if self._thread is None and not self._is_shut_down:
+                self._thread = threading.Thread(
+                    target=self._keep_up, name="draft-links", daemon=True
+                )
+                self._thread.start()
+
+    def _keep_up(self) -> None:
+        pool = self._pool
+        while pool is not None and not self._is_shut_down:
+            self._wake.wait(_UPKEEP_INTERVAL_S)
+            self._wake.clear()
+            try:
+                for endpoint in pool.upkeep():
+                    if self._on_link_lost is not None:
+                        self._on_link_lost(endpoint)
+            except Exception:
+                # The thread's root: links may fail, their upkeep may not.
+                logger.exception("upkeep of the draft links failed")

@@ -1,0 +1,211 @@
+"""A target replica: the engine behind a Serve handle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from opentelemetry.trace import SpanKind
+from ray import serve
+
+from deployments.draft_sessions import DraftSessions
+from deployments.engine.factory import build_engine
+from deployments.engine.speculation.grpc_transport import grpc_connector
+from deployments.engine.speculation.handshake import Identity
+from deployments.engine.speculation.split_speculator import SplitSpeculator
+from deployments.engine.speculation.speculator import NoSpeculation
+from deployments.model_files import model_folder, served_model_name
+from deployments.serve_compat import current_replica_id
+from deployments.target_metrics import TargetMetrics
+from deployments.tokenizer import Tokenizer
+from deployments.tracing import Tracing, traceparent_of
+from kv_store.factory import build_page_store
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+    from pydantic import SecretStr
+
+    from deployments.config import TracingConfig
+    from deployments.engine.base import Engine
+    from deployments.engine.config import EngineConfig
+    from deployments.engine.speculation.speculator import Speculator
+    from deployments.engine.types import GenerationRequest, TokenDelta
+    from deployments.serve_compat import Handle
+    from kv_store.config import KVStoreConfig
+    from kv_store.layout import PageLayout
+    from kv_store.page_store import PageStore
+
+logger = logging.getLogger(__name__)
+
+_REPORT_PERIOD_S = 2.0
+_DRAIN_TIMEOUT_S = 600.0
+"""Serve kills the replica after its own, configured grace period; this bound is never the first."""
+
+
+class TargetReplica:
+    """Generates tokens; called by the ingress through a streaming handle."""
+
+    async def __init__(
+        self,
+        draft: Handle | None,
+        *,
+        engine: EngineConfig,
+        cache_dir: Path,
+        kv: KVStoreConfig | None,
+        pool_secret: SecretStr,
+        tracing: TracingConfig,
+    ) -> None:
+        """Load the model; takes seconds, on a thread of its own.
+
+        Args:
+            draft: handle of the draft pool, or None where there is none.
+            engine: the engine and its model.
+            cache_dir: where models lie that are not local folders.
+            kv: the shared KV tier, or None to keep pages in this replica.
+            pool_secret: shared with the draft pool, shown when a stream to it is opened.
+            tracing: where spans go.
+        """
+        self._replica_id = current_replica_id()
+        self._tracing = Tracing(tracing, "paceline-target")
+        self._metrics = TargetMetrics()
+        self._model = served_model_name(engine)
+        self._page_store: PageStore | None = None
+        self._sessions: DraftSessions | None = None
+        folder = model_folder(engine.model, cache_dir)
+        self._executor = ThreadPoolExecutor(1, "engine-lifecycle")
+        loop = asyncio.get_running_loop()
+        tokenizer = await loop.run_in_executor(self._executor, Tokenizer.load, folder)
+        speculator = self._build_speculator(draft, engine, tokenizer, pool_secret)
+        self._engine: Engine = await loop.run_in_executor(
+            self._executor, self._build_engine, engine, cache_dir, kv, speculator, tokenizer
+        )
+        self._reporting = asyncio.create_task(self._report(), name="target-metrics")
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Generate one sequence; closing the stream aborts it and frees its pages.
+
+        Raises:
+            EngineError: see ``Engine.generate``.
+        """
+        attributes: dict[str, str | int | float] = {
+            "paceline.replica": self._replica_id,
+            "paceline.resumed_tokens": len(request.resumed_output_ids),
+        }
+        async with AsyncExitStack() as stack:
+            span = stack.enter_context(
+                self._tracing.span(
+                    "target.generate", request.traceparent, attributes, kind=SpanKind.SERVER
+                )
+            )
+            request = replace(request, traceparent=traceparent_of(span))
+            if self._sessions is not None and request.speculation:
+                stack.enter_context(self._sessions.session(request.request_id))
+            deltas = await stack.enter_async_context(aclosing(self._engine.generate(request)))
+            async for delta in deltas:
+                yield replace(delta, replica_id=self._replica_id)
+
+    async def ping(self) -> str:
+        """This replica's id, if its engine makes progress.
+
+        Raises:
+            EngineDeadError: it does not.
+        """
+        self._engine.check_health()
+        return self._replica_id
+
+    def check_health(self) -> None:
+        """Serve's health check: an engine that died has the replica replaced."""
+        self._engine.check_health()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy sees of this replica."""
+        stats = self._engine.stats()
+        used = stats.num_total_pages - stats.num_free_pages
+        return {
+            "num_running": float(stats.num_running),
+            "num_waiting": float(stats.num_waiting),
+            "num_queued_prefill_tokens": float(stats.num_queued_prefill_tokens),
+            "kv_utilization": used / max(1, stats.num_total_pages),
+            "step_time_s": stats.step_time_ewma_s,
+            "mean_acceptance_length": stats.speculation.mean_acceptance_length,
+        }
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook: let running sequences end, then stop."""
+        self._reporting.cancel()
+        await self._engine.drain(_DRAIN_TIMEOUT_S)
+        if self._sessions is not None:
+            await self._sessions.close()
+        await self._engine.close()
+        self._tracing.close()
+        self._executor.shutdown(wait=False)
+
+    def _build_speculator(
+        self,
+        draft: Handle | None,
+        engine: EngineConfig,
+        tokenizer: Tokenizer,
+        pool_secret: SecretStr,
+    ) -> Speculator:
+        if not engine.speculation.enabled:
+            return NoSpeculation()
+        if draft is None:
+            return SplitSpeculator(engine.speculation, vocab_size=tokenizer.vocab_size)
+        identity = Identity(
+            model=self._model,
+            vocab_size=tokenizer.vocab_size,
+            vocab_digest=tokenizer.vocab_digest(),
+        )
+        speculator = SplitSpeculator(
+            engine.speculation,
+            vocab_size=tokenizer.vocab_size,
+            connect=grpc_connector(identity, self._replica_id, pool_secret),
+            on_link_lost=self._on_link_lost,
+        )
+        self._sessions = DraftSessions(draft, speculator)
+        return speculator
+
+    def _on_link_lost(self, endpoint: str) -> None:
+        if self._sessions is not None:
+            self._sessions.link_lost(endpoint)
+
+    def _build_engine(
+        self,
+        engine: EngineConfig,
+        cache_dir: Path,
+        kv: KVStoreConfig | None,
+        speculator: Speculator,
+        tokenizer: Tokenizer,
+    ) -> Engine:
+        def page_store(layout: PageLayout) -> PageStore:
+            store = build_page_store(kv, layout) if kv is not None else None
+            if store is None:
+                raise RuntimeError("a page store was asked for without a configuration")
+            self._page_store = store
+            return store
+
+        return build_engine(
+            engine,
+            cache_dir=cache_dir,
+            page_store_factory=page_store if kv is not None else None,
+            speculator=speculator,
+            detokenize=tokenizer.decode,
+        )
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_PERIOD_S)
+            self._metrics.engine(self._engine.stats())
+            if self._page_store is not None:
+                self._metrics.page_store(self._page_store.stats())
+            if self._sessions is not None:
+                self._metrics.draft_sessions(self._sessions.num_attached)
+
+
+TargetDeployment = serve.deployment(name="target", max_ongoing_requests=64)(TargetReplica)
