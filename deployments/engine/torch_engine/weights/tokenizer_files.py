@@ -58,7 +58,10 @@ def write_tokenizer_files(gguf_file: GGUFFile, folder: Path) -> None:
 
 def _build_tokenizer(gguf_file: GGUFFile, tokens: list[str], special: list[str]) -> Tokenizer:
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in gguf_file.texts("tokenizer.ggml.merges")]
+    merges = [
+        (left, right)
+        for left, _, right in (m.partition(" ") for m in gguf_file.texts("tokenizer.ggml.merges"))
+    ]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

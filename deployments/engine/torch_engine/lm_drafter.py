@@ -1,0 +1,374 @@
+"""The draft pool's reference drafter: a causal language model that answers for all outcomes.
+
+A query tells which draft the target is verifying. The model reads the new committed text and that
+draft in one forward, which gives it a distribution behind every node: there the likeliest bonus
+tokens are taken, and each (node, bonus) branch is continued for k tokens. Every choice adds the
+noise the target will add, so that the two agree wherever their distributions nearly do.
+
+Rows of committed text stay in the session's pages. Rows of guesses go to scratch slots, where the
+branches of a session form one tree: each row sees the text, its node's path, and itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from deployments.engine.speculation.drafters.base import Drafter
+from deployments.engine.speculation.noise import gumbel, row_key
+from deployments.engine.speculation.types import OutcomeRow
+from deployments.engine.torch_engine.draft_sessions import SessionCaches
+from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
+from deployments.engine.torch_engine.kv_cache import KVCache
+from deployments.engine.torch_engine.model_runner import ModelRunner
+from deployments.engine.torch_engine.sampling_math import process_logits
+from kv_store.layout import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from deployments.engine.speculation.types import DraftQuery, DraftSampling, DraftTree
+    from deployments.engine.torch_engine.draft_sessions import SessionCache
+    from deployments.engine.torch_engine.weights.loader import LoadedModel
+
+_NOISY_CANDIDATES = 512
+"""Noise is drawn for this many of the likeliest tokens of a row: a far token that would win by
+noise alone is worth less than the time to look at the whole vocabulary."""
+
+
+@dataclass(slots=True)
+class _Branch:
+    """One outcome and the chain behind it.
+
+    Attributes:
+        position: index of the bonus token in the text.
+        log_likelihood: of the outcome, by the model's own scores.
+        token_ids: the bonus token, then the draft.
+    """
+
+    node: int
+    position: int
+    log_likelihood: float
+    token_ids: list[int]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Round:
+    """One query at work.
+
+    Attributes:
+        index: the query's place in the call.
+        depths: tokens between the committed text and behind each node; 0 for the text itself.
+        ancestors: [n + 1, n] bool, the draft nodes seen from the text (row 0) and from each node.
+        scratch: slots of guesses; the first n belong to the draft in flight.
+    """
+
+    index: int
+    query: DraftQuery
+    cache: SessionCache
+    fanout: int
+    num_draft_tokens: int
+    depths: list[int]
+    ancestors: Tensor
+    scratch: Tensor
+    branches: list[_Branch] = field(default_factory=list)
+
+
+class CausalLMDrafter(Drafter):
+    """Guesses with a language model of the target's vocabulary."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        num_pages: int = 256,
+        max_sessions: int = 64,
+        num_scratch_pages: int = 16,
+        prefill_chunk_tokens: int = 512,
+    ) -> None:
+        """Allocate the pool.
+
+        Args:
+            loaded: the draft model.
+            num_pages: pages of 64 tokens for committed text, of all sessions together.
+            max_sessions: session caches kept; the least recently used are forgotten and read
+                again if they come back.
+            num_scratch_pages: pages for guesses. A query that needs more gets fewer bonus tokens,
+                then shorter drafts.
+            prefill_chunk_tokens: tokens of one forward while a long text is read.
+        """
+        cache = KVCache(
+            loaded.config,
+            num_pages + num_scratch_pages,
+            dtype=loaded.model.dtype,
+            device=loaded.model.device,
+        )
+        self._runner = ModelRunner(loaded.model, loaded.config, cache)
+        self._caches = SessionCaches(num_pages, max_sessions)
+        self._first_scratch = num_pages * PAGE_TOKENS
+        self._num_scratch = num_scratch_pages * PAGE_TOKENS
+        self._chunk = prefill_chunk_tokens
+
+    def close(self, session_id: int) -> None:
+        """Forget the session's cache."""
+        self._caches.drop(session_id)
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[list[OutcomeRow]]:
+        """Answer the queries, as many together as fit into the pool."""
+        answers: list[list[OutcomeRow]] = [[] for _ in queries]
+        group: list[_Round] = []
+        for index, query in enumerate(queries):
+            admitted = self._admit(index, query, group)
+            if admitted is None and group:
+                self._answer(group, answers)
+                group = []
+                admitted = self._admit(index, query, group)
+            if admitted is not None:
+                group.append(admitted)
+        if group:
+            self._answer(group, answers)
+        return answers
+
+    def _answer(self, group: Sequence[_Round], answers: list[list[OutcomeRow]]) -> None:
+        self._read_long_texts(group)
+        logits = self._read_drafts_in_flight(group)
+        self._choose_bonus_tokens(group, logits)
+        self._continue_branches(group)
+        for work in group:
+            work.branches.sort(key=lambda branch: branch.log_likelihood, reverse=True)
+            answers[work.index] = [
+                OutcomeRow(branch.node, branch.token_ids[0], tuple(branch.token_ids[1:]))
+                for branch in work.branches
+            ]
+
+    def _admit(self, index: int, query: DraftQuery, group: Sequence[_Round]) -> _Round | None:
+        """Find pages and scratch slots for a query beside those of its group."""
+        first = self._first_scratch + sum(len(work.scratch) for work in group)
+        room = self._first_scratch + self._num_scratch - first
+        alone = not group
+        shape = _shed(query, room if alone else None)
+        if shape is None or not self._can_read(query):
+            return None
+        fanout, num_draft_tokens = shape
+        num_scratch = _rows_needed(len(query.in_flight), fanout, num_draft_tokens)
+        if num_scratch > room:
+            return None
+        in_use = {work.query.session_id for work in group}
+        cache = self._caches.take(query.session_id, query.token_ids, in_use)
+        if cache is None:
+            return None
+        return _Round(
+            index=index,
+            query=query,
+            cache=cache,
+            fanout=fanout,
+            num_draft_tokens=num_draft_tokens,
+            depths=_depths(query.in_flight),
+            ancestors=_ancestors(query.in_flight),
+            scratch=torch.arange(first, first + num_scratch),
+        )
+
+    def _can_read(self, query: DraftQuery) -> bool:
+        """Whether the text fits into the pool and all tokens are in the vocabulary."""
+        text = query.token_ids
+        if not text or not self._caches.fits(len(text)):
+            return False
+        return max(*text, *query.in_flight.token_ids, 0) < self._runner.config.vocab_size
+
+    def _read_long_texts(self, group: Sequence[_Round]) -> None:
+        """Prefill, chunk by chunk, until every text has at most one chunk left."""
+        for work in group:
+            text, cached = work.query.token_ids, work.cache.token_ids
+            while len(text) - len(cached) > self._chunk:
+                start, end = len(cached), len(cached) + self._chunk
+                self._forward(
+                    [_Part(text[start:end], list(range(start, end)), work.cache.slots[:end])]
+                )
+                cached.extend(text[start:end])
+
+    def _read_drafts_in_flight(self, group: Sequence[_Round]) -> list[Tensor]:
+        """One forward over what is left of each text and its draft.
+
+        Returns:
+            Per query [n + 1, V] logits: behind the text, then behind each node.
+        """
+        parts = []
+        for work in group:
+            text, tree, start = (
+                work.query.token_ids,
+                work.query.in_flight,
+                len(work.cache.token_ids),
+            )
+            num_new, num_nodes = len(text) - start, len(tree)
+            mask = None
+            if num_nodes:
+                mask = torch.ones(num_new + num_nodes, num_new + num_nodes, dtype=torch.bool).tril()
+                mask[num_new:, num_new:] = work.ancestors[1:]
+            parts.append(
+                _Part(
+                    [*text[start:], *tree.token_ids],
+                    [*range(start, len(text)), *(len(text) + d - 1 for d in work.depths[1:])],
+                    torch.cat((work.cache.slots[: len(text)], work.scratch[:num_nodes])),
+                    mask,
+                    num_logits=num_nodes + 1,
+                )
+            )
+        logits = self._forward(parts)
+        for work in group:
+            work.cache.token_ids.extend(work.query.token_ids[len(work.cache.token_ids) :])
+        return list(torch.split(logits, [part.num_logits for part in parts]))
+
+    def _choose_bonus_tokens(self, group: Sequence[_Round], logits: Sequence[Tensor]) -> None:
+        """Open a branch for the best F tokens behind each node that its draft does not hold."""
+        for work, logits_RV in zip(group, logits, strict=True):
+            tree, length = work.query.in_flight, len(work.query.token_ids)
+            positions = [length + depth for depth in work.depths]
+            scores = _coupled_scores(logits_RV, [work.query.sampling] * len(positions), positions)
+            log_probs_RV = scores.log_softmax(dim=1)
+            reached = [0.0]
+            for parent, token in zip(tree.parents, tree.token_ids, strict=True):
+                reached.append(reached[parent + 1] + float(log_probs_RV[parent + 1, token]))
+                log_probs_RV[parent + 1, token] = -torch.inf
+            best = log_probs_RV.topk(min(work.fanout, log_probs_RV.shape[1]), dim=1)
+            for row, (values, tokens) in enumerate(
+                zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ):
+                work.branches += [
+                    _Branch(row - 1, positions[row], reached[row] + value, [token])
+                    for value, token in zip(values, tokens, strict=True)
+                    if value > -torch.inf
+                ]
+
+    def _continue_branches(self, group: Sequence[_Round]) -> None:
+        """Extend every branch, all queries together, one token per forward."""
+        for step in range(max(work.num_draft_tokens for work in group)):
+            active = [w for w in group if w.branches and step < w.num_draft_tokens]
+            if not active:
+                return
+            logits = self._forward([_branch_part(work, step) for work in active])
+            branches = [(work, branch) for work in active for branch in work.branches]
+            samplings = [work.query.sampling for work, _ in branches]
+            positions = [branch.position + step + 1 for _, branch in branches]
+            tokens = _coupled_scores(logits, samplings, positions).argmax(dim=1).tolist()
+            for (_, branch), token in zip(branches, tokens, strict=True):
+                branch.token_ids.append(token)
+
+    def _forward(self, parts: Sequence[_Part]) -> Tensor:
+        """Run the parts as one batch; the last ``num_logits`` rows of each are scored."""
+        spans: list[SequenceSpan] = []
+        rows: list[int] = []
+        start = 0
+        for part in parts:
+            length = len(part.token_ids)
+            spans.append(
+                SequenceSpan(
+                    start=start, length=length, kv_slots=part.kv_slots, tail_mask=part.tail_mask
+                )
+            )
+            rows += range(start + length - part.num_logits, start + length)
+            start += length
+        return self._runner.forward(
+            ForwardBatch(
+                token_ids=torch.tensor([t for part in parts for t in part.token_ids]),
+                positions=torch.tensor([p for part in parts for p in part.positions]),
+                slots=torch.cat([part.kv_slots[-len(part.token_ids) :] for part in parts]),
+                spans=tuple(spans),
+                logit_rows=torch.tensor(rows, dtype=torch.int64),
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One session's share of a forward; its new rows lie in the last slots of ``kv_slots``."""
+
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+    kv_slots: Tensor
+    tail_mask: Tensor | None = None
+    num_logits: int = 0
+
+
+def _branch_part(work: _Round, step: int) -> _Part:
+    """The newest token of each branch, seeing the text, its node's path and its own chain."""
+    num_nodes, num_branches = len(work.query.in_flight), len(work.branches)
+    end = num_nodes + (step + 1) * num_branches
+    paths = work.ancestors[[branch.node + 1 for branch in work.branches]]
+    own = torch.eye(num_branches, dtype=torch.bool).repeat(1, step + 1)
+    return _Part(
+        [branch.token_ids[-1] for branch in work.branches],
+        [branch.position + step for branch in work.branches],
+        torch.cat((work.cache.slots[: len(work.query.token_ids)], work.scratch[:end])),
+        torch.cat((paths, own), dim=1),
+        num_logits=num_branches,
+    )
+
+
+def _coupled_scores(
+    logits_RV: Tensor, samplings: Sequence[DraftSampling], positions: Sequence[int]
+) -> Tensor:
+    """The scores whose argmax is the guess: processed, with the target's noise where it samples.
+
+    Args:
+        logits_RV: float32.
+        samplings: R requests' settings.
+        positions: R indices of the tokens being chosen, from the first prompt token.
+
+    Returns:
+        [R, V]; tokens that cannot or will hardly win are ``-inf``.
+    """
+    scores_RV = process_logits(
+        logits_RV,
+        [sampling.temperature for sampling in samplings],
+        [sampling.top_k for sampling in samplings],
+        [sampling.top_p for sampling in samplings],
+        [sampling.min_p for sampling in samplings],
+    )
+    rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if not rows:
+        return scores_RV
+    keys = [row_key(samplings[r].seed, samplings[r].choice_index, positions[r]) for r in rows]
+    likeliest = scores_RV[rows].topk(min(_NOISY_CANDIDATES, scores_RV.shape[1]), dim=1)
+    noisy_RC = likeliest.values + gumbel(keys, likeliest.indices)
+    coupled_RV = torch.full_like(scores_RV[rows], -torch.inf, dtype=torch.float64)
+    coupled_RV.scatter_(1, likeliest.indices, noisy_RC)
+    scores_RV = scores_RV.to(torch.float64, copy=True)
+    scores_RV[rows] = coupled_RV
+    return scores_RV
+
+
+def _shed(query: DraftQuery, room: int | None) -> tuple[int, int] | None:
+    """The (F, k) asked for, or as much of it as ``room`` rows allow: F gives way first."""
+    fanout, num_draft_tokens, num_nodes = query.fanout, query.num_draft_tokens, len(query.in_flight)
+    while room is not None and _rows_needed(num_nodes, fanout, num_draft_tokens) > room:
+        if fanout > 1:
+            fanout -= 1
+        elif num_draft_tokens > 0:
+            num_draft_tokens -= 1
+        else:
+            return None
+    return fanout, num_draft_tokens
+
+
+def _rows_needed(num_nodes: int, fanout: int, num_draft_tokens: int) -> int:
+    """Scratch rows of one query; the last token of a draft is never read, the bonus token is."""
+    return num_nodes + (num_nodes + 1) * fanout * num_draft_tokens
+
+
+def _depths(tree: DraftTree) -> list[int]:
+    depths = [0]
+    for parent in tree.parents:
+        depths.append(depths[parent + 1] + 1)
+    return depths
+
+
+def _ancestors(tree: DraftTree) -> Tensor:
+    ancestors = torch.zeros(len(tree) + 1, len(tree), dtype=torch.bool)
+    for node, parent in enumerate(tree.parents):
+        ancestors[node + 1] = ancestors[parent + 1]
+        ancestors[node + 1, node] = True
+    return ancestors

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deployments.engine.speculation.noise import gumbel, row_key
+from deployments.engine.speculation.types import (
+    DraftOrigin,
+    DraftQuery,
+    DraftSampling,
+    DraftTree,
+    OutcomeRow,
+)
+from deployments.engine.torch_engine.lm_drafter import CausalLMDrafter
+from deployments.engine.torch_engine.sampling_math import process_logits
+from tests.unit.deployments.engine.torch_engine.tiny_models import (
+    batch_of,
+    loaded_model,
+    runner_of,
+)
+
+GREEDY = DraftSampling(seed=1)
+SAMPLED = DraftSampling(seed=77, choice_index=1, temperature=1.0)
+FILTERED = DraftSampling(seed=5, temperature=0.8, top_k=30, top_p=0.9, min_p=0.02)
+CHAIN = DraftTree.chain((5, 6, 7), DraftOrigin.POOL)
+BRANCHY = DraftTree((5, 6, 7, 8, 9), (-1, -1, 0, 0, 2), DraftOrigin.POOL)
+EMPTY = DraftTree()
+TEXT = torch.randint(97, (300,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def query(length, tree=EMPTY, sampling=GREEDY, *, session=1, k=3, fanout=2, shift=0):
+    return DraftQuery(
+        session_id=session,
+        token_ids=tuple(TEXT[shift : shift + length]),
+        in_flight=tree,
+        num_draft_tokens=k,
+        fanout=fanout,
+        sampling=sampling,
+    )
+
+
+class Target:
+    """The same model, without cache: chooses as the target's sampler does."""
+
+    def __init__(self):
+        self.runner = runner_of(loaded_model())
+
+    def scores(self, text, sampling):
+        slots = range(len(text))
+        batch = batch_of((list(text), slots, slots, [], None), logit_rows=[len(text) - 1])
+        scores = process_logits(
+            self.runner.forward(batch),
+            [sampling.temperature],
+            [sampling.top_k],
+            [sampling.top_p],
+            [sampling.min_p],
+        ).double()
+        if sampling.temperature > 0:
+            key = row_key(sampling.seed, sampling.choice_index, len(text))
+            scores = scores + gumbel([key], torch.arange(scores.shape[1]))
+        return scores[0]
+
+    def expected_rows(self, asked):
+        """(node, bonus) -> draft, by reading every path as a text of its own."""
+        rows = {}
+        tree = asked.in_flight
+        for node in range(-1, len(tree)):
+            path = [*asked.token_ids, *(tree.token_ids[n] for n in tree.path_to(node))]
+            scores = self.scores(path, asked.sampling)
+            for other, parent in enumerate(tree.parents):
+                if parent == node:
+                    scores[tree.token_ids[other]] = -torch.inf
+            for bonus in scores.topk(asked.fanout).indices.tolist():
+                if scores[bonus] == -torch.inf:
+                    continue
+                text = [*path, bonus]
+                for _ in range(asked.num_draft_tokens):
+                    text.append(int(self.scores(text, asked.sampling).argmax()))
+                rows[node, bonus] = tuple(text[len(path) + 1 :])
+        return rows
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target()
+
+
+def as_table(rows):
+    table = {(row.node, row.bonus_token_id): row.draft_token_ids for row in rows}
+    assert len(table) == len(rows)
+    return table
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, FILTERED])
+@pytest.mark.parametrize("tree", [EMPTY, CHAIN, BRANCHY])
+def test_the_targets_own_model_foresees_every_outcome(target, tree, sampling):
+    drafter = CausalLMDrafter(loaded_model(), num_pages=8)
+    asked = query(40, tree, sampling)
+    assert as_table(drafter.propose([asked])[0]) == target.expected_rows(asked)
+
+
+def test_a_batch_of_unlike_queries_is_answered_as_if_alone(target):
+    drafter = CausalLMDrafter(loaded_model(), num_pages=16, prefill_chunk_tokens=64)
+    asked = [
+        query(40, BRANCHY, SAMPLED, session=1),
+        query(200, CHAIN, GREEDY, session=2, k=1, fanout=3, shift=7),
+        query(3, EMPTY, FILTERED, session=3, k=5, shift=50),
+        query(70, CHAIN, SAMPLED, session=4, k=0, shift=90),
+    ]
+    answers = drafter.propose(asked)
+    assert [as_table(rows) for rows in answers] == [target.expected_rows(one) for one in asked]
+
+
+def test_rounds_build_on_the_cache_and_survive_rewritten_text(target):
+    drafter = CausalLMDrafter(loaded_model(), num_pages=8)
+    for length in (40, 41, 45, 45, 130):
+        asked = query(length, CHAIN)
+        assert as_table(drafter.propose([asked])[0]) == target.expected_rows(asked)
+    shorter = query(20, CHAIN)
+    assert as_table(drafter.propose([shorter])[0]) == target.expected_rows(shorter)
+    other = query(60, CHAIN, shift=9)
+    assert as_table(drafter.propose([other])[0]) == target.expected_rows(other)
+
+
+def test_an_evicted_session_is_read_again(target):
+    drafter = CausalLMDrafter(loaded_model(), num_pages=4)
+    asked = {session: query(100, CHAIN, session=session, shift=session) for session in (1, 2, 3)}
+    expected = {session: target.expected_rows(one) for session, one in asked.items()}
+    for session in (1, 2, 3, 1, 3, 2):  # two sessions fit
+        assert as_table(drafter.propose([asked[session]])[0]) == expected[session]
+
+
+def test_more_queries_than_the_pool_holds_are_answered_in_turns(target):
+    for limits in ({"num_pages": 4}, {"max_sessions": 1}, {"num_scratch_pages": 1}):
+        drafter = CausalLMDrafter(loaded_model(), **{"num_pages": 16, **limits})
+        asked = [query(100, CHAIN, session=session, shift=session) for session in range(5)]
+        answers = drafter.propose(asked)
+        assert [as_table(rows) for rows in answers] == [target.expected_rows(a) for a in asked]
+
+
+def test_a_text_that_cannot_fit_gets_no_rows_and_harms_nobody(target):
+    drafter = CausalLMDrafter(loaded_model(), num_pages=2)
+    fine = query(50, CHAIN, session=2)
+    answers = drafter.propose([query(129, session=1), fine, query(0, session=3)])
+    assert answers[0] == answers[2] == []
+    assert as_table(answers[1]) == target.expected_rows(fine)
+
+
+def test_tokens_outside_the_vocabulary_get_no_rows(target):
+    drafter = CausalLMDrafter(loaded_model(), num_pages=4)
+    foreign = query(10, DraftTree.chain((97,), DraftOrigin.LOCAL), session=1)
+    fine = query(10, CHAIN, session=2)
+    answers = drafter.propose([foreign, fine])
+    assert answers[0] == []
+    assert as_table(answers[1]) == target.expected_rows(fine)
+
+
+def test_bonus_tokens_give_way_before_draft_length(target):
+    drafter = CausalLMDrafter(loaded_model(), num_pages=4, num_scratch_pages=1)
+    rows = drafter.propose([query(10, CHAIN, k=5, fanout=16)])[0]
+    by_node = [sum(row.node == node for row in rows) for node in range(-1, 3)]
+    assert by_node == [3, 3, 3, 3]  # 3 + 4 * 3 * 5 = 63 rows of 64
+    assert {len(row.draft_token_ids) for row in rows} == {5}
+    rows = drafter.propose([query(10, CHAIN, k=32, fanout=2)])[0]
+    assert [len(row.draft_token_ids) for row in rows] == [15] * 4
+
+
+def test_likelier_outcomes_come_first(target):
+    drafter = CausalLMDrafter(loaded_model(), num_pages=4)
+    asked = query(30, EMPTY, fanout=6)
+    rows = drafter.propose([asked])[0]
+    best = target.scores(asked.token_ids, GREEDY).topk(6).indices.tolist()
+    assert [row.bonus_token_id for row in rows] == best
+    # A draft of unlikely tokens: what follows the text itself is the likeliest outcome.
+    unlikely = target.scores(asked.token_ids, GREEDY).argmin()
+    doubtful = query(30, DraftTree.chain((int(unlikely),), DraftOrigin.LOCAL), fanout=1)
+    rows = drafter.propose([doubtful])[0]
+    assert [row.node for row in rows] == [-1, 0]
+
+
+def test_a_closed_session_frees_its_pages():
+    drafter = CausalLMDrafter(loaded_model(), num_pages=2)
+    for session in range(10):
+        rows = drafter.propose([query(100, session=session)])[0]
+        assert rows
+        assert all(isinstance(row, OutcomeRow) for row in rows)
+        drafter.close(session)
+    drafter.close(999)
