@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ray import serve
 
     from cluster.config import ClusterConfig
+    from deployments.config import DraftPoolConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +44,13 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
 def build_application(config: ClusterConfig) -> serve.Application:
     """Bind the deployments of a config."""
-    pool_secret = _pool_secret(config)
+    pool = _with_pool_secret(config)
     draft = None
     if config.pools.draft is not None and config.engine.speculation.enabled:
         draft = DraftDeployment.options(**deployment_options(config.pools.draft)).bind(
             engine=config.engine,
-            draft=config.draft,
+            draft=pool,
             cache_dir=config.cache_dir,
-            pool_secret=pool_secret,
-            tracing=config.tracing,
         )
     target = TargetDeployment.options(
         **deployment_options(config.pools.target),
@@ -61,7 +60,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         engine=config.engine,
         cache_dir=config.cache_dir,
         kv=config.kv,
-        pool_secret=pool_secret,
+        pool_secret=pool.secret,
         tracing=config.tracing,
     )
     return IngressDeployment.options(**deployment_options(config.pools.ingress)).bind(
@@ -74,12 +73,14 @@ def build_application(config: ClusterConfig) -> serve.Application:
     )
 
 
-def _pool_secret(config: ClusterConfig) -> SecretStr:
-    """What target replicas show to draft replicas.
+def _with_pool_secret(config: ClusterConfig) -> DraftPoolConfig:
+    """Give the draft pool a secret if the settings have none.
 
     Derived and not drawn: Serve replaces every replica whose arguments change, and a config that
     is applied twice must change none.
     """
+    if config.draft.secret.get_secret_value():
+        return config.draft
     secret = config.auth.cluster_secret.get_secret_value().encode()
     digest = blake3.blake3(secret, derive_key_context="paceline draft pool 1").hexdigest()
-    return SecretStr(digest)
+    return config.draft.model_copy(update={"secret": SecretStr(digest)})

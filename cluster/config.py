@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deployments.config import AuthConfig, IngressConfig, TracingConfig
+from deployments.config import AuthConfig, DraftPoolConfig, IngressConfig, TracingConfig
 from deployments.engine.config import EngineConfig, TorchEngineConfig
 from kv_store.config import EmbeddedValkeyTierConfig, KVStoreConfig, SsdTierConfig
 
@@ -95,8 +95,7 @@ def default_cache_dir() -> Path:
 
 
 def _default_kv(settings: dict[str, Any]) -> KVStoreConfig:
-    # Absent when the cache folder itself was refused; the error is then about that.
-    root = settings.get("cache_dir", default_cache_dir()) / "kv"
+    root = settings["cache_dir"] / "kv"
     return KVStoreConfig(
         tiers=(
             EmbeddedValkeyTierConfig(),
@@ -114,6 +113,8 @@ class ClusterConfig(_Config):
     """Folder of weights and fitted drafts; ``paceline`` in the user's cache folder by default."""
     engine: EngineConfig = TorchEngineConfig()
     """What runs in a target replica."""
+    draft: DraftPoolConfig = DraftPoolConfig()
+    """What runs in a draft replica."""
     kv: KVStoreConfig | None = Field(default_factory=_default_kv)
     """Where KV pages are shared; a Valkey of the cluster's own and a folder below ``cache_dir`` by
     default. ``null`` keeps pages inside their replica."""

@@ -137,6 +137,8 @@ def _validate(settings: dict[str, Any], sources: Mapping[_Path, str]) -> Cluster
         problems = tuple(
             _describe(problem["type"], problem["loc"], problem["msg"], sources)
             for problem in error.errors(include_url=False, include_input=False)
+            # Only says that another problem kept a default from being made.
+            if problem["type"] != "default_factory_not_called"
         )
         # The cause holds the input, secrets included, so it must not travel along.
         raise ConfigError(problems) from None

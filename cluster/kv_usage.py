@@ -9,6 +9,7 @@ import redis
 
 from cluster.errors import RequestError
 from cluster.hot_tier import public_address
+from kv_store.tiers.segment_log import SegmentLog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 5.0
 _PAGE_KEYS = "kv:{*"
 _SCAN_COUNT = 1000
+# Opening a log must reclaim nothing, whatever budget its owner had.
+_UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +82,17 @@ def ssd_usage(root: Path) -> SsdUsage:
     """Measure a folder; one that does not exist yet is empty."""
     folders = [path for path in root.glob("replica-*") if path.is_dir()]
     files = [path for folder in folders for path in folder.rglob("*")]
-    return SsdUsage(
-        path=str(root), num_bytes=sum(map(_size, files)), num_replicas=len(folders)
-    )
+    return SsdUsage(path=str(root), num_bytes=sum(map(_size, files)), num_replicas=len(folders))
+
+
+def count_ssd_pages(root: Path) -> int:
+    """Pages that a start would find; only for a folder that no process uses."""
+    num_pages = 0
+    for folder in root.glob("replica-*"):
+        log = SegmentLog(folder, budget_bytes=_UNLIMITED, segment_bytes=_UNLIMITED // 2)
+        num_pages += log.usage().num_pages
+        log.close()
+    return num_pages
 
 
 def _size(path: Path) -> int:

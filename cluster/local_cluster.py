@@ -201,6 +201,8 @@ class LocalCluster:
         self._progress("starting Ray Serve and HAProxy")
         from ray import serve
 
+        # Progress is told once, by this class.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._stack.callback(_within, _DRAIN_S, "Ray Serve's shutdown", serve.shutdown)
         serve.start(
             proxy_location="HeadOnly",

@@ -36,9 +36,9 @@ class Manifest:
 
 
 def render(config: ClusterConfig) -> Manifest:
-    """Render a config; only what differs from the defaults is written."""
+    """Render a config; only what was set is written."""
     secrets: list[str] = []
-    arguments = _public(config.model_dump(mode="python", exclude_defaults=True), (), secrets)
+    arguments = _public(config, (), secrets)
     # Addresses are the file's own business here, and the chart's.
     arguments.pop("server", None)
     serve_config = {
@@ -73,7 +73,10 @@ def _public(value: Any, path: tuple[str, ...], secrets: list[str]) -> Any:  # no
     list is left out.
     """
     if isinstance(value, BaseModel):
-        value = value.model_dump(mode="python", exclude_defaults=True)
+        # A discriminator is needed even where it was left to its default.
+        value = {
+            name: item for name, item in value if name in value.model_fields_set or name == "kind"
+        }
     if isinstance(value, dict):
         public = {}
         for key, item in value.items():
@@ -90,6 +93,6 @@ def _public(value: Any, path: tuple[str, ...], secrets: list[str]) -> Any:  # no
 def _secret(value: Any) -> bool:  # noqa: ANN401 - any part of a dumped config
     if isinstance(value, SecretStr):
         return True
-    if isinstance(value, dict):
-        return any(_secret(item) for item in value.values())
+    if isinstance(value, BaseModel):
+        return any(_secret(item) for _, item in value)
     return isinstance(value, tuple | list) and any(_secret(item) for item in value)

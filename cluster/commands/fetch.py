@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from cluster.commands.options import ConfigOption  # noqa: TC001 - typer reads it at run time
 from cluster.config_loader import load_config
 from cluster.console import out, steps
+from cluster.preparation import fetch_weights
 
 
-def fetch(config: ConfigOption = None) -> None:
-    """Download the configured model; does nothing when it is already here."""
+def fetch(
+    config: ConfigOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The built-in model or a Hugging Face id."),
+    ] = None,
+) -> None:
+    """Download the model; does nothing when it is already here."""
     settings = load_config(config)
+    name = model or settings.engine.model
     with steps() as report:
-        report(f"looking for {settings.engine.model}")
-        # Imported late: they bring torch.
-        from deployments.engine.config import DEFAULT_MODEL
-        from deployments.engine.torch_engine.weights.builtin import prepare_builtin
-        from deployments.engine.torch_engine.weights.loader import find_model_folder
-
-        if settings.engine.model == DEFAULT_MODEL:
-            folder = prepare_builtin(settings.cache_dir, report)
-        else:
-            folder = find_model_folder(settings.engine.model, settings.cache_dir)
-    out.print(f"{settings.engine.model} is in {folder}")
+        report(f"looking for {name}")
+        folder = fetch_weights(name, settings.cache_dir, report)
+    out.print(f"{name} is in {folder}")

@@ -58,7 +58,7 @@ def _report(state: ClusterState) -> dict[str, Any]:
         "replicas": _replicas(state) if alive else {},
         "owner_pid": state.pid,
         "processes": len(processes),
-        "memory_mib": sum(map(_resident_bytes, processes)) >> 20,
+        "memory_mib": sum(map(_proportional_bytes, processes)) >> 20,
         "uptime_s": round(time.time() - state.started),
     }
 
@@ -80,8 +80,9 @@ def _replicas(state: ClusterState) -> dict[str, int]:
     return {name: int(count) for name, count in healthy.items()}
 
 
-def _resident_bytes(process: psutil.Process) -> int:
+def _proportional_bytes(process: psutil.Process) -> int:
+    """Memory of a process, with what it shares counted in parts: sums of these are true."""
     try:
-        return int(process.memory_info().rss)
+        return int(process.memory_full_info().pss)
     except psutil.Error:
         return 0
