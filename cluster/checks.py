@@ -19,7 +19,7 @@ from cluster.errors import ClusterStartError, ConfigError, PortInUseError
 from cluster.hot_tier import public_address, valkey_problem
 from cluster.pools import machine_resources, max_replicas
 from cluster.ports import PortLease
-from cluster.preparation import find_student, find_weights
+from cluster.preparation import find_student, find_weights, needs_student
 from cluster.state import default_state_dir, list_states
 from deployments.engine.errors import WeightsMissingError
 from kv_store.config import EmbeddedValkeyTierConfig, SsdTierConfig, ValkeyTierConfig
@@ -151,13 +151,12 @@ def _weights(config: ClusterConfig) -> Iterator[Finding]:
 
 
 def _student(config: ClusterConfig) -> Iterator[Finding]:
+    if not needs_student(config):
+        return
     try:
-        student = find_student(config)
+        yield Finding("draft", Verdict.OK, str(find_student(config)))
     except WeightsMissingError as error:
         yield Finding("draft", Verdict.FAILED, str(error), "paceline train student")
-    else:
-        if student is not None:
-            yield Finding("draft", Verdict.OK, str(student))
 
 
 def _ports(config: ClusterConfig) -> Iterator[Finding]:

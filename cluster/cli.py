@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cluster.commands import chat, fetch, kv, render, serve, status
+from cluster.commands import chat, doctor, fetch, kv, render, serve, status
 from cluster.console import fail
 from cluster.errors import ClusterError
 from deployments.engine.errors import WeightsMissingError
@@ -25,6 +25,7 @@ app.command("serve")(serve.serve)
 app.command("status")(status.status)
 app.command("chat")(chat.chat)
 app.command("kv")(kv.kv)
+app.command("doctor")(doctor.doctor)
 app.command("fetch")(fetch.fetch)
 app.command("render")(render.render)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import threading
+from typing import Annotated
 
+import typer
+
+from cluster import preparation
 from cluster.commands.options import ConfigOption  # noqa: TC001 - typer reads it at run time
 from cluster.config_loader import load_config
 from cluster.console import err, out, steps
@@ -13,7 +17,13 @@ from cluster.serve_app import paceline_app
 from cluster.signals import StopRequestedError, stop_on_signals
 
 
-def serve(config: ConfigOption = None) -> None:
+def serve(
+    config: ConfigOption = None,
+    prepare: Annotated[
+        bool,
+        typer.Option("--prepare", help="First fetch weights and fit the draft, where missing."),
+    ] = False,
+) -> None:
     """Start a cluster on this machine and keep it until Ctrl-C."""
     settings = load_config(config)
 
@@ -21,11 +31,11 @@ def serve(config: ConfigOption = None) -> None:
         err.print(f"[yellow]stopping; this takes up to {STOP_TIMEOUT_S:.0f} s[/]")
 
     with steps() as report:
-        report("looking for the model's weights")
-        # Imported late: it brings torch.
-        from deployments.model_files import model_folder
-
-        model_folder(settings.engine.model, settings.cache_dir)
+        if prepare:
+            preparation.prepare(settings, report)
+        else:
+            report("looking for the model's weights")
+            preparation.check_prepared(settings)
         cluster = LocalCluster(settings, paceline_app(), on_progress=report)
         try:
             with stop_on_signals(on_repeat=say_stopping), cluster:
