@@ -57,7 +57,9 @@ class CallGuard:
         self._tenants.authenticate(headers.get("authorization"))
 
     @contextmanager
-    def call(self, surface: str, operation: str, headers: Mapping[str, str]) -> Iterator[CallContext]:
+    def call(
+        self, surface: str, operation: str, headers: Mapping[str, str]
+    ) -> Iterator[CallContext]:
         """Admit one call for as long as the block runs.
 
         Args:

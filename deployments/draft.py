@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class DraftReplica:
     """Serves guesses. Serve handles only choose it; its tokens travel on streams of their own."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc] # Serve awaits it
         self, *, engine: EngineConfig, draft: DraftPoolConfig, cache_dir: Path
     ) -> None:
         """Load the drafter on a thread of its own and listen on a free port.

@@ -40,7 +40,5 @@ def _language_model(draft: DraftPoolConfig, name_or_path: str, cache_dir: Path) 
     from deployments.engine.torch_engine.weights.loader import load_model
 
     torch.set_num_threads(draft.num_threads)
-    loaded = load_model(
-        name_or_path, dtype=draft.dtype, device=draft.device, cache_dir=cache_dir
-    )
+    loaded = load_model(name_or_path, dtype=draft.dtype, device=draft.device, cache_dir=cache_dir)
     return CausalLMDrafter(loaded, num_pages=draft.num_pages, max_sessions=draft.max_sessions)

@@ -10,7 +10,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from deployments.accounting import RequestTotals
 from deployments.detokenizer import ChoiceText
 from deployments.engine.types import GenerationRequest
 from deployments.errors import ContextLengthError, RequestInvalidError, RequestTooLargeError
@@ -20,6 +19,7 @@ from deployments.sampling import build_sampling_params, check_prompt_token_ids
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
+    from deployments.accounting import RequestTotals
     from deployments.config import IngressConfig
     from deployments.engine.types import FinishReason
     from deployments.metrics import IngressMetrics

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import orjson
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.errors import (
@@ -23,6 +22,7 @@ from deployments.errors import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
     from deployments.errors import ApiError

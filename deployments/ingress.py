@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request  # noqa: TC002 - FastAPI reads the annotations at run time
 from ray import serve
-from starlette.responses import Response
+from starlette.responses import Response  # noqa: TC002
 
 from deployments import grpc_api
 from deployments.accounting import RequestTotals
@@ -49,12 +49,6 @@ if TYPE_CHECKING:
     from deployments.serve_compat import Handle
 
 logger = logging.getLogger(__name__)
-
-GRPC_SERVICERS = (
-    "protos.inference_pb2_grpc.add_InferenceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-)
-"""For ``gRPCOptions.grpc_servicer_functions``: Serve calls the methods of the same names below."""
 
 _COMPLETION_DEFAULT_MAX_TOKENS = 16
 
@@ -223,9 +217,7 @@ class IngressReplica:
             async with aclosing(self._generation.stream(plan, totals)) as deltas:
                 async for delta in deltas:
                     writer.collect(delta)
-            return json_response(
-                writer.body(totals), headers={REPLICA_HEADER: totals.replica_id}
-            )
+            return json_response(writer.body(totals), headers={REPLICA_HEADER: totals.replica_id})
 
     async def _events(
         self, headers: Mapping[str, str], body: OpenAIRequest

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from deployments.engine.types import GenerationRequest
 from deployments.prefix_affinity import PrefixAffinity, prefix_hashes
-from deployments.serve_compat import RequestRouter
+from deployments.serve_compat import ExactRequestRouter
 
 if TYPE_CHECKING:
     from deployments.serve_compat import PendingRequest, ReplicaID, RunningReplica
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class PrefixAwareRouter(RequestRouter):  # type: ignore[misc] # Ray ships no types
+class PrefixAwareRouter(ExactRequestRouter):
     """Prefix affinity, bounded by load; otherwise the shorter queue of two random replicas.
 
     A replica named in ``GenerationRequest.avoid_replicas`` is chosen only when no other one could

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import grpc
 from ray import serve
 from ray.exceptions import RayActorError, TaskCancelledError
-from ray.serve._private.common import ReplicaID
+from ray.serve._private.common import ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve._private.request_router.request_router import RequestRouter
@@ -57,9 +57,9 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "ExactRequestRouter",
     "PendingRequest",
     "ReplicaID",
-    "RequestRouter",
     "RunningReplica",
     "current_replica_id",
     "is_cancelled",
@@ -69,6 +69,22 @@ __all__ = [
 ]
 
 _LOST_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+
+
+class ExactRequestRouter(RequestRouter):  # type: ignore[misc] # Ray ships no types
+    """Serve's base router, with every chosen replica given to the very call it was chosen for.
+
+    The base class finds that call by its internal request id. Calls that one request makes at the
+    same time (the choices of n > 1) inherit one id, so all but one of them would wait for ever.
+    """
+
+    def _get_pending_request_matching_internal_request_id(
+        self, request_metadata: RequestMetadata | None = None
+    ) -> PendingRequest | None:
+        for pending in self._pending_requests_to_fulfill:
+            if pending.metadata is request_metadata and not pending.future.done():
+                return pending
+        return None
 
 
 def current_replica_id() -> str:

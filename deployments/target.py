@@ -7,7 +7,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from opentelemetry.trace import SpanKind
 from ray import serve
@@ -16,8 +16,8 @@ from deployments.draft_sessions import DraftSessions
 from deployments.engine.factory import build_engine
 from deployments.engine.speculation.grpc_transport import grpc_connector
 from deployments.engine.speculation.handshake import Identity
-from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.speculation.speculator import NoSpeculation
+from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.model_files import model_folder, served_model_name
 from deployments.serve_compat import current_replica_id
 from deployments.target_metrics import TargetMetrics
@@ -26,7 +26,7 @@ from deployments.tracing import Tracing, traceparent_of
 from kv_store.factory import build_page_store
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, AsyncIterator
     from pathlib import Path
 
     from pydantic import SecretStr
@@ -51,7 +51,7 @@ _DRAIN_TIMEOUT_S = 600.0
 class TargetReplica:
     """Generates tokens; called by the ingress through a streaming handle."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc] # Serve awaits it
         self,
         draft: Handle | None,
         *,
@@ -106,7 +106,9 @@ class TargetReplica:
             request = replace(request, traceparent=traceparent_of(span))
             if self._sessions is not None and request.speculation:
                 stack.enter_context(self._sessions.session(request.request_id))
-            deltas = await stack.enter_async_context(aclosing(self._engine.generate(request)))
+            deltas = await stack.enter_async_context(
+                aclosing(_closable(self._engine.generate(request)))
+            )
             async for delta in deltas:
                 yield replace(delta, replica_id=self._replica_id)
 
@@ -206,6 +208,11 @@ class TargetReplica:
                 self._metrics.page_store(self._page_store.stats())
             if self._sessions is not None:
                 self._metrics.draft_sessions(self._sessions.num_attached)
+
+
+def _closable(deltas: AsyncIterator[TokenDelta]) -> AsyncGenerator[TokenDelta, None]:
+    """Engines promise that closing the iterator aborts the request, so it can be closed."""
+    return cast("AsyncGenerator[TokenDelta, None]", deltas)
 
 
 TargetDeployment = serve.deployment(name="target", max_ongoing_requests=64)(TargetReplica)

@@ -49,7 +49,9 @@ class Tokenizer:
     def vocab_digest(self) -> str:
         """Hex digest of the id -> token mapping; equal where ids mean the same text."""
         digest = blake3.blake3()
-        for token, token_id in sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        for token, token_id in sorted(
+            self._tokenizer.get_vocab().items(), key=lambda item: item[1]
+        ):
             digest.update(f"{token_id}\0{token}\0".encode())
         return digest.hexdigest(length=16)
 

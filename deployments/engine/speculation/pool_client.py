@@ -159,6 +159,12 @@ class PoolClient:
                 link.send_prompts(now, self._prompt_ask)
         return lost
 
+    @property
+    def is_dialling(self) -> bool:
+        """Whether a link is about to come up, so that ``upkeep`` is wanted soon again."""
+        with self._lock:
+            return any(link.state is LinkState.CONNECTING for link in self._links.values())
+
     def shutdown(self) -> None:
         """Close every link."""
         with self._lock:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UPKEEP_INTERVAL_S = 0.05
+_DIAL_INTERVAL_S = 0.005
 _MAX_LOCAL_FAILURES = 3
 _EMPTY = DraftTree()
 
@@ -275,7 +276,7 @@ class SplitSpeculator(Speculator):
     def _keep_up(self) -> None:
         pool = self._pool
         while pool is not None and not self._is_shut_down:
-            self._wake.wait(_UPKEEP_INTERVAL_S)
+            self._wake.wait(_DIAL_INTERVAL_S if pool.is_dialling else _UPKEEP_INTERVAL_S)
             self._wake.clear()
             try:
                 for endpoint in pool.upkeep():

@@ -127,9 +127,9 @@ class EngineCore:
         """
         started = self._monotonic()
         self._expire()
-        self._transfer.finish_loads()
         for sequence in self._scheduler.next_in_line():
             self._transfer.begin_load(sequence)
+        self._transfer.finish_loads()
         chunks = self._scheduler.schedule()
         if not chunks:
             return False

@@ -1,0 +1,107 @@
+# Every target works on a machine that has Python 3.11 or newer and nothing else.
+# PYTHON=<interpreter> uses an environment you already have instead of .venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+CONSTRAINTS := .constraints/core.txt
+BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
+
+ifdef PYTHON
+  PY := $(PYTHON)
+  ENVIRONMENT :=
+else
+  PY := $(VENV)/bin/python
+  ENVIRONMENT := $(STAMP)
+endif
+SCRIPTS = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+
+# One arithmetic thread per process: pools share the machine, and so do test workers.
+export OMP_NUM_THREADS ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+TEST_WORKERS ?= 2
+PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
+
+.PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
+        check-docs check-spelling check-repository test test-unit test-integration protos reference chart \
+        demo serve clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(ENVIRONMENT) ## Create .venv with everything; does nothing when it is up to date
+	@$(PY) -c 'import sys; print("Paceline runs in", sys.prefix)'
+
+$(STAMP):
+	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer is needed: none found on PATH" >&2; exit 1; }
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; BASE_PYTHON=<path> names one" >&2; exit 1; }
+	@echo "Installing into $(VENV) (about 3.5 GB on disk; a few minutes the first time)"
+	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed-*
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+fmt: $(ENVIRONMENT) ## Format the code and apply safe lint fixes
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+check: check-format check-lint check-types check-layers check-protos chart check-docs check-spelling check-repository ## Everything CI checks besides the tests
+
+check-format: $(ENVIRONMENT) ## Formatting
+	$(PY) -m ruff format --check .
+
+check-lint: $(ENVIRONMENT) ## Lint rules
+	$(PY) -m ruff check .
+
+check-types: $(ENVIRONMENT) ## mypy, strict
+	$(PY) -m mypy
+
+check-layers: $(ENVIRONMENT) ## Import directions between and inside the packages
+	$(SCRIPTS)/lint-imports
+
+check-protos: $(ENVIRONMENT) ## The committed stubs are what the .proto files generate
+	$(PYTEST) -q tests/unit/test_protos.py
+
+check-docs: $(ENVIRONMENT) ## Links, named files, settings and examples of the docs
+	$(PYTEST) -q tests/unit/test_docs.py
+
+check-spelling: $(ENVIRONMENT) ## codespell
+	$(PY) -m codespell_lib $$(git ls-files)
+
+check-repository: $(ENVIRONMENT) ## Module sizes, exports, constraints, stray paths, large files
+	$(PYTEST) -q tests/unit/test_repository.py
+
+test: test-unit test-integration ## All tests that need no GPU
+
+test-unit: $(ENVIRONMENT) ## Unit, contract and chart tests
+	$(PYTEST) -m "not integration and not gpu" -n $(TEST_WORKERS)
+
+test-integration: $(ENVIRONMENT) ## Tests against a local Ray, a real Valkey and real weights
+	$(PYTEST) -m "integration and not gpu"
+
+protos: $(ENVIRONMENT) ## Regenerate the gRPC stubs
+	PATH="$(SCRIPTS):$$PATH" $(PY) -m grpc_tools.protoc -I . \
+	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/*.proto
+
+reference: $(ENVIRONMENT) ## Regenerate the docs' and the chart's pages that follow the code
+	$(PY) -m tests.reference
+	$(PY) -m tests.module_index
+	$(PY) -m tests.chart.config_schema
+
+chart: $(ENVIRONMENT) ## Lint, render and validate the Helm chart
+	$(PYTEST) -q tests/chart
+
+demo: install ## Start a cluster here, put real prompts through it, report, stop
+	$(PY) -m cluster.demo
+
+serve: install ## The same cluster, kept running until Ctrl-C
+	$(PY) -m cluster serve
+
+clean: ## Remove build products and caches; keeps .venv
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

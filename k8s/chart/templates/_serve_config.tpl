@@ -1,0 +1,41 @@
+{{/* The pools that have pods, separated by spaces. */}}
+{{- define "paceline.pools" -}}
+ingress target{{ if .Values.config.pools.draft }} draft{{ end }}
+{{- end -}}
+
+{{/*
+The arguments of cluster.app:build_app: the values' configuration, bound to this release's nodes.
+An explicit null keeps build_app from giving a release without a draft pool the default one.
+*/}}
+{{- define "paceline.clusterConfig" -}}
+{{- $config := deepCopy .Values.config -}}
+{{- range $pool := include "paceline.pools" . | splitList " " -}}
+{{- $_ := set (index $config.pools $pool) "labels" (dict "paceline.io/pool" $pool) -}}
+{{- end -}}
+{{- if not $config.pools.draft -}}
+{{- $_ := set $config.pools "draft" nil -}}
+{{- end -}}
+{{- toYaml $config -}}
+{{- end -}}
+
+{{/* What Ray Serve deploys. */}}
+{{- define "paceline.serveConfig" -}}
+proxy_location: EveryNode
+http_options:
+  host: 0.0.0.0
+  port: {{ .Values.serve.httpPort }}
+grpc_options:
+  port: {{ .Values.serve.grpcPort }}
+  grpc_servicer_functions:
+    - protos.inference_pb2_grpc.add_InferenceServicer_to_server
+    - grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server
+logging_config:
+  log_level: {{ default "INFO" .Values.config.log_level }}
+  encoding: JSON
+applications:
+  - name: {{ default "paceline" .Values.config.app_name }}
+    route_prefix: /
+    import_path: cluster.app:build_app
+    args:
+      {{- include "paceline.clusterConfig" . | nindent 6 }}
+{{- end -}}

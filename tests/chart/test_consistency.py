@@ -1,0 +1,291 @@
+"""What no schema says: names, ports, labels and times that must agree with each other."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.chart.conftest import CHART, CI_VALUES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.chart.conftest import Rendering
+
+RAY_COMPONENTS = {"head", "ingress", "target", "draft"}
+
+
+def _named_ports(template: dict[str, Any]) -> dict[str, int]:
+    return {
+        port["name"]: port["containerPort"]
+        for container in template["spec"]["containers"]
+        for port in container.get("ports", [])
+    }
+
+
+def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    matches = selector.get("matchLabels", {}).items() <= labels.items()
+    return matches and all(
+        rule["operator"] == "In" and labels.get(rule["key"]) in rule["values"]
+        for rule in selector.get("matchExpressions", [])
+    )
+
+
+def _secret_references(value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        if "secretKeyRef" in value:
+            yield value["secretKeyRef"]["name"], value["secretKeyRef"]["key"]
+        for child in value.values():
+            yield from _secret_references(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _secret_references(child)
+
+
+def test_every_ci_file_says_what_it_is_for() -> None:
+    assert {path.name for path in CI_VALUES} >= {
+        "default-values.yaml",
+        "gpu-values.yaml",
+        "external-valkey-values.yaml",
+    }
+    for path in CI_VALUES:
+        assert path.read_text(encoding="utf-8").startswith("# "), path
+
+
+def test_object_names_are_unique_and_short(rendering: Rendering) -> None:
+    names = [(item["kind"], item["metadata"]["name"]) for item in rendering.objects]
+    assert len(set(names)) == len(names)
+    # KubeRay puts a hash and a service's suffix behind the RayService's name.
+    assert len(rendering.ray_service["metadata"]["name"]) <= 40
+
+
+def test_services_reach_a_port_of_the_pods_they_select(rendering: Rendering) -> None:
+    for service in rendering.of_kind("Service"):
+        selected = [
+            template
+            for _, template in rendering.pod_templates()
+            if service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+        ]
+        assert len(selected) == 1, service["metadata"]["name"]
+        for port in service["spec"]["ports"]:
+            assert _named_ports(selected[0])[port["targetPort"]] == port["port"]
+
+
+def test_serve_listens_where_the_pods_say(rendering: Rendering) -> None:
+    config = rendering.serve_config
+    for component, template in rendering.pod_templates():
+        ports = _named_ports(template)
+        if component == "head":
+            # KubeRay makes its Serve service from the head's port of this name.
+            assert ports["serve"] == config["http_options"]["port"]
+        elif component in RAY_COMPONENTS:
+            assert ports["http"] == config["http_options"]["port"]
+            assert ports["grpc"] == config["grpc_options"]["port"]
+
+
+def test_the_grpc_servicer_can_be_imported(rendering: Rendering) -> None:
+    for path in rendering.serve_config["grpc_options"]["grpc_servicer_functions"]:
+        module, _, function = path.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_every_pool_finds_nodes_with_its_labels(rendering: Rendering) -> None:
+    (application,) = rendering.serve_config["applications"]
+    pools = {name: pool for name, pool in application["args"]["pools"].items() if pool}
+    groups = {group["groupName"]: group for group in rendering.ray_cluster["workerGroupSpecs"]}
+    assert set(pools) == set(groups)
+    for name, pool in pools.items():
+        assert pool["labels"]
+        assert pool["labels"].items() <= groups[name]["labels"].items()
+
+
+def test_a_replica_fits_on_a_pod_of_its_pool(rendering: Rendering) -> None:
+    (application,) = rendering.serve_config["applications"]
+    for group in rendering.ray_cluster["workerGroupSpecs"]:
+        pool = application["args"]["pools"][group["groupName"]]
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        # One logical CPU of the pod stays free for Serve's proxy and Ray itself.
+        assert pool["num_cpus"] < float(limits["cpu"])
+        assert pool.get("num_gpus", 0) <= float(limits.get("nvidia.com/gpu", 0))
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def test_pods_outlive_the_grace_of_their_replicas(rendering: Rendering) -> None:
+    (application,) = rendering.serve_config["applications"]
+    for group in rendering.ray_cluster["workerGroupSpecs"]:
+        pool = application["args"]["pools"][group["groupName"]]
+        grace = group["template"]["spec"]["terminationGracePeriodSeconds"]
+        assert grace >= math.ceil(pool["shutdown_timeout_s"]) + 30
+
+
+def test_serve_flags_are_on_every_ray_pod(rendering: Rendering) -> None:
+    haproxy = "1" if rendering.values["serve"]["haproxy"] else "0"
+    for component, template in rendering.pod_templates():
+        if component not in RAY_COMPONENTS:
+            continue
+        (container,) = template["spec"]["containers"]
+        environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+        assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == haproxy
+        assert environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+        assert environment["RAY_worker_niceness"] == "0"
+
+
+def test_kubernetes_adds_no_settings_of_its_own(rendering: Rendering) -> None:
+    # A service named paceline would become PACELINE_PORT and be read as a setting.
+    for component, template in rendering.pod_templates():
+        if component in RAY_COMPONENTS:
+            assert template["spec"]["enableServiceLinks"] is False
+
+
+def test_the_head_runs_no_replica(rendering: Rendering) -> None:
+    assert rendering.ray_cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_ray_pods_keep_kuberays_own_labels(rendering: Rendering) -> None:
+    for component, template in rendering.pod_templates():
+        if component in RAY_COMPONENTS:
+            assert "app.kubernetes.io/name" not in template["metadata"]["labels"]
+
+
+def test_secrets_exist_with_the_keys_that_are_read(rendering: Rendering) -> None:
+    values = rendering.values
+    made = {
+        item["metadata"]["name"]: set(item["stringData"]) for item in rendering.of_kind("Secret")
+    }
+    given = {
+        values["auth"]["existingSecret"]: {"cluster-secret", "tenants", "valkey-password"},
+        values["externalValkey"]["existingSecret"]: {values["externalValkey"]["urlKey"]},
+        values["ray"]["gcsFaultTolerance"]["existingSecret"]: {
+            values["ray"]["gcsFaultTolerance"]["passwordKey"]
+        },
+    }
+    given.pop("", None)
+    references = set(_secret_references(rendering.objects))
+    assert references
+    for name, key in references:
+        assert key in (made | given)[name], (name, key)
+    # A Secret nobody reads is a secret for nothing.
+    for name, keys in made.items():
+        assert {(name, key) for key in keys} <= references
+
+
+def test_no_secret_is_in_the_clear(rendering: Rendering) -> None:
+    auth = rendering.values["auth"]
+    secrets = [auth["clusterSecret"], auth["valkeyPassword"]]
+    secrets += [key for tenant in auth["tenants"] for key in tenant.get("api_keys", [])]
+    for path, text in rendering.files.items():
+        if not path.endswith("/secret.yaml"):
+            assert not [secret for secret in secrets if secret and secret in text], path
+
+
+def test_the_tenants_secret_is_a_list_of_tenants(rendering: Rendering) -> None:
+    for secret in rendering.of_kind("Secret"):
+        tenants = yaml.safe_load(secret["stringData"]["tenants"])
+        assert [tenant["name"] for tenant in tenants] == [
+            tenant["name"] for tenant in rendering.values["auth"]["tenants"]
+        ]
+
+
+def test_budgets_select_exactly_one_kind_of_pod(rendering: Rendering) -> None:
+    budgets = rendering.of_kind("PodDisruptionBudget")
+    assert bool(budgets) == rendering.values["podDisruptionBudget"]["enabled"]
+    for budget in budgets:
+        selected = [
+            (component, template)
+            for component, template in rendering.pod_templates()
+            if _selects(budget["spec"]["selector"], template["metadata"]["labels"])
+        ]
+        assert len(selected) == 1
+        # With a percentage or maxUnavailable the budget of a RayCluster's pods cannot be computed.
+        assert isinstance(budget["spec"]["minAvailable"], int)
+
+
+def test_network_policies_cover_every_pod(rendering: Rendering) -> None:
+    policies = rendering.of_kind("NetworkPolicy")
+    assert bool(policies) == rendering.values["networkPolicy"]["enabled"]
+    if not policies:
+        return
+    for component, template in rendering.pod_templates():
+        labels = template["metadata"]["labels"]
+        types = {
+            direction
+            for policy in policies
+            if _selects(policy["spec"]["podSelector"], labels)
+            for direction in policy["spec"]["policyTypes"]
+        }
+        assert types == {"Ingress", "Egress"}, component
+
+
+def test_pages_go_where_the_values_say(rendering: Rendering) -> None:
+    (target,) = (spec for name, spec in rendering.pod_templates() if name == "target")
+    (container,) = target["spec"]["containers"]
+    (value,) = (item["value"] for item in container["env"] if item["name"] == "PACELINE_KV__TIERS")
+    tiers = {tier["kind"]: tier for tier in yaml.safe_load(value)}
+    values = rendering.values
+    assert ("ssd" in tiers) == values["ssd"]["enabled"]
+    if values["ssd"]["enabled"]:
+        folders = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert tiers["ssd"]["root"] in folders
+        assert tiers["ssd"]["budget_bytes"] == values["ssd"]["budgetBytesPerReplica"]
+    if values["valkey"]["enabled"]:
+        (service,) = (
+            item["metadata"]["name"]
+            for item in rendering.of_kind("Service")
+            if item["spec"]["selector"]["app.kubernetes.io/component"] == "valkey"
+        )
+        address = f"@{service}:{values['valkey']['port']}/"
+        assert address in tiers["valkey"]["url"]
+    elif values["externalValkey"]["existingSecret"]:
+        assert tiers["valkey"]["url"] == "$(VALKEY_URL)"
+    # Kubernetes replaces $(NAME) only by variables that stand before it.
+    names = [item["name"] for item in container["env"]]
+    for name in ("VALKEY_PASSWORD", "VALKEY_URL"):
+        if f"$({name})" in value:
+            assert names.index(name) < names.index("PACELINE_KV__TIERS")
+
+
+def test_valkey_evicts_and_forgets(rendering: Rendering) -> None:
+    if not rendering.values["valkey"]["enabled"]:
+        assert not rendering.of_kind("Deployment")
+        return
+    (config,) = rendering.of_kind("ConfigMap")
+    lines = config["data"]["valkey.conf"].splitlines()
+    assert "maxmemory-policy allkeys-lfu" in lines
+    assert 'save ""' in lines
+    assert "appendonly no" in lines
+    (deployment,) = rendering.of_kind("Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    limit = container["resources"]["limits"]["memory"]
+    assert limit.endswith("Gi")
+    assert rendering.values["valkey"]["maxMemory"].endswith("gb")
+    # Valkey needs room above maxmemory for buffers and fragmentation.
+    assert int(limit.removesuffix("Gi")) > int(rendering.values["valkey"]["maxMemory"][:-2])
+
+
+def test_the_ssd_tier_has_its_folder(rendering: Rendering) -> None:
+    for component, template in rendering.pod_templates():
+        (container,) = template["spec"]["containers"]
+        folders = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", [])}
+        volumes = {volume["name"] for volume in template["spec"].get("volumes", [])}
+        assert set(folders.values()) == volumes
+        expected = component == "target" and rendering.values["ssd"]["enabled"]
+        assert ("/var/lib/paceline/kv" in folders) == expected
+
+
+def test_the_chart_is_of_this_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert chart["appVersion"] == project["version"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "values.yaml"])
+def test_every_top_level_value_is_explained(name: str) -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    text = (CHART / name).read_text(encoding="utf-8")
+    assert [key for key in values if key not in text] == []

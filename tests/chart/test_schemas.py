@@ -1,0 +1,188 @@
+"""The chart's objects against the schemas of Helm, Kubernetes, KubeRay and Ray Serve."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import helm_python as helm
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from cluster.config import ClusterConfig
+from cluster.config_loader import parse_config
+from cluster.manifest import render
+from tests.chart.conftest import CHART, Rendering
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KUBERNETES_VERSIONS = ("1.30", "1.37")
+
+
+def test_lint_finds_nothing(ci_values: dict[str, Any]) -> None:
+    report = helm.lint(CHART, ci_values, strict=True)
+    assert report["total_charts_linted"] == 1
+    assert report["errors"] == []
+    findings = [message["error"] for message in report["messages"]]
+    assert [text for text in findings if text != "icon is recommended"] == []
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+def test_core_objects_are_valid(rendering: Rendering, version: str) -> None:
+    core = [item for item in rendering.objects if item["kind"] != "RayService"]
+    assert core
+    for item in core:
+        kubernetes_validate.validate(item, version, strict=True)
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+def test_ray_pods_are_valid_pods(rendering: Rendering, version: str) -> None:
+    for component, template in rendering.pod_templates():
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": component, **template["metadata"]},
+            "spec": template["spec"],
+        }
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
+def test_an_invalid_object_would_be_found(rendering: Rendering) -> None:
+    service = copy.deepcopy(rendering.of_kind("Service")[0])
+    service["spec"]["portz"] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(service, KUBERNETES_VERSIONS[0], strict=True)
+
+
+@pytest.fixture(scope="session")
+def ray_service_schema(pytestconfig: pytest.Config) -> dict[str, Any]:
+    """The v1 schema of KubeRay's CRD, made strict."""
+    folder: Path = pytestconfig.getoption("--kuberay-crds")
+    path = folder / "ray.io_rayservices.yaml"
+    if not path.is_file():
+        pytest.skip(f"no KubeRay CRDs in {folder}; --kuberay-crds=FOLDER names another folder")
+    with path.open(encoding="utf-8") as stream:
+        crd = yaml.load(stream, Loader=yaml.CSafeLoader)
+    (version,) = (version for version in crd["spec"]["versions"] if version["name"] == "v1")
+    schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]
+    schema["properties"]["metadata"] = {"x-kubernetes-preserve-unknown-fields": True}
+    return _strict(schema)
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """Refuse unknown fields wherever an API server would drop them in silence."""
+    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        schema.setdefault("additionalProperties", False)
+    for child in schema.get("properties", {}).values():
+        _strict(child)
+    for keyword in ("items", "additionalProperties"):
+        if isinstance(schema.get(keyword), dict):
+            _strict(schema[keyword])
+    if schema.pop("x-kubernetes-int-or-string", False):
+        schema.pop("type", None)
+        schema["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    return schema
+
+
+def _with_defaults(value: Any, schema: dict[str, Any]) -> Any:
+    """As the API server does before it looks for required fields."""
+    if isinstance(value, dict):
+        for name, child in schema.get("properties", {}).items():
+            if name not in value and "default" in child:
+                value[name] = copy.deepcopy(child["default"])
+            if name in value:
+                _with_defaults(value[name], child)
+    elif isinstance(value, list):
+        for item in value:
+            _with_defaults(item, schema.get("items", {}))
+    return value
+
+
+def test_the_ray_service_fits_kuberays_crd(
+    rendering: Rendering, ray_service_schema: dict[str, Any]
+) -> None:
+    service = _with_defaults(copy.deepcopy(rendering.ray_service), ray_service_schema)
+    jsonschema.validate(service, ray_service_schema)
+
+
+def test_a_misspelt_ray_field_would_be_found(
+    rendering: Rendering, ray_service_schema: dict[str, Any]
+) -> None:
+    service = _with_defaults(copy.deepcopy(rendering.ray_service), ray_service_schema)
+    service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplica"] = 3
+    with pytest.raises(jsonschema.ValidationError, match="maxReplica"):
+        jsonschema.validate(service, ray_service_schema)
+
+
+def test_serve_accepts_its_config(rendering: Rendering) -> None:
+    # Not at the module's head: Ray Serve reads its switches when it is first imported, and local
+    # clusters of other tests in this process set them.
+    from ray.serve.schema import ServeDeploySchema
+
+    config = rendering.serve_config
+    parsed = ServeDeploySchema.model_validate(config)
+    # Serve ignores keys it does not know, so nothing may be lost on the way.
+    assert set(config) <= set(ServeDeploySchema.model_fields)
+    (application,) = parsed.applications
+    assert set(config["applications"][0]) <= set(type(application).model_fields)
+    assert set(config["http_options"]) <= set(type(parsed.http_options).model_fields)
+    assert set(config["grpc_options"]) <= set(type(parsed.grpc_options).model_fields)
+
+
+def test_build_app_accepts_its_arguments(rendering: Rendering) -> None:
+    (application,) = rendering.serve_config["applications"]
+    config = ClusterConfig.model_validate(application["args"])
+    assert config.pools.target.labels == {"paceline.io/pool": "target"}
+    assert config.pools.target.autoscaling is not None
+    assert (config.pools.draft is None) == ("draft" not in rendering.values["config"]["pools"])
+
+
+def test_the_chart_deploys_what_the_command_line_renders(rendering: Rendering) -> None:
+    expected = copy.deepcopy(rendering.serve_config)
+    (application,) = expected["applications"]
+    server = {
+        "http_port": expected["http_options"]["port"],
+        "grpc_port": expected["grpc_options"]["port"],
+    }
+    rendered = render(ClusterConfig.model_validate({**application["args"], "server": server}))
+    (rendered_application,) = rendered.serve_config["applications"]
+    # The command line writes only what differs from the defaults.
+    rendered_application["args"] = application["args"]
+    assert rendered.serve_config == expected
+
+
+def _environment(container: dict[str, Any], secrets: dict[str, dict[str, str]]) -> dict[str, str]:
+    """What a container sees; a Secret that the chart does not make holds ``redis://elsewhere``."""
+    environment: dict[str, str] = {}
+    for entry in container["env"]:
+        value = entry.get("value", "")
+        if reference := entry.get("valueFrom", {}).get("secretKeyRef"):
+            value = secrets.get(reference["name"], {}).get(reference["key"], "redis://elsewhere")
+        for name, known in environment.items():
+            value = value.replace(f"$({name})", known)
+        environment[entry["name"]] = value
+    return environment
+
+
+def test_the_pods_environment_completes_the_config(rendering: Rendering) -> None:
+    (application,) = rendering.serve_config["applications"]
+    secrets = {item["metadata"]["name"]: item["stringData"] for item in rendering.of_kind("Secret")}
+    for component, template in rendering.pod_templates():
+        if component == "valkey":
+            continue
+        environment = _environment(template["spec"]["containers"][0], secrets)
+        assert "$(" not in environment["PACELINE_KV__TIERS"]
+        if not secrets:
+            # The tenants are in a Secret of the operator's.
+            del environment["PACELINE_AUTH__TENANTS"]
+        complete = parse_config(application["args"], environment)
+        assert [tier.kind for tier in complete.kv.tiers] == [
+            tier["kind"] for tier in yaml.safe_load(environment["PACELINE_KV__TIERS"])
+        ]
+        if secrets:
+            assert [tenant.name for tenant in complete.auth.tenants] == [
+                tenant["name"] for tenant in rendering.values["auth"]["tenants"]
+            ]

@@ -1,0 +1,113 @@
+"""Wrong values are refused before anything reaches a cluster."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import helm_python as helm
+import pytest
+import yaml
+
+from tests.chart.config_schema import SCHEMA_PATH, with_config_schema
+from tests.chart.conftest import CHART, objects, render
+
+GOOD = yaml.safe_load((CHART / "ci/default-values.yaml").read_text(encoding="utf-8"))
+GOOD_TENANT = {"name": "acme", "api_keys": ["a-key-of-acme"]}
+
+
+def _with(path: str, value: Any) -> dict[str, Any]:
+    values: dict[str, Any] = copy.deepcopy(GOOD)
+    *parents, last = path.split(".")
+    at = values
+    for name in parents:
+        at = at.setdefault(name, {})
+    at[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("imagePullPolicy", "Always", "imagePullPolicy"),
+        ("image.pullPolicy", "Sometimes", "pullPolicy"),
+        ("ray.version", "2.9.0", "version"),
+        ("ray.upgradeStrategy", "Recreate", "upgradeStrategy"),
+        ("ray.gcsFaultTolerance", {"enabled": True}, "address"),
+        ("serve.httpPort", 70000, "httpPort"),
+        ("serve.grpcPort", "9000", "grpcPort"),
+        ("service.type", "Headless", "type"),
+        ("pools.prefill", {}, "prefill"),
+        ("pools.target.minPods", -1, "minPods"),
+        ("pools.target.maxPods", 0, "maxPods"),
+        ("pools.target.resources", {"limits": None}, "limits"),
+        ("pools.target.resources.limits.memory", "8 GB", "memory"),
+        ("config.engine.speculation.num_draft_tokns", 4, "num_draft_tokns"),
+        ("config.engine.speculation.num_draft_tokens", 0, "num_draft_tokens"),
+        ("config.engine.dtype", "float16", "dtype"),
+        ("config.pools.target.autoscaling.max_replicas", "many", "max_replicas"),
+        ("config.pools.target.labels", {"pool": "mine"}, "labels"),
+        ("config.server", {"http_port": 1}, "server"),
+        ("config.kv.tiers", [{"kind": "memory"}], "tiers"),
+        ("config.auth", {"cluster_secret": "in the clear"}, "auth"),
+        ("valkey.maxMemory", "80%", "maxMemory"),
+        ("auth.tenants", [{"name": "acme"}], "tenants"),
+        ("auth.tenants", [{**GOOD_TENANT, "name": "Not A Name"}], "name"),
+        ("auth.tenants", [{**GOOD_TENANT, "api_key_sha256": ["abc"]}], "api_key_sha256"),
+        ("auth.valkeyPassword", "would break @ the URL", "valkeyPassword"),
+        ("podDisruptionBudget.minAvailable.target", "50%", "target"),
+        ("networkPolicy.clients", "everybody", "clients"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(path: str, value: Any, named: str) -> None:
+    with pytest.raises(helm.HelmValuesError, match=named):
+        render(_with(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("auth.clusterSecret", "short", "at least 32 characters"),
+        ("auth.valkeyPassword", "short", "at least 16 characters"),
+    ],
+)
+def test_weak_secrets_are_refused(path: str, value: str, message: str) -> None:
+    with pytest.raises(helm.HelmRenderError, match=message):
+        render(_with(path, value))
+
+
+def test_nothing_has_a_default_secret() -> None:
+    with pytest.raises(helm.HelmRenderError, match="clusterSecret"):
+        render({})
+
+
+def test_an_existing_secret_replaces_the_charts() -> None:
+    kinds = {item["kind"] for item in objects(render({"auth": {"existingSecret": "mine"}}))}
+    assert "Secret" not in kinds
+
+
+def test_the_schema_knows_every_setting() -> None:
+    """``python -m tests.chart.config_schema`` brings the chart's schema up to date."""
+    schema = json.loads(SCHEMA_PATH.read_text(encoding="utf-8"))
+    assert schema == with_config_schema(schema)
+
+
+def test_every_object_in_the_schema_is_closed() -> None:
+    schema = json.loads(SCHEMA_PATH.read_text(encoding="utf-8"))
+    opened: list[str] = []
+
+    def visit(at: str, node: Any) -> None:
+        if isinstance(node, list):
+            for index, child in enumerate(node):
+                visit(f"{at}[{index}]", child)
+        if not isinstance(node, dict):
+            return
+        is_object = "properties" in node and node.get("type") == "object"
+        if is_object and node.get("additionalProperties") is not False:
+            opened.append(at)
+        for name, child in node.items():
+            visit(f"{at}.{name}", child)
+
+    visit("", schema)
+    assert opened == []

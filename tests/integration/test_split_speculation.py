@@ -1,0 +1,130 @@
+"""Split speculation over real sockets writes the target's own text."""
+
+import time
+
+import pytest
+from pydantic import SecretStr
+
+from deployments.engine.config import SpeculationConfig
+from deployments.engine.speculation.draft_server import DraftServer
+from deployments.engine.speculation.grpc_transport import grpc_connector
+from deployments.engine.speculation.pool_link import LinkLimits
+from deployments.engine.speculation.split_speculator import SplitSpeculator
+from deployments.engine.speculation.types import DraftSampling
+from tests.fakes_speculation import (
+    IDENTITY,
+    VOCAB_SIZE,
+    ModelDrafter,
+    ToyModel,
+    ToyTarget,
+    random_text,
+    wait_until,
+)
+
+SECRET = SecretStr("a shared secret")
+PROMPTS = {f"r{number}": tuple(random_text(number, 12)) for number in range(3)}
+
+
+@pytest.fixture
+def server():
+    server = DraftServer(ModelDrafter(ToyModel(seed=5, noise_scale=0.5)), IDENTITY, SECRET)
+    yield server
+    server.close()
+
+
+def make_speculator(lost: list[str], local: str = "suffix") -> SplitSpeculator:
+    return SplitSpeculator(
+        SpeculationConfig(num_draft_tokens=3, fanout=3, local_drafter=local),
+        vocab_size=VOCAB_SIZE,
+        connect=grpc_connector(IDENTITY, "target-1", SECRET),
+        on_link_lost=lost.append,
+        limits=LinkLimits(backoff_s=0.02, max_backoff_s=0.1),
+    )
+
+
+def forward() -> None:
+    """Stands for the time of a target's forward, the window the pool drafts in."""
+    time.sleep(0.003)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_same_text_as_plain_and_rows_are_hit(server, temperature):
+    model = ToyModel(seed=5)
+    sampling = DraftSampling(seed=77, temperature=temperature)
+    plain = {name: model.generate(prompt, sampling, 60) for name, prompt in PROMPTS.items()}
+    endpoint = f"127.0.0.1:{server.start()}"
+    speculator = make_speculator([])
+    target = ToyTarget(speculator, model, forward=forward)
+    try:
+        deadline = time.monotonic() + 60
+        while speculator.stats().num_pool_accepted_tokens == 0 and time.monotonic() < deadline:
+            for name in PROMPTS:
+                speculator.attach(name, endpoint)
+            assert target.run(PROMPTS, sampling, 60) == plain
+            for name in PROMPTS:
+                speculator.detach(name)
+        stats = speculator.stats()
+        assert stats.num_table_hits > 0
+        assert stats.num_pool_accepted_tokens > 0
+        assert stats.num_tables > 0
+        assert 0 < stats.round_trip_p50_s < 60
+        assert stats.num_links_lost == 0
+        wait_until(lambda: server.stats().num_sessions == 0, "the pool forgets ended sessions")
+    finally:
+        speculator.shutdown()
+
+
+def test_killed_drafter_costs_no_token_and_a_new_one_takes_over(server):
+    model = ToyModel(seed=5)
+    sampling = DraftSampling(seed=3, temperature=0.7)
+    plain = {name: model.generate(prompt, sampling, 400) for name, prompt in PROMPTS.items()}
+    other = DraftServer(ModelDrafter(ToyModel(seed=5)), IDENTITY, SECRET)
+    first, second = f"127.0.0.1:{server.start()}", f"127.0.0.1:{other.start()}"
+    lost: list[str] = []
+    speculator = make_speculator(lost, local="none")
+    num_steps = 0
+
+    def step() -> None:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 10:
+            wait_until(lambda: server.stats().num_sessions == 3, "the first drafter serves")
+            server.close()
+            wait_until(lambda: lost[:1] == [first], "the loss is reported")
+            for name in PROMPTS:
+                speculator.attach(name, second)
+        if num_steps == 20:
+            wait_until(lambda: other.stats().num_sessions == 3, "the second drafter serves")
+        forward()
+
+    target = ToyTarget(speculator, model, forward=step)
+    try:
+        for name in PROMPTS:
+            speculator.attach(name, first)
+        assert target.run(PROMPTS, sampling, 400) == plain
+        assert other.stats().num_tables > 0
+        assert speculator.stats().num_links_lost >= 1
+    finally:
+        speculator.shutdown()
+        other.close()
+
+
+def test_no_drafter_at_all_is_plain_decoding():
+    model = ToyModel(seed=5)
+    sampling = DraftSampling(seed=3)
+    nobody = "127.0.0.1:1"
+    lost: list[str] = []
+    speculator = make_speculator(lost)
+
+    def until_lost() -> None:
+        wait_until(lambda: nobody in lost, "the failed dial is reported")
+
+    try:
+        for name in PROMPTS:
+            speculator.attach(name, nobody)
+        plain = {name: model.generate(prompt, sampling, 40) for name, prompt in PROMPTS.items()}
+        target = ToyTarget(speculator, model, forward=until_lost)
+        assert target.run(PROMPTS, sampling, 40) == plain
+        assert speculator.stats().num_tables == 0
+    finally:
+        speculator.shutdown()

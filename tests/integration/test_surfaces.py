@@ -1,0 +1,372 @@
+"""Both surfaces over a real Ray with HAProxy, two target replicas and the small test engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import httpx
+import openai
+import pytest
+from pydantic import SecretStr
+
+from deployments.config import AuthConfig, IngressConfig, TenantConfig
+from deployments.grpc_servicers import GRPC_SERVICERS
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc as pb_grpc
+from tests.echo_deployments import MODEL, echo_app
+from tests.fakes_tokenizer import write_tokenizer
+from tests.ray_cluster import Ports, ray_serve, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+KEY = "integration-key"
+AUTH = {"authorization": f"Bearer {KEY}"}
+PROMPT = {"model": MODEL, "prompt": "the cat", "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ports]:
+    folder = write_tokenizer(tmp_path_factory.mktemp("model"))
+    haproxy = os.environ.get("PACELINE_TEST_PROXY", "haproxy") == "haproxy"
+    with ray_serve(GRPC_SERVICERS, haproxy=haproxy) as started:
+        from ray import serve
+
+        auth = AuthConfig(
+            cluster_secret=SecretStr("a cluster secret of some length"),
+            tenants=(TenantConfig(name="one", api_keys=(SecretStr(KEY),)),),
+        )
+        limits = IngressConfig(max_body_bytes=8192, max_prompt_chars=4096)
+        serve.run(echo_app(folder, auth=auth, ingress=limits), name="paceline")
+        yield started
+
+
+@pytest.fixture
+def http(ports: Ports) -> Iterator[httpx.Client]:
+    url = f"http://127.0.0.1:{ports.http}"
+    with httpx.Client(base_url=url, headers=AUTH, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def sdk(ports: Ports) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{ports.http}/v1", api_key=KEY, max_retries=0, timeout=30
+    )
+
+
+@pytest.fixture
+def rpc(ports: Ports) -> Iterator[pb_grpc.InferenceStub]:
+    with grpc.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
+        yield pb_grpc.InferenceStub(channel)
+
+
+METADATA = (("authorization", f"Bearer {KEY}"),)
+
+
+def replicas() -> dict[str, tuple[int, int]]:
+    """Replica id -> (process id, running sequences)."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle("target", "paceline")
+
+    async def ask() -> list[Any]:
+        return list(await handle.broadcast("where").results_async())
+
+    return {name: (pid, running) for name, pid, running in asyncio.run(ask())}
+
+
+def test_the_openai_sdk_gets_a_whole_answer(sdk: openai.OpenAI) -> None:
+    answer = sdk.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "hi"}], max_tokens=6, seed=1
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert len(answer.choices[0].message.content or "") == 6
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 6
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
+
+
+def test_the_openai_sdk_streams_the_same_text(sdk: openai.OpenAI) -> None:
+    arguments: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 6,
+        "seed": 1,
+    }
+    whole = sdk.chat.completions.create(**arguments)
+    chunks = list(
+        sdk.chat.completions.create(
+            **arguments, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 6
+
+
+def test_choices_are_streamed_side_by_side(http: httpx.Client) -> None:
+    body = PROMPT | {"n": 4, "max_tokens": 10}
+    whole = http.post("/v1/completions", json=body).json()
+    texts = [choice["text"] for choice in whole["choices"]]
+    assert len(set(texts)) == 4
+    assert whole["usage"]["completion_tokens"] == 40
+    streamed = [""] * 4
+    order: list[int] = []
+    with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                choice = httpx.Response(200, content=line[6:]).json()["choices"][0]
+                streamed[choice["index"]] += choice["text"]
+                order.append(choice["index"])
+    assert streamed == texts
+    assert order != sorted(order)
+
+
+def test_both_surfaces_give_the_same_text(http: httpx.Client, rpc: pb_grpc.InferenceStub) -> None:
+    over_http = http.post("/v1/completions", json=PROMPT | {"max_tokens": 12}).json()
+    request = pb.GenerateRequest(
+        model=MODEL, text="the cat", sampling=pb.SamplingOptions(seed=7, max_tokens=12)
+    )
+    unary = rpc.GenerateUnary(request, metadata=METADATA, timeout=30)
+    chunks = list(rpc.Generate(request, metadata=METADATA, timeout=30))
+    assert unary.choices[0].text == over_http["choices"][0]["text"]
+    assert "".join(chunk.text for chunk in chunks) == unary.choices[0].text
+    assert chunks[-1].finish_reason == pb.FINISH_REASON_LENGTH
+    assert chunks[-1].usage.completion_tokens == 12
+    assert [chunk.HasField("usage") for chunk in chunks[:-1]] == [False] * (len(chunks) - 1)
+
+
+def test_stop_strings_end_the_text_before_them(http: httpx.Client) -> None:
+    full = http.post("/v1/completions", json=PROMPT | {"max_tokens": 40}).json()
+    text = full["choices"][0]["text"]
+    stop = text[10:12]
+    cut = http.post("/v1/completions", json=PROMPT | {"max_tokens": 40, "stop": stop}).json()
+    assert cut["choices"][0]["text"] == text[: text.index(stop)]
+    assert cut["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status", "param", "code"),
+    [
+        ("/v1/completions", {"model": "other"}, 404, None, "model_not_found"),
+        ("/v1/completions", {"temperature": 3}, 400, "temperature", None),
+        ("/v1/completions", {"prompt": "x" * 5000}, 400, "prompt", "request_too_large"),
+        ("/v1/completions", {"prompt": "x" * 1500}, 400, "prompt", "context_length_exceeded"),
+        ("/v1/completions", {"prompt": "x" * 9000}, 400, None, "request_too_large"),
+        ("/v1/completions", {"prompt": [9999]}, 400, "prompt", None),
+        ("/v1/completions", {"logprobs": 3}, 400, "logprobs", "unsupported_parameter"),
+        ("/v1/completions", {"frobnicate": 1}, 400, "frobnicate", None),
+        ("/v1/chat/completions", {"messages": [], "prompt": None}, 400, None, None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests_have_openais_shape(
+    http: httpx.Client,
+    path: str,
+    fields: dict[str, Any],
+    status: int,
+    param: str | None,
+    code: str | None,
+    *,
+    stream: bool,
+) -> None:
+    response = http.post(path, json=PROMPT | fields | {"stream": stream})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (status, code)
+    assert set(error) == {"message", "type", "param", "code"}
+    if param is not None:
+        assert error["param"] == param
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic xyz"])
+def test_strangers_are_refused_on_both_surfaces(
+    ports: Ports, rpc: pb_grpc.InferenceStub, header: str | None
+) -> None:
+    headers = {} if header is None else {"authorization": header}
+    url = f"http://127.0.0.1:{ports.http}"
+    for response in (
+        httpx.post(f"{url}/v1/completions", json=PROMPT, headers=headers),
+        httpx.get(f"{url}/v1/models", headers=headers),
+    ):
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+    with pytest.raises(grpc.RpcError) as caught:
+        rpc.ModelInfo(pb.ModelInfoRequest(), metadata=tuple(headers.items()), timeout=30)
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+
+
+def test_broken_bodies_and_wrong_urls(http: httpx.Client) -> None:
+    broken = http.post("/v1/completions", content=b"{")
+    assert (broken.status_code, broken.json()["error"]["type"]) == (400, "invalid_request_error")
+    missing = http.get("/v1/nothing")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+    wrong = http.get("/v1/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("unary", [True, False])
+def test_grpc_errors_carry_code_and_detail(rpc: pb_grpc.InferenceStub, *, unary: bool) -> None:
+    request = pb.GenerateRequest(model=MODEL, text="x", sampling=pb.SamplingOptions(top_p=7))
+    with pytest.raises(grpc.RpcError) as caught:
+        if unary:
+            rpc.GenerateUnary(request, metadata=METADATA, timeout=30)
+        else:
+            list(rpc.Generate(request, metadata=METADATA, timeout=30))
+    error: Any = caught.value
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "top_p" in error.details()
+    assert ("x-paceline-error-param", "top_p") in [
+        tuple(item) for item in error.trailing_metadata()
+    ]
+
+
+def test_the_deadline_ends_a_request(http: httpx.Client) -> None:
+    response = http.post(
+        "/v1/completions", json=PROMPT | {"max_tokens": 900}, headers={"x-paceline-timeout": "0.3"}
+    )
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+
+def test_a_deadline_in_the_middle_of_a_stream_is_an_error_event(sdk: openai.OpenAI) -> None:
+    stream = sdk.completions.create(
+        **PROMPT,
+        max_tokens=900,
+        stream=True,
+        extra_headers={"x-paceline-timeout": "1"},
+    )
+    with pytest.raises(openai.APIError, match="deadline"):
+        list(stream)
+
+
+def test_an_operator_can_avoid_a_replica(http: httpx.Client) -> None:
+    first = http.post("/v1/completions", json=PROMPT | {"max_tokens": 2})
+    used = first.headers["x-paceline-replica"]
+    assert used in replicas()
+    for _ in range(4):
+        other = http.post(
+            "/v1/completions",
+            json=PROMPT | {"max_tokens": 2},
+            headers={"x-paceline-avoid-replica": used},
+        )
+        assert other.headers["x-paceline-replica"] not in {"", used}
+        assert other.json()["choices"] == first.json()["choices"]
+
+
+def test_a_known_prefix_goes_to_the_replica_that_has_it(http: httpx.Client) -> None:
+    prompt = "a long prompt of its own " * 20
+    used = {
+        http.post(
+            "/v1/completions", json={"model": MODEL, "prompt": prompt + str(n), "max_tokens": 1}
+        ).headers["x-paceline-replica"]
+        for n in range(8)
+    }
+    assert len(used) == 1
+
+
+def test_the_request_id_comes_back(http: httpx.Client) -> None:
+    response = http.get("/v1/models", headers={"x-request-id": "mine-1"})
+    assert response.headers.get_list("x-request-id") == ["mine-1"]
+    assert response.json()["data"][0]["id"] == MODEL
+
+
+def test_health_needs_no_key(ports: Ports) -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    assert httpx.get(f"http://127.0.0.1:{ports.http}/health").json() == {"status": "ok"}
+    with grpc.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="paceline.v1.Inference")
+        assert stub.Check(request, timeout=30).status == health_pb2.HealthCheckResponse.SERVING
+        watch = stub.Watch(request, timeout=30)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Check(health_pb2.HealthCheckRequest(service="nope"), timeout=30)
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]
+
+
+def test_reflection_lists_the_services(ports: Ports) -> None:
+    from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+        ProtoReflectionDescriptorDatabase,
+    )
+
+    with grpc.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
+        services = set(ProtoReflectionDescriptorDatabase(channel).get_services())
+    assert {"paceline.v1.Inference", "grpc.health.v1.Health"} <= services
+
+
+def num_running() -> int:
+    return sum(running for _, running in replicas().values())
+
+
+def test_a_client_that_leaves_frees_its_sequences(http: httpx.Client) -> None:
+    wait_until(lambda: num_running() == 0, what="idle")
+    body = PROMPT | {"max_tokens": 900, "n": 3, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        wait_until(lambda: num_running() == 3, what="three running sequences")
+    wait_until(lambda: num_running() == 0, timeout_s=5, what="sequences end with their client")
+
+
+def test_a_client_that_leaves_before_its_whole_answer(http: httpx.Client) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/completions", json=PROMPT | {"max_tokens": 900}, timeout=1.0)
+    wait_until(lambda: num_running() == 0, timeout_s=5, what="the sequence ends with its client")
+
+
+def test_a_cancelled_rpc_frees_its_sequences(rpc: pb_grpc.InferenceStub) -> None:
+    request = pb.GenerateRequest(
+        model=MODEL, text="the cat", n=2, sampling=pb.SamplingOptions(max_tokens=900)
+    )
+    call = rpc.Generate(request, metadata=METADATA, timeout=60)
+    next(call)
+    wait_until(lambda: num_running() == 2, what="two running sequences")
+    call.cancel()
+    wait_until(lambda: num_running() == 0, timeout_s=5, what="sequences end with their client")
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_a_replica_that_dies_in_the_middle_changes_nothing(
+    http: httpx.Client, attempt: int
+) -> None:
+    wait_until(lambda: len(replicas()) == 2, timeout_s=60, what="two target replicas")
+    body = PROMPT | {"max_tokens": 150, "seed": 11, "n": 2}
+    expected = [
+        choice["text"] for choice in http.post("/v1/completions", json=body).json()["choices"]
+    ]
+    texts = ["", ""]
+    killed = threading.Event()
+    with http.stream(
+        "POST",
+        "/v1/completions",
+        json=body | {"stream": True, "stream_options": {"include_usage": True}},
+    ) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = httpx.Response(200, content=line[6:]).json()
+            assert "error" not in event
+            if event.get("metrics"):
+                assert event["usage"]["completion_tokens"] == 300
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["text"]
+            if min(map(len, texts)) > 20 and not killed.is_set():
+                killed.set()
+                busy = {name: pid for name, (pid, running) in replicas().items() if running}
+                assert busy
+                for pid in busy.values():
+                    os.kill(pid, signal.SIGKILL)
+    assert killed.is_set()
+    assert texts == expected

@@ -1,0 +1,86 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.engine.speculation.outcome_table import OutcomeTable, TableShelf
+from deployments.engine.speculation.types import DraftOrigin, DraftTree, OutcomeRow
+
+TEXT = [5, 6, 7]
+IN_FLIGHT = DraftTree.chain((1, 2), DraftOrigin.POOL)
+TABLE = OutcomeTable.build(
+    3,
+    IN_FLIGHT,
+    [
+        OutcomeRow(1, 3, (30, 31)),
+        OutcomeRow(1, 4, (40, 41)),
+        OutcomeRow(0, 8, (80,)),
+        OutcomeRow(-1, 9, (90, 91)),
+        OutcomeRow(-1, 10, ()),
+    ],
+)
+
+tokens = st.integers(0, 3)
+texts = st.lists(tokens, max_size=6)
+
+
+def test_each_outcome_finds_its_row():
+    assert TABLE.draft_after([*TEXT, 1, 2, 3]) == (30, 31)
+    assert TABLE.draft_after([*TEXT, 1, 2, 4]) == (40, 41)
+    assert TABLE.draft_after([*TEXT, 1, 8]) == (80,)
+    assert TABLE.draft_after([*TEXT, 9]) == (90, 91)
+
+
+def test_outcomes_nobody_foresaw_find_nothing():
+    assert TABLE.draft_after([*TEXT, 1, 2, 5]) == ()
+    assert TABLE.draft_after([*TEXT, 11]) == ()
+    assert TABLE.draft_after([*TEXT, 10]) == ()
+
+
+def test_a_round_late_the_rest_of_a_row_still_serves():
+    assert TABLE.draft_after([*TEXT, 1, 2, 3, 30]) == (31,)
+    assert TABLE.draft_after([*TEXT, 1, 2, 3, 31]) == ()
+    assert TABLE.draft_after([*TEXT, 1, 2, 3, 30, 31]) == ()
+
+
+def test_before_the_round_ends_the_likeliest_row_is_a_draft():
+    assert TABLE.draft_after(TEXT) == (1, 2, 3, 30, 31)
+
+
+def test_a_text_shorter_than_the_base_finds_nothing():
+    assert TABLE.draft_after(TEXT[:2]) == ()
+
+
+@given(
+    base=texts,
+    path=st.lists(tokens, max_size=3),
+    rows=st.lists(st.tuples(st.integers(-1, 2), tokens, st.lists(tokens, max_size=3)), max_size=6),
+    committed=texts,
+)
+def test_never_a_row_whose_text_disagrees(base, path, rows, committed):
+    in_flight = DraftTree.chain(path, DraftOrigin.POOL)
+    usable = [OutcomeRow(n, b, tuple(d)) for n, b, d in rows if n < len(path)]
+    table = OutcomeTable.build(len(base), in_flight, usable)
+    draft = table.draft_after([*base, *committed])
+    wholes = [[*path[: row.node + 1], row.bonus_token_id, *row.draft_token_ids] for row in usable]
+    fitting = [
+        tuple(whole[len(committed) :])
+        for whole in wholes
+        if whole[: len(committed)] == committed and len(whole) > len(committed)
+    ]
+    assert draft == (fitting[0] if fitting else ())
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12))
+def test_shelf_keeps_the_two_newest(bases):
+    shelf = TableShelf()
+    for base in bases:
+        shelf.put(OutcomeTable(base, ((base,),)))
+    assert len(shelf) == min(2, len(bases))
+    newest = max(bases)
+    assert shelf.draft_after([0] * newest) == (newest,)
+
+
+def test_shelf_falls_back_to_the_older_table():
+    shelf = TableShelf()
+    shelf.put(OutcomeTable(1, ((5, 6, 7),)))
+    shelf.put(OutcomeTable(2, ((9, 9),)))
+    assert shelf.draft_after([0, 5, 6]) == (7,)

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deployments.errors import RequestInvalidError, UnsupportedParameterError, describe
+from deployments.openai_api import ChatCompletionRequest, CompletionRequest, parse_body
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+PLAIN = {"model": "m", "prompt": "hi"}
+
+
+def chat(**fields: object) -> bytes:
+    return json.dumps(CHAT | fields).encode()
+
+
+def plain(**fields: object) -> bytes:
+    return json.dumps(PLAIN | fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("temperature", 2.01, "temperature"),
+        ("temperature", -0.1, "temperature"),
+        ("temperature", "1", "temperature"),
+        ("temperature", True, "temperature"),
+        ("top_p", 0, "top_p"),
+        ("top_p", 1.1, "top_p"),
+        ("top_k", -2, "top_k"),
+        ("min_p", 1.5, "min_p"),
+        ("presence_penalty", 2.5, "presence_penalty"),
+        ("frequency_penalty", -2.5, "frequency_penalty"),
+        ("repetition_penalty", 0, "repetition_penalty"),
+        ("n", 0, "n"),
+        ("n", 9, "n"),
+        ("n", 1.0, "n"),
+        ("max_tokens", 0, "max_tokens"),
+        ("max_completion_tokens", -1, "max_completion_tokens"),
+        ("min_tokens", -1, "min_tokens"),
+        ("seed", 1 << 63, "seed"),
+        ("seed", "7", "seed"),
+        ("stop", "", "stop"),
+        ("stop", ["a", ""], "stop[1]"),
+        ("stop", ["a", "b", "c", "d", "e"], "stop"),
+        ("stop", 5, "stop"),
+        ("stop_token_ids", [-1], "stop_token_ids[0]"),
+        ("logit_bias", {"5": 101}, "logit_bias"),
+        ("logit_bias", {"5": "1"}, "logit_bias"),
+        ("logit_bias", [], "logit_bias"),
+        ("ignore_eos", 1, "ignore_eos"),
+        ("stream", "yes", "stream"),
+        ("stream_options", {"include_usage": 1}, "stream_options.include_usage"),
+        ("speculation", None, "speculation"),
+        ("messages", [], "messages"),
+        ("messages", "hi", "messages"),
+        ("messages", [{"role": "user"}], "messages[0].content"),
+        ("messages", [{"role": "user", "content": None}], "messages[0].content"),
+        ("messages", [{"role": "user", "content": []}], "messages[0].content"),
+        ("messages", [{"role": "robot", "content": "x"}], "messages[0].role"),
+        (
+            "messages",
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "messages[0].content[0].type",
+        ),
+        ("model", "", "model"),
+        ("model", 7, "model"),
+        ("colour", "red", "colour"),
+    ],
+)
+def test_a_bad_field_is_named(field: str, value: object, param: str) -> None:
+    with pytest.raises(RequestInvalidError) as caught:
+        parse_body(chat(**{field: value}), ChatCompletionRequest)
+    error = describe(caught.value)
+    assert error.kind.http_status == 400
+    assert error.body()["error"]["type"] == "invalid_request_error"  # type: ignore[index]
+    assert error.param == param
+    assert param.split("[")[0].split(".")[0] in error.message
+
+
+@pytest.mark.parametrize("field", ["model", "messages"])
+def test_a_missing_field_is_named(field: str) -> None:
+    body = {name: value for name, value in CHAT.items() if name != field}
+    with pytest.raises(RequestInvalidError, match=f"Missing required parameter: '{field}'"):
+        parse_body(json.dumps(body).encode(), ChatCompletionRequest)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"temperature": NaN}', b"nope"])
+def test_broken_json_is_refused(body: bytes) -> None:
+    with pytest.raises(RequestInvalidError, match="not valid JSON"):
+        parse_body(body, ChatCompletionRequest)
+
+
+@pytest.mark.parametrize("body", [b"[]", b"1", b"null", b'"x"'])
+def test_json_that_is_no_object_is_refused(body: bytes) -> None:
+    with pytest.raises(RequestInvalidError, match="must be a JSON object"):
+        parse_body(body, ChatCompletionRequest)
+
+
+@pytest.mark.parametrize(
+    ("field", "neutral", "asking"),
+    [
+        ("logprobs", False, True),
+        ("logprobs", None, 0),
+        ("top_logprobs", 0, 5),
+        ("tools", [], [{"type": "function"}]),
+        ("tool_choice", "auto", "required"),
+        ("response_format", {"type": "text"}, {"type": "json_object"}),
+        ("best_of", 1, 2),
+        ("echo", False, True),
+        ("suffix", None, "end"),
+        ("modalities", ["text"], ["audio"]),
+        ("store", False, True),
+    ],
+)
+def test_an_unimplemented_parameter_passes_only_at_its_default(
+    field: str, neutral: object, asking: object
+) -> None:
+    parse_body(chat(**{field: neutral}), ChatCompletionRequest)
+    with pytest.raises(UnsupportedParameterError) as caught:
+        parse_body(chat(**{field: asking}), ChatCompletionRequest)
+    error = describe(caught.value)
+    assert (error.param, error.kind.code) == (field, "unsupported_parameter")
+
+
+def test_labels_for_the_provider_are_accepted() -> None:
+    parse_body(chat(user="u1", metadata={"a": "b"}), ChatCompletionRequest)
+
+
+def test_stream_options_need_a_stream() -> None:
+    with pytest.raises(RequestInvalidError) as caught:
+        parse_body(chat(stream_options={"include_usage": True}), ChatCompletionRequest)
+    assert caught.value.param == "stream_options"
+
+
+def test_both_names_of_the_output_limit_are_refused() -> None:
+    request = parse_body(chat(max_tokens=1, max_completion_tokens=1), ChatCompletionRequest)
+    with pytest.raises(RequestInvalidError, match="cannot both be set"):
+        _ = request.output_limit
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = parse_body(chat(messages=[{"role": "user", "content": parts}]), ChatCompletionRequest)
+    assert request.messages[0].text() == "ab"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_every_form_of_a_prompt(prompt: object, prompts: list[object]) -> None:
+    assert parse_body(plain(prompt=prompt), CompletionRequest).prompts() == prompts
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [1, -1], [1.5], {}, None, 3])
+def test_other_forms_of_a_prompt_are_refused(prompt: object) -> None:
+    with pytest.raises(RequestInvalidError) as caught:
+        parse_body(plain(prompt=prompt), CompletionRequest)
+    assert (caught.value.param or "").startswith("prompt")
+
+
+def test_values_never_show_in_errors() -> None:
+    with pytest.raises(RequestInvalidError) as caught:
+        parse_body(chat(temperature="the secret text"), ChatCompletionRequest)
+    assert "secret" not in str(caught.value)

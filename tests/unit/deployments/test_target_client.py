@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from ray.exceptions import ActorUnavailableError
+from ray.serve.exceptions import BackPressureError
+
+from deployments.engine.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    EngineOverloadedError,
+    RequestRejectedError,
+)
+from deployments.engine.types import (
+    FinishReason,
+    GenerationRequest,
+    GenerationUsage,
+    SamplingParams,
+    TokenDelta,
+)
+from deployments.errors import TargetBusyError, TargetUnavailableError
+from deployments.target_client import TargetClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+LOST = ActorUnavailableError("gone", None)
+
+
+class Stream:
+    """What a streaming handle call returns."""
+
+    def __init__(self, items: AsyncIterator[TokenDelta]) -> None:
+        self._items = items
+        self.is_cancelled = False
+
+    def __aiter__(self) -> AsyncIterator[TokenDelta]:
+        return self._items
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Pool:
+    """A target pool whose replicas count: output token i is i. Each may die after some tokens."""
+
+    def __init__(self, *lives: int | None, error: Exception = LOST) -> None:
+        self._lives = list(lives)
+        self._error = error
+        self.requests: list[GenerationRequest] = []
+        self.streams: list[Stream] = []
+
+    def options(self, **options: object) -> Pool:
+        assert options == {"stream": True, "method_name": "generate"}
+        return self
+
+    def remote(self, request: GenerationRequest) -> Stream:
+        self.requests.append(request)
+        life = self._lives.pop(0)
+        self.streams.append(Stream(self._generate(request, life, f"replica{len(self.requests)}")))
+        return self.streams[-1]
+
+    async def _generate(
+        self, request: GenerationRequest, life: int | None, replica: str
+    ) -> AsyncIterator[TokenDelta]:
+        at = len(request.resumed_output_ids)
+        for _ in range(life) if life is not None else iter(int, 1):
+            await asyncio.sleep(0)
+            at += 1
+            is_last = at == request.sampling.max_tokens
+            yield TokenDelta(
+                request_id=request.request_id,
+                token_ids=(at,),
+                finish_reason=FinishReason.LENGTH if is_last else None,
+                replica_id=replica,
+            )
+            if is_last:
+                return
+        raise self._error
+
+
+def request(max_tokens: int = 6, deadline: float | None = None) -> GenerationRequest:
+    return GenerationRequest(
+        request_id="r",
+        prompt_token_ids=(1, 2),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=1),
+        avoid_replicas=("operator",),
+        deadline=deadline,
+    )
+
+
+def client(
+    pool: Pool, on_resume: Callable[[], None] = lambda: None, resumes: int = 3
+) -> TargetClient:
+    return TargetClient(pool, max_resumes=resumes, on_resume=on_resume)
+
+
+async def tokens(target: TargetClient, wanted: GenerationRequest) -> list[int]:
+    return [token async for delta in target.stream(wanted) for token in delta.token_ids]
+
+
+async def test_one_replica_that_lives() -> None:
+    pool = Pool(None)
+    assert await tokens(client(pool), request()) == [1, 2, 3, 4, 5, 6]
+    assert not pool.streams[0].is_cancelled
+
+
+@pytest.mark.parametrize("lives", [(2, None), (0, None), (1, 1, None), (2, 0, 1, None)])
+@pytest.mark.parametrize("error", [LOST, EngineDeadError("dead")])
+async def test_the_text_survives_dead_replicas(
+    lives: tuple[int | None, ...], error: Exception
+) -> None:
+    pool = Pool(*lives, error=error)
+    resumes: list[None] = []
+    assert await tokens(client(pool, lambda: resumes.append(None)), request()) == [1, 2, 3, 4, 5, 6]
+    assert len(resumes) == len(lives) - 1
+    delivered = 0
+    for life, sent in zip(lives, pool.requests, strict=True):
+        assert sent.resumed_output_ids == tuple(range(1, delivered + 1))
+        delivered += life or 0
+    # Only replicas that named themselves can be avoided; the operator's wish is kept.
+    died = [f"replica{n + 1}" for n, life in enumerate(lives[:-1]) if life]
+    assert pool.requests[-1].avoid_replicas == ("operator", *died)
+
+
+async def test_a_replica_that_dies_between_last_token_and_last_delta() -> None:
+    class Late(Pool):
+        async def _generate(
+            self, request: GenerationRequest, life: int | None, replica: str
+        ) -> AsyncIterator[TokenDelta]:
+            async for delta in super()._generate(request, life, replica):
+                yield replace(delta, finish_reason=None)
+                if delta.finish_reason is not None:
+                    raise LOST
+
+    pool = Late(None)
+    deltas = [delta async for delta in client(pool).stream(request(3))]
+    assert [token for delta in deltas for token in delta.token_ids] == [1, 2, 3]
+    assert deltas[-1].finish_reason is FinishReason.LENGTH
+    assert deltas[-1].usage == GenerationUsage(num_prompt_tokens=2, num_output_tokens=3)
+    assert len(pool.requests) == 1
+
+
+async def test_a_death_behind_the_last_delta_is_nothing() -> None:
+    class Late(Pool):
+        async def _generate(
+            self, request: GenerationRequest, life: int | None, replica: str
+        ) -> AsyncIterator[TokenDelta]:
+            async for delta in super()._generate(request, life, replica):
+                yield delta
+            raise LOST
+
+    pool = Late(None)
+    assert await tokens(client(pool), request(3)) == [1, 2, 3]
+    assert len(pool.requests) == 1
+
+
+async def test_resumes_are_bounded() -> None:
+    pool = Pool(1, 1, 1, 1)
+    with pytest.raises(TargetUnavailableError):
+        await tokens(client(pool, resumes=2), request())
+    assert len(pool.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (EngineOverloadedError("full", 3.0), EngineOverloadedError),
+        (RequestRejectedError("too long", "prompt"), RequestRejectedError),
+        (BackPressureError(1, 1), TargetBusyError),
+        (KeyError("bug"), KeyError),
+    ],
+)
+async def test_other_errors_are_not_retried(raised: Exception, seen: type[Exception]) -> None:
+    pool = Pool(1, None, error=raised)
+    with pytest.raises(seen):
+        await tokens(client(pool), request())
+    assert len(pool.requests) == 1
+
+
+async def test_leaving_early_cancels_the_replica() -> None:
+    pool = Pool(None)
+    async with aclosing(client(pool).stream(request(1000))) as deltas:
+        await anext(deltas)
+    assert pool.streams[0].is_cancelled
+
+
+async def test_a_replica_that_hangs_past_the_deadline_is_left() -> None:
+    class Hanging(Pool):
+        async def _generate(
+            self, request: GenerationRequest, life: int | None, replica: str
+        ) -> AsyncIterator[TokenDelta]:
+            await asyncio.Event().wait()
+            yield TokenDelta(request_id="r", token_ids=())
+
+    pool = Hanging(None)
+    with pytest.raises(DeadlineExceededError):
+        await tokens(client(pool), request(deadline=time.time() - 10))
+    assert pool.streams[0].is_cancelled

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deployments.errors import RequestInvalidError
+from deployments.tokenizer import ChatTurn, Tokenizer
+from tests.fakes_tokenizer import SPECIALS, write_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return Tokenizer.load(write_tokenizer(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("text", ["", "the cat", "12 345\n\n1.", "é😀 漢字", " leading"])
+def test_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_conversation_has_each_special_token_once(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_chat([ChatTurn("user", "the")])
+    start, end = SPECIALS.index("<|im_start|>"), SPECIALS.index("<|im_end|>")
+    assert ids.count(start) == 2
+    assert ids.count(end) == 1
+    assert ids[0] == start
+    assert tokenizer.decode(ids) == "user\nthe\nassistant\n"
+
+
+def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path / "model", chat_template=None))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(RequestInvalidError, match="no chat template") as caught:
+        tokenizer.encode_chat([ChatTurn("user", "hi")])
+    assert caught.value.param == "messages"
+
+
+def test_a_template_may_refuse_a_conversation(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestInvalidError, match="no tools here"):
+        tokenizer.encode_chat([ChatTurn("tool", "42")])
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises((OSError, ValueError)):
+        Tokenizer.load(tmp_path)
+
+
+def test_the_digest_follows_the_vocabulary(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    same = Tokenizer.load(write_tokenizer(tmp_path / "same"))
+    path = write_tokenizer(tmp_path / "other") / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["x"], vocab["y"] = vocab["y"], vocab["x"]
+    path.write_text(json.dumps(content))
+    other = Tokenizer.load(path.parent)
+    assert same.vocab_digest() == tokenizer.vocab_digest()
+    assert other.vocab_digest() != tokenizer.vocab_digest()
