@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cluster.commands import chat, doctor, fetch, kv, render, serve, status
+from cluster.commands import chat, doctor, fetch, kv, render, serve, status, train
 from cluster.console import fail
 from cluster.errors import ClusterError
 from deployments.engine.errors import WeightsMissingError
@@ -28,6 +28,7 @@ app.command("kv")(kv.kv)
 app.command("doctor")(doctor.doctor)
 app.command("fetch")(fetch.fetch)
 app.command("render")(render.render)
+app.add_typer(train.app, name="train")
 
 
 @app.callback()
