@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, SecretStr
 
 from cluster.config_loader import ENV_PREFIX
-from cluster.serve_app import GRPC_SERVICERS, IMPORT_PATH
+from cluster.serve_app import IMPORT_PATH
+from deployments.grpc_servicers import GRPC_SERVICERS
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig

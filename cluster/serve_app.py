@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deployments.grpc_servicers import GRPC_SERVICERS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -29,11 +31,6 @@ class ServedApp:
     grpc_servicer_functions: tuple[str, ...]
 
 
-GRPC_SERVICERS = (
-    "protos.inference_pb2_grpc.add_InferenceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-)
-"""The gRPC services that proxies take; the ingress answers their methods."""
 IMPORT_PATH = "cluster.app:build_app"
 """How Ray Serve finds the application."""
 

@@ -7,8 +7,9 @@ from ray.serve.schema import ServeDeploySchema
 from cluster.config import AutoscaleConfig, ClusterConfig, PoolConfig, PoolsConfig, ServerConfig
 from cluster.config_loader import parse_config
 from cluster.manifest import render
-from cluster.serve_app import GRPC_SERVICERS, IMPORT_PATH
+from cluster.serve_app import IMPORT_PATH
 from deployments.config import AuthConfig, DraftPoolConfig, TenantConfig
+from deployments.grpc_servicers import GRPC_SERVICERS
 from kv_store.config import KVStoreConfig, SsdTierConfig, ValkeyTierConfig
 
 SECRETS = ("s3cret-of-the-cluster", "key-of-a", "hidden-password", "pool-secret")
@@ -89,9 +90,3 @@ def test_a_list_without_secrets_keeps_the_kinds_of_its_items(tmp_path):
 
 def test_defaults_are_not_written():
     assert render(ClusterConfig()).serve_config["applications"][0]["args"] == {}
-
-
-def test_the_services_are_those_that_the_ingress_answers():
-    from deployments.ingress import GRPC_SERVICERS as ANSWERED
-
-    assert GRPC_SERVICERS == ANSWERED
