@@ -1,0 +1,86 @@
+"""Binds the deployments of one cluster: ingress -> target -> draft.
+
+``build_app`` is what a Serve config file names (``import_path: cluster.app:build_app``).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import blake3
+from pydantic import SecretStr
+from ray.serve.config import RequestRouterConfig
+
+from cluster.config_loader import parse_config
+from cluster.pools import deployment_options
+from deployments.draft import DraftDeployment
+from deployments.ingress import IngressDeployment
+from deployments.target import TargetDeployment
+
+if TYPE_CHECKING:
+    from ray import serve
+
+    from cluster.config import ClusterConfig
+    from deployments.config import DraftPoolConfig
+
+logger = logging.getLogger(__name__)
+
+# As a path and not as a class: Serve pickles a class by value, with all of its module.
+_ROUTER = "deployments.routing.PrefixAwareRouter"
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """Serve's entry point; the arguments are a ClusterConfig's fields.
+
+    Taken as plain settings, because the pod's environment must be merged in before they are
+    judged: without its secrets a config with tenants is incomplete.
+
+    Raises:
+        ConfigError: settings are wrong.
+    """
+    return build_application(parse_config(args))
+
+
+def build_application(config: ClusterConfig) -> serve.Application:
+    """Bind the deployments of a config."""
+    pool = _with_pool_secret(config)
+    draft = None
+    if config.pools.draft is not None and config.engine.speculation.enabled:
+        draft = DraftDeployment.options(**deployment_options(config.pools.draft)).bind(
+            engine=config.engine,
+            draft=pool,
+            cache_dir=config.cache_dir,
+        )
+    target = TargetDeployment.options(
+        **deployment_options(config.pools.target),
+        request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
+    ).bind(
+        draft,
+        engine=config.engine,
+        cache_dir=config.cache_dir,
+        kv=config.kv,
+        pool_secret=pool.secret,
+        tracing=config.tracing,
+    )
+    return IngressDeployment.options(**deployment_options(config.pools.ingress)).bind(
+        target,
+        engine=config.engine,
+        cache_dir=config.cache_dir,
+        config=config.ingress,
+        auth=config.auth,
+        tracing=config.tracing,
+    )
+
+
+def _with_pool_secret(config: ClusterConfig) -> DraftPoolConfig:
+    """Give the draft pool a secret if the settings have none.
+
+    Derived and not drawn: Serve replaces every replica whose arguments change, and a config that
+    is applied twice must change none.
+    """
+    if config.draft.secret.get_secret_value():
+        return config.draft
+    secret = config.auth.cluster_secret.get_secret_value().encode()
+    digest = blake3.blake3(secret, derive_key_context="paceline draft pool 1").hexdigest()
+    return config.draft.model_copy(update={"secret": SecretStr(digest)})

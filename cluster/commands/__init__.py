@@ -1,0 +1,1 @@
+"""What the ``paceline`` command does, one module per subcommand."""

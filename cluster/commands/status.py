@@ -1,0 +1,88 @@
+"""``paceline status``: the clusters of this user on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+from rich.table import Table
+
+from cluster.commands.options import JsonOption  # noqa: TC001 - typer reads it at run time
+from cluster.console import out
+from cluster.errors import NoClusterError, RequestError
+from cluster.metrics_reader import MetricsSnapshot
+from cluster.processes import ClusterProcesses
+from cluster.state import default_state_dir, list_states
+
+if TYPE_CHECKING:
+    from cluster.state import ClusterState
+
+_TIMEOUT_S = 5.0
+
+
+def status(as_json: JsonOption = False) -> None:
+    """Show running clusters, their addresses and replicas."""
+    states = list_states(default_state_dir())
+    if not states:
+        raise NoClusterError("no cluster is running; start one with: paceline serve")
+    reports = [_report(state) for state in states]
+    if as_json:
+        sys.stdout.write(json.dumps(reports, indent=2) + "\n")
+        return
+    for report in reports:
+        table = Table(title=f"cluster {report.pop('cluster_id')}", title_justify="left")
+        table.add_column("what", style="dim")
+        table.add_column("value", overflow="fold")
+        for name, value in report.items():
+            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if name == "replicas" else value
+            table.add_row(name, str(shown))
+        out.print(table)
+
+
+def _report(state: ClusterState) -> dict[str, Any]:
+    processes = ClusterProcesses(state.cluster_id, Path(state.run_dir)).find()
+    alive = state.is_alive()
+    return {
+        "cluster_id": state.cluster_id,
+        "health": _health(state) if alive else "its owner died; the next start ends the rest",
+        "model": state.model,
+        "http": state.http_url,
+        "grpc": state.grpc_address,
+        "metrics": state.metrics_url,
+        "valkey": state.kv_address or "none",
+        "replicas": _replicas(state) if alive else {},
+        "owner_pid": state.pid,
+        "processes": len(processes),
+        "memory_mib": sum(map(_proportional_bytes, processes)) >> 20,
+        "uptime_s": round(time.time() - state.started),
+    }
+
+
+def _health(state: ClusterState) -> str:
+    try:
+        response = httpx.get(f"{state.http_url}/health", timeout=_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        return f"does not answer ({type(error).__name__})"
+    return "ok" if response.is_success else f"answers {response.status_code}"
+
+
+def _replicas(state: ClusterState) -> dict[str, int]:
+    try:
+        snapshot = MetricsSnapshot.read(state.metrics_url)
+    except RequestError:
+        return {}
+    healthy = snapshot.by_label("serve_deployment_replica_healthy", "deployment")
+    return {name: int(count) for name, count in healthy.items()}
+
+
+def _proportional_bytes(process: psutil.Process) -> int:
+    """Memory of a process, with what it shares counted in parts: sums of these are true."""
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0

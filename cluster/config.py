@@ -1,0 +1,144 @@
+"""Everything a human may set, composed of the layers' own configs. Frozen; read once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from deployments.config import AuthConfig, DraftPoolConfig, IngressConfig, TracingConfig
+from deployments.engine.config import EngineConfig, TorchEngineConfig
+from kv_store.config import EmbeddedValkeyTierConfig, KVStoreConfig, SsdTierConfig
+
+_LAPTOP_SSD_BYTES = 2 << 30
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class AutoscaleConfig(_Config):
+    """How many replicas a pool may have, and when it grows and shrinks."""
+
+    min_replicas: int = Field(default=1, ge=1)
+    """Replicas kept without any load."""
+    max_replicas: int = Field(default=4, ge=1)
+    """Replicas under any load, at most."""
+    target_ongoing_requests: float = Field(default=8.0, gt=0)
+    """Requests in flight per replica that the pool is sized for."""
+    upscale_delay_s: float = Field(default=10.0, ge=0)
+    """Seconds a higher load must last before replicas are added."""
+    downscale_delay_s: float = Field(default=300.0, ge=0)
+    """Seconds a lower load must last before replicas are removed."""
+    look_back_s: float = Field(default=15.0, gt=0)
+    """Seconds of load that are averaged."""
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> AutoscaleConfig:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas must not be below min_replicas")
+        return self
+
+
+class PoolConfig(_Config):
+    """One kind of replica: how many, where, and with how much of a machine."""
+
+    replicas: int = Field(default=1, ge=1)
+    """Replicas while ``autoscaling`` is not set."""
+    autoscaling: AutoscaleConfig | None = None
+    """Sizes the pool by its load."""
+    num_cpus: float = Field(default=1.0, ge=0)
+    """Logical CPUs that Ray reserves for one replica."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one replica; below 1 several replicas share one."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources of one replica."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Node labels a replica insists on, such as ``paceline.io/pool: target``."""
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    """Requests in flight at one replica; further ones wait at the caller."""
+    shutdown_timeout_s: float = Field(default=20.0, gt=0)
+    """Seconds that running requests get when a replica must go."""
+
+
+class PoolsConfig(_Config):
+    """The three pools."""
+
+    ingress: PoolConfig = PoolConfig(num_cpus=0.5, max_ongoing_requests=512)
+    """HTTP and gRPC surfaces, tokenisation, transcripts."""
+    target: PoolConfig = PoolConfig()
+    """Replicas that own the text: prefill, verification, KV pages."""
+    draft: PoolConfig | None = PoolConfig(max_ongoing_requests=256)
+    """Replicas that guess ahead; ``null`` serves without a draft pool."""
+
+
+class ServerConfig(_Config):
+    """Addresses of a cluster on one machine. On Kubernetes the chart sets them."""
+
+    host: str = "127.0.0.1"
+    """Address that HTTP and gRPC bind; ``0.0.0.0`` opens them to the network."""
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    """Port of the OpenAI-compatible surface; 0 picks a free one."""
+    grpc_port: int = Field(default=9000, ge=0, le=65535)
+    """Port of the gRPC surface; 0 picks a free one."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Port of the Prometheus endpoint; 0 picks a free one."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds until all replicas must be ready."""
+
+
+def default_cache_dir() -> Path:
+    """``paceline`` in the user's XDG cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
+
+
+def _default_kv(settings: dict[str, Any]) -> KVStoreConfig:
+    root = settings["cache_dir"] / "kv"
+    return KVStoreConfig(
+        tiers=(
+            EmbeddedValkeyTierConfig(),
+            SsdTierConfig(root=root, budget_bytes=_LAPTOP_SSD_BYTES),
+        )
+    )
+
+
+class ClusterConfig(_Config):
+    """A whole cluster."""
+
+    app_name: str = Field(default="paceline", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    """The Ray Serve application's name."""
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    """Folder of weights and fitted drafts; ``paceline`` in the user's cache folder by default."""
+    engine: EngineConfig = TorchEngineConfig()
+    """What runs in a target replica."""
+    draft: DraftPoolConfig = DraftPoolConfig()
+    """What runs in a draft replica."""
+    kv: KVStoreConfig | None = Field(default_factory=_default_kv)
+    """Where KV pages are shared; a Valkey of the cluster's own and a folder below ``cache_dir`` by
+    default. ``null`` keeps pages inside their replica."""
+    pools: PoolsConfig = PoolsConfig()
+    """How many replicas of each kind, and where."""
+    ingress: IngressConfig = IngressConfig()
+    """Limits of the public surfaces."""
+    auth: AuthConfig = AuthConfig()
+    """Tenants and their keys."""
+    tracing: TracingConfig = TracingConfig()
+    """Where spans go."""
+    server: ServerConfig = ServerConfig()
+    """Ports and addresses of a local cluster."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Of every process of the cluster."""
+
+    @property
+    def served_model_name(self) -> str:
+        """The model id that clients use."""
+        return self.engine.served_model_name or self.engine.model.rstrip("/").rpartition("/")[2]
+
+
+def config_json_schema() -> dict[str, Any]:
+    """The JSON schema of ``ClusterConfig``, for editors and for the chart's values."""
+    schema = ClusterConfig.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema

@@ -1,0 +1,1 @@
+"""``python -m cluster.demo``: a real cluster on this machine, real prompts, a measured report."""

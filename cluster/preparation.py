@@ -1,0 +1,177 @@
+"""What must lie in the cache before a cluster can start: weights, and a student fitted to them.
+
+The engine's modules bring torch. They are imported where they are used, so that commands that need
+none of it start at once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deployments.engine.config import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cluster.config import ClusterConfig
+
+DEFAULT_TOKENS_BUDGET = 20_000
+"""What a student is fitted on unless asked otherwise."""
+
+_STUDENT = "student"
+_BFLOAT16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
+
+
+def fetch_weights(model: str, cache_dir: Path, on_progress: Callable[[str], None]) -> Path:
+    """Bring a model here; quick if it is.
+
+    Args:
+        model: the built-in model's name, a folder, or a Hugging Face id.
+        cache_dir: where the built-in model is put.
+        on_progress: told what happens, a short line at a time.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        WeightsMissingError: it cannot be had.
+    """
+    from deployments.engine.torch_engine.weights.builtin import prepare_builtin
+    from deployments.engine.torch_engine.weights.loader import find_model_folder
+
+    if model == DEFAULT_MODEL:
+        return prepare_builtin(cache_dir, on_progress)
+    return find_model_folder(model, cache_dir)
+
+
+def fit_student(
+    model: str, cache_dir: Path, *, tokens_budget: int, on_progress: Callable[[str], None]
+) -> Path:
+    """Fit a student to a model and keep it; minutes at most for small models.
+
+    Args:
+        model: the target, whose weights are here.
+        cache_dir: where the student is put.
+        tokens_budget: prompt and answer tokens to look at; more is slower and better.
+        on_progress: told what happens, a short line at a time.
+
+    Returns:
+        The student's file.
+
+    Raises:
+        WeightsMissingError: the target is not here.
+        ValueError: the model has too few layers for a student.
+    """
+    import torch
+    from deployments.engine.torch_engine.prompts import bundled_prompts
+    from deployments.engine.torch_engine.student import save_student
+
+    from deployments.engine.torch_engine import student_fitting
+    from deployments.engine.torch_engine.weights.loader import load_model
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    on_progress(f"loading {model}")
+    dtype = "bfloat16" if _has_fast_bfloat16() else "float32"
+    loaded = load_model(model, dtype=dtype, cache_dir=cache_dir)
+    student = student_fitting.fit_student(
+        loaded,
+        bundled_prompts(loaded.folder),
+        tokens_budget=tokens_budget,
+        progress=on_progress,
+    )
+    on_progress(
+        f"fitted on {student.num_positions} positions; agrees with the target's next token on "
+        f"{student.agreement:.0%} of held-out ones"
+    )
+    return save_student(student, cache_dir)
+
+
+def prepare(config: ClusterConfig, on_progress: Callable[[str], None]) -> None:
+    """Bring or make whatever a start of this config needs and is not here yet.
+
+    Raises:
+        WeightsMissingError: the model cannot be had.
+    """
+    on_progress(f"looking for {config.engine.model}")
+    fetch_weights(config.engine.model, config.cache_dir, on_progress)
+    if needs_student(config) and not student_file(config).is_file():
+        on_progress("fitting a draft model to it, once (a minute or two)")
+        fit_student(
+            config.engine.model,
+            config.cache_dir,
+            tokens_budget=DEFAULT_TOKENS_BUDGET,
+            on_progress=on_progress,
+        )
+
+
+def check_prepared(config: ClusterConfig) -> None:
+    """Return if everything a start of this config needs is here.
+
+    Raises:
+        WeightsMissingError: something is not; the message names the command that brings it.
+    """
+    find_weights(config)
+    if needs_student(config):
+        find_student(config)
+
+
+def find_weights(config: ClusterConfig) -> Path:
+    """The model's folder.
+
+    Raises:
+        WeightsMissingError: it is not here.
+    """
+    from deployments.model_files import model_folder
+
+    return model_folder(config.engine.model, config.cache_dir)
+
+
+def find_student(config: ClusterConfig) -> Path:
+    """The file of the student of the config's model.
+
+    Raises:
+        WeightsMissingError: model or student are not here.
+    """
+    from deployments.engine.errors import WeightsMissingError
+
+    path = student_file(config)
+    if not path.is_file():
+        raise WeightsMissingError(
+            f"the draft model of {config.engine.model} is not in {config.cache_dir}; "
+            "make it with: paceline train student"
+        )
+    return path
+
+
+def needs_student(config: ClusterConfig) -> bool:
+    """Whether draft replicas will ask for a student."""
+    return (
+        config.engine.speculation.enabled
+        and config.pools.draft is not None
+        and config.draft.drafter == _STUDENT
+    )
+
+
+def student_file(config: ClusterConfig) -> Path:
+    """Where the student of the config's model lies, or would lie.
+
+    Raises:
+        WeightsMissingError: the model is not here.
+    """
+    from deployments.engine.torch_engine.student import student_path
+
+    from deployments.engine.torch_engine.weights.loader import weights_digest
+
+    return student_path(config.cache_dir, weights_digest(find_weights(config)))
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether the CPU computes in bfloat16 itself; without it float32 is faster."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return bool(_BFLOAT16_FLAGS & set(flags.split()))

@@ -1,0 +1,64 @@
+"""What Ray is asked for."""
+
+import pytest
+from ray.serve.config import AutoscalingConfig
+
+from cluster.config import AutoscaleConfig, PoolConfig, PoolsConfig
+from cluster.errors import ConfigError
+from cluster.pools import deployment_options, machine_resources
+
+
+def test_a_fixed_pool_has_replicas_and_no_autoscaling():
+    options = deployment_options(PoolConfig(replicas=3, num_cpus=2, num_gpus=0.5))
+    assert options["num_replicas"] == 3
+    assert "autoscaling_config" not in options
+    assert options["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 0.5}
+
+
+def test_an_autoscaled_pool_has_bounds_that_serve_accepts():
+    pool = PoolConfig(
+        replicas=9,
+        autoscaling=AutoscaleConfig(
+            min_replicas=2,
+            max_replicas=6,
+            target_ongoing_requests=5,
+            upscale_delay_s=1,
+            downscale_delay_s=2,
+            look_back_s=3,
+        ),
+    )
+    options = deployment_options(pool)
+    assert "num_replicas" not in options
+    config = AutoscalingConfig(**options["autoscaling_config"])
+    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (2, 2, 6)
+    assert config.target_ongoing_requests == 5
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (1, 2)
+    assert config.metrics_interval_s < config.look_back_period_s == 3
+
+
+def test_resources_and_labels_place_a_pool():
+    pool = PoolConfig(resources={"target_slot": 1}, labels={"paceline.io/pool": "target"})
+    actor_options = deployment_options(pool)["ray_actor_options"]
+    assert actor_options["resources"] == {"target_slot": 1}
+    assert actor_options["label_selector"] == {"paceline.io/pool": "target"}
+
+
+def test_one_machine_offers_what_all_pools_need_at_their_largest():
+    pools = PoolsConfig(
+        ingress=PoolConfig(num_cpus=0.5),
+        target=PoolConfig(
+            num_cpus=2, resources={"slot": 0.5}, autoscaling=AutoscaleConfig(max_replicas=3)
+        ),
+        draft=PoolConfig(replicas=2, num_cpus=1, labels={"zone": "a"}),
+    )
+    machine = machine_resources(pools)
+    assert machine.num_cpus >= 0.5 + 3 * 2 + 2 * 1
+    assert isinstance(machine.num_cpus, int)
+    assert machine.resources == {"slot": 2}
+    assert machine.labels == {"zone": "a"}
+
+
+def test_one_machine_cannot_have_two_values_of_a_label():
+    pools = PoolsConfig(target=PoolConfig(labels={"p": "t"}), draft=PoolConfig(labels={"p": "d"}))
+    with pytest.raises(ConfigError, match=r"pools\.draft\.labels.*'p'"):
+        machine_resources(pools)
