@@ -65,16 +65,17 @@ def fit_student(
         ValueError: the model has too few layers for a student.
     """
     import torch
-    from deployments.engine.torch_engine.prompts import bundled_prompts
-    from deployments.engine.torch_engine.student import save_student
 
     from deployments.engine.torch_engine import student_fitting
+    from deployments.engine.torch_engine.prompts import bundled_prompts
+    from deployments.engine.torch_engine.student import save_student
     from deployments.engine.torch_engine.weights.loader import load_model
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     on_progress(f"loading {model}")
-    dtype = "bfloat16" if _has_fast_bfloat16() else "float32"
-    loaded = load_model(model, dtype=dtype, cache_dir=cache_dir)
+    loaded = load_model(
+        model, dtype="bfloat16" if _has_fast_bfloat16() else "float32", cache_dir=cache_dir
+    )
     student = student_fitting.fit_student(
         loaded,
         bundled_prompts(loaded.folder),
@@ -161,7 +162,6 @@ def student_file(config: ClusterConfig) -> Path:
         WeightsMissingError: the model is not here.
     """
     from deployments.engine.torch_engine.student import student_path
-
     from deployments.engine.torch_engine.weights.loader import weights_digest
 
     return student_path(config.cache_dir, weights_digest(find_weights(config)))
