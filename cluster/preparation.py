@@ -97,7 +97,7 @@ def prepare(config: ClusterConfig, on_progress: Callable[[str], None]) -> None:
     """
     on_progress(f"looking for {config.engine.model}")
     fetch_weights(config.engine.model, config.cache_dir, on_progress)
-    if needs_student(config) and not student_file(config).is_file():
+    if needs_student(config) and not has_student(config):
         on_progress("fitting a draft model to it, once (a minute or two)")
         fit_student(
             config.engine.model,
@@ -130,20 +130,26 @@ def find_weights(config: ClusterConfig) -> Path:
 
 
 def find_student(config: ClusterConfig) -> Path:
-    """The file of the student of the config's model.
+    """The file of the student of the config's model: fitted here, or shipped.
 
     Raises:
         WeightsMissingError: model or student are not here.
     """
+    from deployments.engine.torch_engine import student
+    from deployments.engine.torch_engine.weights.loader import weights_digest
+
+    return student.find_student(config.cache_dir, weights_digest(find_weights(config)))
+
+
+def has_student(config: ClusterConfig) -> bool:
+    """Whether the config's model, which is here, has a student."""
     from deployments.engine.errors import WeightsMissingError
 
-    path = student_file(config)
-    if not path.is_file():
-        raise WeightsMissingError(
-            f"the draft model of {config.engine.model} is not in {config.cache_dir}; "
-            "make it with: paceline train student"
-        )
-    return path
+    try:
+        find_student(config)
+    except WeightsMissingError:
+        return False
+    return True
 
 
 def needs_student(config: ClusterConfig) -> bool:
@@ -153,18 +159,6 @@ def needs_student(config: ClusterConfig) -> bool:
         and config.pools.draft is not None
         and config.draft.drafter == _STUDENT
     )
-
-
-def student_file(config: ClusterConfig) -> Path:
-    """Where the student of the config's model lies, or would lie.
-
-    Raises:
-        WeightsMissingError: the model is not here.
-    """
-    from deployments.engine.torch_engine.student import student_path
-    from deployments.engine.torch_engine.weights.loader import weights_digest
-
-    return student_path(config.cache_dir, weights_digest(find_weights(config)))
 
 
 def _has_fast_bfloat16() -> bool:

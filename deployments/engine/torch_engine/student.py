@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "paceline-student-1"
 _FILE = "student.safetensors"
+_SHIPPED = Path(__file__).parent / "data" / "students"
 _WEIGHT, _BIAS = "connector.weight", "connector.bias"
 
 
@@ -90,6 +91,22 @@ def student_path(cache_dir: Path, target_digest: str) -> Path:
     return cache_dir / "students" / target_digest / _FILE
 
 
+def find_student(cache_dir: Path, target_digest: str) -> Path:
+    """The student fitted here, else the one that comes with the package.
+
+    Raises:
+        WeightsMissingError: there is neither.
+    """
+    shipped = _SHIPPED / f"{target_digest}.safetensors"
+    for path in (student_path(cache_dir, target_digest), shipped):
+        if path.is_file():
+            return path
+    raise WeightsMissingError(
+        f"no draft model in {cache_dir} was fitted to these weights; "
+        "make one with: paceline train student"
+    )
+
+
 def save_student(student: StudentWeights, cache_dir: Path) -> Path:
     """Write the student's file; readers see the old one or the new one, never a part."""
     path = student_path(cache_dir, student.target_digest)
@@ -121,11 +138,8 @@ def read_student(path: Path) -> StudentWeights:
     """Read a student's file.
 
     Raises:
-        WeightsMissingError: there is none.
-        WeightsMismatchError: it is damaged or of another format.
+        WeightsMismatchError: it is missing, damaged, or of another format.
     """
-    if not path.is_file():
-        raise WeightsMissingError(f"{path} is missing; make it with: paceline train student")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -133,8 +147,8 @@ def read_student(path: Path) -> StudentWeights:
                 raise WeightsMismatchError(f"{path} is not a {_FORMAT} file")
             card = json.loads(metadata["card"])
             weight, bias = file.get_tensor(_WEIGHT), file.get_tensor(_BIAS)
-    except SafetensorError as error:
-        raise WeightsMismatchError(f"{path} is damaged: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise WeightsMismatchError(f"{path} cannot be read: {error}") from error
     return StudentWeights(
         connector_weight=weight,
         connector_bias=bias,
@@ -164,7 +178,7 @@ def load_student(
     """
     folder = find_model_folder(name_or_path, cache_dir)
     digest = weights_digest(folder)
-    student = read_student(student_path(cache_dir, digest))
+    student = read_student(find_student(cache_dir, digest))
     if student.target_digest != digest:
         raise WeightsMismatchError(f"the student of {digest} was cut from {student.target_digest}")
     config = _student_config(ModelConfig.from_folder(folder), student)

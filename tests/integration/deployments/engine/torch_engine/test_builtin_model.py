@@ -190,3 +190,10 @@ def greedy_answer(target, prompt, num_tokens=24):
         new = [int(logits.argmax())]
         answer += new
     return answer
+
+
+def test_the_shipped_student_fits_the_builtin_model(loaded, tmp_path):
+    student = load_student(
+        str(loaded.folder), dtype="float32", cache_dir=tmp_path / "nothing is here"
+    )
+    assert student.config.num_layers == 4

@@ -101,7 +101,7 @@ def test_files_that_are_missing_damaged_or_foreign_are_refused(target, tmp_path)
         load_student(str(target.folder), dtype="float32", cache_dir=tmp_path)
     path = save_student(a_student(target), tmp_path)
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(WeightsMismatchError, match="damaged"):
+    with pytest.raises(WeightsMismatchError, match="cannot be read"):
         read_student(path)
     other = save_student(a_student(target, target_digest="f00d"), tmp_path)
     other.replace(path)
