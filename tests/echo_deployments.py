@@ -56,8 +56,8 @@ class EchoDraft(DraftReplica):
     """A draft replica that tells its process."""
 
     async def where(self) -> tuple[int, int]:
-        """Process id, streams from target replicas."""
-        return os.getpid(), self._server.stats().num_streams
+        """Process id, sequences drafted for."""
+        return os.getpid(), self._server.stats().num_sessions
 
 
 def echo_app(

@@ -330,7 +330,8 @@ def test_a_client_that_leaves_frees_its_sequences(http: httpx.Client) -> None:
     wait_until(lambda: num_running() == 0, what="idle")
     body = PROMPT | {"max_tokens": 900, "n": 3, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: a collected generator closes the response
+        next(lines)
         wait_until(lambda: num_running() == 3, what="three running sequences")
     wait_until(lambda: num_running() == 0, timeout_s=5, what="sequences end with their client")
 
@@ -393,9 +394,9 @@ def test_a_sequence_holds_a_draft_replica_and_outlives_it(http: httpx.Client) ->
         next(lines)
         wait_until(lambda: num_attached() == 1, what="a draft replica is held")
         wait_until(
-            lambda: max([n for _, n in broadcast("draft")], default=0) == 1, what="a stream to it"
+            lambda: max([n for _, n in broadcast("draft")], default=0) == 1, what="it drafts"
         )
-        busy = [pid for pid, num_streams in broadcast("draft") if num_streams]
+        busy = [pid for pid, num_sessions in broadcast("draft") if num_sessions]
         for pid in busy:
             os.kill(pid, signal.SIGKILL)
         wait_until(
@@ -411,7 +412,8 @@ def test_a_sequence_holds_a_draft_replica_and_outlives_it(http: httpx.Client) ->
 def test_speculation_can_be_left_out_by_a_request(http: httpx.Client) -> None:
     body = PROMPT | {"max_tokens": 900, "stream": True, "speculation": False}
     with http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: a collected generator closes the response
+        next(lines)
         wait_until(lambda: num_running() == 1, what="one running sequence")
         assert num_attached() == 0
 
