@@ -12,7 +12,7 @@ import torch
 from deployments.engine.errors import UnsupportedModelError, WeightsMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -73,8 +73,11 @@ class GGUFFile:
             raise WeightsMismatchError(f"the GGUF file has no {key!r}")
         return field.contents()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor in float32, under its Hugging Face name and in that layout.
+    def tensors(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        """The wanted tensors in float32, under their Hugging Face names and in that layout.
+
+        Args:
+            is_wanted: asked with the Hugging Face name, before the tensor is decoded.
 
         Raises:
             WeightsMismatchError: a tensor has no place in a Llama model.
@@ -86,6 +89,8 @@ class GGUFFile:
             if tensor.name == _ROPE_TABLE:  # derived from the settings in config.json
                 continue
             name = _hugging_face_name(tensor.name)
+            if not is_wanted(name):
+                continue
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
             for projection, heads in heads_of.items():
                 if f".{projection}." in name:

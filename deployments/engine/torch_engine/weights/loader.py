@@ -21,7 +21,7 @@ from deployments.engine.torch_engine.weights.safetensors import read_safetensors
 from kv_store.layout import PageLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
@@ -119,12 +119,12 @@ def load_model(
     folder = find_model_folder(name_or_path, cache_dir)
     config = ModelConfig.from_folder(folder)
     files = weight_files(folder)
-    model = model_class(config.model_type)(config, dtype=_DTYPES[dtype], device=device)
+    model = model_class(config.model_type)(config, dtype=torch_dtype(dtype), device=device)
     fill_model(model, read_tensors(files))
     return LoadedModel(
         model=model,
         config=config,
-        weights_digest=digest_files([folder / "config.json", *files]),
+        weights_digest=weights_digest(folder),
         folder=folder,
         dtype=dtype,
     )
@@ -142,13 +142,15 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the files, under their Hugging Face names."""
+def read_tensors(
+    files: list[Path], is_wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[str, Tensor]]:
+    """The files' tensors under their Hugging Face names; unwanted ones are not decoded."""
     for path in files:
         if path.suffix == ".gguf":
-            yield from GGUFFile(path).tensors()
+            yield from GGUFFile(path).tensors(is_wanted)
         else:
-            yield from read_safetensors([path])
+            yield from read_safetensors(path, is_wanted)
 
 
 def fill_model(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -177,10 +179,19 @@ def fill_model(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> None:
         )
 
 
-def digest_files(files: Iterable[Path]) -> str:
-    """Hex digest of the files' contents, in order."""
+def torch_dtype(dtype: DtypeName) -> torch.dtype:
+    """The dtype of that name."""
+    return _DTYPES[dtype]
+
+
+def weights_digest(folder: Path) -> str:
+    """Hex digest of the files that decide a model's arithmetic.
+
+    Raises:
+        WeightsMissingError: the folder holds no weights.
+    """
     total = blake3.blake3()
-    for path in files:
+    for path in (folder / "config.json", *weight_files(folder)):
         one = blake3.blake3(max_threads=blake3.blake3.AUTO)
         one.update_mmap(path)
         total.update(one.digest())

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from deployments.engine.errors import WeightsMissingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -35,9 +35,8 @@ def safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_safetensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the files, one at a time, in the checkpoint's dtype."""
-    for path in files:
-        with safe_open(path, framework="pt") as checkpoint:
-            for name in checkpoint.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, checkpoint.get_tensor(name)
+def read_safetensors(path: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """The wanted tensors of one file, one at a time, in the checkpoint's dtype."""
+    with safe_open(path, framework="pt") as checkpoint:
+        for name in filter(is_wanted, checkpoint.keys()):
+            yield name, checkpoint.get_tensor(name)

@@ -1,0 +1,229 @@
+"""A small draft model cut out of its target: first and last layers, joined by one linear map.
+
+The connector takes the residual stream behind the kept first layers to the stream that enters the
+kept last layers. Embedding, head, norms and the kept layers are the target's own and are not stored
+again. ``student_fitting`` finds the connector.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import blake3
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from deployments.engine.errors import WeightsMismatchError, WeightsMissingError
+from deployments.engine.torch_engine.model_config import ModelConfig
+from deployments.engine.torch_engine.models import model_class
+from deployments.engine.torch_engine.models.llama import Weight
+from deployments.engine.torch_engine.weights.loader import (
+    DtypeName,
+    LoadedModel,
+    fill_model,
+    find_model_folder,
+    read_tensors,
+    torch_dtype,
+    weight_files,
+    weights_digest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from deployments.engine.torch_engine.models.llama import LayerContext, Model
+
+_FORMAT = "paceline-student-1"
+_FILE = "student.safetensors"
+_WEIGHT, _BIAS = "connector.weight", "connector.bias"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentWeights:
+    """What turns a target into its student.
+
+    Attributes:
+        connector_weight: [E, E] float32, maps rows as ``x @ weight.T + bias``.
+        connector_bias: [E] float32.
+        logit_scale: factor on the logits that makes the student as sure of itself as it may be.
+        kept_layers: of the target, ascending.
+        joint: how many of them come before the connector.
+        target_digest: of the weights it was cut from.
+        num_positions: rows it was fitted on.
+        agreement: share of held-out answer positions where its top token is the target's.
+    """
+
+    connector_weight: Tensor
+    connector_bias: Tensor
+    logit_scale: float
+    kept_layers: tuple[int, ...]
+    joint: int
+    target_digest: str
+    num_positions: int
+    agreement: float
+
+
+class ConnectedLayer(nn.Module):
+    """A decoder layer that reads the stream through the connector."""
+
+    def __init__(self, connector: Weight, layer: nn.Module) -> None:
+        super().__init__()
+        self.connector = connector
+        self.layer = layer
+
+    def forward(self, x_NE: Tensor, k_pool: Tensor, v_pool: Tensor, ctx: LayerContext) -> Tensor:
+        """The residual stream behind the layer: [N, E]."""
+        streamed: Tensor = self.layer(self.connector(x_NE), k_pool, v_pool, ctx)
+        return streamed
+
+
+def student_path(cache_dir: Path, target_digest: str) -> Path:
+    """Where a target's student lies once it was fitted."""
+    return cache_dir / "students" / target_digest / _FILE
+
+
+def save_student(student: StudentWeights, cache_dir: Path) -> Path:
+    """Write the student's file; readers see the old one or the new one, never a part."""
+    path = student_path(cache_dir, student.target_digest)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card = {
+        "kept_layers": student.kept_layers,
+        "joint": student.joint,
+        "logit_scale": student.logit_scale,
+        "target_digest": student.target_digest,
+        "num_positions": student.num_positions,
+        "agreement": student.agreement,
+    }
+    tensors = {
+        _WEIGHT: student.connector_weight.contiguous(),
+        _BIAS: student.connector_bias.contiguous(),
+    }
+    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file(tensors, scratch, metadata={"format": _FORMAT, "card": json.dumps(card)})
+        Path(scratch).replace(path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_student(path: Path) -> StudentWeights:
+    """Read a student's file.
+
+    Raises:
+        WeightsMissingError: there is none.
+        WeightsMismatchError: it is damaged or of another format.
+    """
+    if not path.is_file():
+        raise WeightsMissingError(f"{path} is missing; make it with: paceline train student")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise WeightsMismatchError(f"{path} is not a {_FORMAT} file")
+            card = json.loads(metadata["card"])
+            weight, bias = file.get_tensor(_WEIGHT), file.get_tensor(_BIAS)
+    except SafetensorError as error:
+        raise WeightsMismatchError(f"{path} is damaged: {error}") from error
+    return StudentWeights(
+        connector_weight=weight,
+        connector_bias=bias,
+        logit_scale=card["logit_scale"],
+        kept_layers=tuple(card["kept_layers"]),
+        joint=card["joint"],
+        target_digest=card["target_digest"],
+        num_positions=card["num_positions"],
+        agreement=card["agreement"],
+    )
+
+
+def load_student(
+    name_or_path: str, *, dtype: DtypeName, device: str = "cpu", cache_dir: Path
+) -> LoadedModel:
+    """Build a target's student; only the layers it keeps are read.
+
+    Args:
+        name_or_path: the target, as in ``load_model``.
+        dtype: the student's own; it need not be the target's.
+        device: where it runs.
+        cache_dir: Paceline's cache.
+
+    Raises:
+        WeightsMissingError: the target is not here, or has no student yet.
+        WeightsMismatchError: the student's file is damaged or belongs to another target.
+    """
+    folder = find_model_folder(name_or_path, cache_dir)
+    digest = weights_digest(folder)
+    student = read_student(student_path(cache_dir, digest))
+    if student.target_digest != digest:
+        raise WeightsMismatchError(f"the student of {digest} was cut from {student.target_digest}")
+    config = _student_config(ModelConfig.from_folder(folder), student)
+    model = model_class(config.model_type)(config, dtype=torch_dtype(dtype), device=device)
+    fill_model(model, _kept_tensors(weight_files(folder), student.kept_layers))
+    _join(model, student)
+    return _as_loaded(model, config, student, folder, dtype)
+
+
+def cut_student(target: LoadedModel, student: StudentWeights) -> LoadedModel:
+    """Build the student of a target that is in memory; the two share their weights."""
+    config = _student_config(target.config, student)
+    model = model_class(config.model_type)(
+        config, dtype=target.model.dtype, device=target.model.device
+    )
+    model.embed_tokens, model.lm_head = target.model.embed_tokens, target.model.lm_head
+    model.norm.weight.copy_(target.model.norm.weight)
+    for index, kept in enumerate(student.kept_layers):
+        model.layers[index] = target.model.layers[kept]
+    _join(model, student)
+    return _as_loaded(model, config, student, target.folder, target.dtype)
+
+
+def _student_config(target: ModelConfig, student: StudentWeights) -> ModelConfig:
+    if student.connector_weight.shape != (target.hidden_size, target.hidden_size):
+        raise WeightsMismatchError("the student's connector has another size than the target")
+    return replace(target, num_layers=len(student.kept_layers))
+
+
+def _kept_tensors(files: list[Path], kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    """The target's tensors without the layers that are dropped, under the student's names."""
+    places = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(kept)}
+
+    def student_name(name: str) -> str | None:
+        if not name.startswith("model.layers."):
+            return name
+        prefix = name[: name.index(".", len("model.layers.")) + 1]
+        return places[prefix] + name[len(prefix) :] if prefix in places else None
+
+    for name, tensor in read_tensors(files, lambda name: student_name(name) is not None):
+        yield student_name(name) or name, tensor
+
+
+def _join(model: Model, student: StudentWeights) -> None:
+    """Put the connector before its layer and the logit scale into the final norm."""
+    connector = Weight(*student.connector_weight.shape, has_bias=True)
+    connector.load_state_dict({"weight": student.connector_weight, "bias": student.connector_bias})
+    connector.to(dtype=model.dtype, device=model.device)
+    model.layers[student.joint] = ConnectedLayer(connector, model.layers[student.joint])
+    model.norm.weight.mul_(student.logit_scale)
+
+
+def _as_loaded(
+    model: Model, config: ModelConfig, student: StudentWeights, folder: Path, dtype: DtypeName
+) -> LoadedModel:
+    digest = blake3.blake3(student.target_digest.encode())
+    for tensor in (student.connector_weight, student.connector_bias):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    digest.update(repr((student.kept_layers, student.joint, student.logit_scale)).encode())
+    return LoadedModel(
+        model=model, config=config, weights_digest=digest.hexdigest(), folder=folder, dtype=dtype
+    )
