@@ -1,15 +1,19 @@
 """Split speculation over real sockets writes the target's own text."""
 
+import shutil
+import subprocess
 import time
 
+import grpc
 import pytest
 from pydantic import SecretStr
 
 from deployments.engine.config import SpeculationConfig
 from deployments.engine.speculation.draft_server import DraftServer
-from deployments.engine.speculation.grpc_transport import grpc_connector
+from deployments.engine.speculation.grpc_transport import GrpcTransport, grpc_connector
 from deployments.engine.speculation.pool_link import LinkLimits
 from deployments.engine.speculation.split_speculator import SplitSpeculator
+from deployments.engine.speculation.transport import TransportState
 from deployments.engine.speculation.types import DraftSampling
 from tests.fakes_speculation import (
     IDENTITY,
@@ -68,6 +72,7 @@ def test_same_text_as_plain_and_rows_are_hit(server, temperature):
         assert stats.num_pool_accepted_tokens > 0
         assert stats.num_tables > 0
         assert 0 < stats.round_trip_p50_s < 60
+        assert 0 < stats.pool_batch_time_s < 60
         assert stats.num_links_lost == 0
         wait_until(lambda: server.stats().num_sessions == 0, "the pool forgets ended sessions")
     finally:
@@ -128,3 +133,35 @@ def test_no_drafter_at_all_is_plain_decoding():
         assert speculator.stats().num_tables == 0
     finally:
         speculator.shutdown()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+def test_streams_may_be_encrypted(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
+            *("-keyout", str(key), "-out", str(certificate), "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=DNS:localhost"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    server = DraftServer(
+        ModelDrafter(ToyModel(seed=5)),
+        IDENTITY,
+        SECRET,
+        credentials=grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())]),
+    )
+    endpoint = f"localhost:{server.start('localhost')}"
+    trusting = grpc.ssl_channel_credentials(certificate.read_bytes())
+    hello = IDENTITY.hello("t")
+    try:
+        encrypted = GrpcTransport(endpoint, hello, SECRET, credentials=trusting)
+        wait_until(lambda: encrypted.is_alive, "the handshake over TLS")
+        plain = GrpcTransport(endpoint, hello, SECRET)
+        wait_until(lambda: plain.state is TransportState.CLOSED, "a plain connection is refused")
+        assert plain.welcome is None
+        encrypted.close()
+    finally:
+        server.close()

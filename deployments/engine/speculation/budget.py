@@ -25,7 +25,9 @@ def update_acceptance(acceptance: float, num_accepted: int, num_drafted: int) ->
         return acceptance
     num_tested = num_accepted + (num_accepted < num_drafted)
     keep = (1.0 - _WEIGHT) ** num_tested
-    return keep * acceptance + (1.0 - keep) * num_accepted / num_tested
+    observed = num_accepted / num_tested
+    # In this form equal values stay equal; the sum of two products would drift above 1.
+    return min(1.0, max(0.0, observed + keep * (acceptance - observed)))
 
 
 def draft_length(acceptance: float, max_draft_tokens: int) -> int:

@@ -192,6 +192,8 @@ class PoolClient:
                 num_links_up=sum(link.state is LinkState.UP for link in self._links.values()),
                 num_pool_sessions=sum(self._sessions[key].is_live for key in self._link_of),
                 round_trip_p50_s=counters.round_trip_p50_s,
+                num_pool_pending=counters.num_pool_pending,
+                pool_batch_time_s=counters.pool_batch_time_s,
             )
 
     def _command(self, command: _Command) -> None:

@@ -160,6 +160,9 @@ class PoolLink:
                 session = self.sessions.get(dropped.session)
                 if session is not None and session.on_dropped(dropped):
                     counters.num_sessions_dropped += 1
+            if frame.HasField("load"):
+                counters.num_pool_pending = frame.load.num_pending
+                counters.pool_batch_time_s = frame.load.batch_us * 1e-6
         num_dropped = self._transport.num_dropped
         counters.num_frames_dropped += num_dropped - self._num_dropped_seen
         self._num_dropped_seen = num_dropped

@@ -26,6 +26,8 @@ class SpeculatorStats:
         num_links_lost: streams that ended or were refused.
         num_local_failures: failures of the local drafter.
         round_trip_p50_s: median time from a commit to its table; 0 before the first.
+        num_pool_pending: sessions that wait for a table, as a draft replica reported last.
+        pool_batch_time_s: what its drafter takes for a batch, likewise.
     """
 
     num_rounds: int = 0
@@ -46,6 +48,8 @@ class SpeculatorStats:
     num_links_up: int = 0
     num_pool_sessions: int = 0
     round_trip_p50_s: float = 0.0
+    num_pool_pending: int = 0
+    pool_batch_time_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -59,6 +63,8 @@ class PoolCounters:
     num_sessions_dropped: int = 0
     num_malformed: int = 0
     num_links_lost: int = 0
+    num_pool_pending: int = 0
+    pool_batch_time_s: float = 0.0
     _round_trips_s: deque[float] = field(default_factory=lambda: deque(maxlen=_ROUND_TRIP_SAMPLES))
 
     def on_table(self, round_trip_s: float, *, is_late: bool) -> None:

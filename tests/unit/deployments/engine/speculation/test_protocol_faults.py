@@ -183,7 +183,7 @@ def assert_tables_flow(world: World) -> None:
         assert world.num_hits[key] - before[key] > 10, f"session {key} gets no tables"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_everything_at_once(seed):
     world = World(seed, TROUBLES)

@@ -1,0 +1,236 @@
+import pytest
+
+from deployments.engine.speculation.draft_service import DraftLimits, DraftService
+from deployments.engine.speculation.drafters.base import Drafter
+from deployments.engine.speculation.fake_transport import FakeNetwork
+from deployments.engine.speculation.types import OutcomeRow
+from protos import draft_pb2
+from tests.fakes_speculation import IDENTITY, VOCAB_SIZE
+
+Dropped = draft_pb2.Dropped
+
+
+class CountingDrafter(Drafter):
+    """Proposes the text's length as the bonus token; fails on demand."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.fanouts: list[int] = []
+        self.is_broken = False
+        self.rows: list[OutcomeRow] | None = None
+
+    def propose(self, queries):
+        if self.is_broken:
+            raise ZeroDivisionError
+        self.batches.append(len(queries))
+        self.fanouts.extend(query.fanout for query in queries)
+        if self.rows is not None:
+            return [self.rows for _ in queries]
+        return [[OutcomeRow(-1, len(query.token_ids), (1,))] for query in queries]
+
+
+class Bench:
+    def __init__(self, **limits) -> None:
+        self.drafter = CountingDrafter()
+        self.network = FakeNetwork(seed=0, capacity=1_000)
+        self.service = DraftService(
+            self.drafter,
+            vocab_size=VOCAB_SIZE,
+            limits=DraftLimits(**limits),
+            clock=self.network.clock,
+        )
+        self.network.listen("e", IDENTITY, self.service.accept, 1_000)
+        self.target = self.connect()
+
+    def connect(self):
+        return self.network.connector(IDENTITY)("e")
+
+    def send(self, *, opens=(), commits=(), closes=(), target=None) -> None:
+        (target or self.target).send(
+            draft_pb2.TargetFrame(opens=opens, commits=commits, closes=closes)
+        )
+
+    def answers(self, target=None) -> draft_pb2.DraftFrame:
+        self.service.step()
+        merged = draft_pb2.DraftFrame()
+        for frame, _ in (target or self.target).receive():
+            merged.MergeFrom(frame)
+        return merged
+
+    def drops(self, target=None) -> list[tuple[int, int]]:
+        return [(drop.session, drop.reason) for drop in self.answers(target).drops]
+
+
+def opened(session: int, tokens=(1, 2, 3), epoch: int = 1) -> draft_pb2.Open:
+    return draft_pb2.Open(
+        session=session, epoch=epoch, token_ids=tokens, sampling=draft_pb2.Sampling(top_p=1.0)
+    )
+
+
+def commit(session: int, round_: int, base_len: int, tokens=(), epoch: int = 1, **fields):
+    asked = {"num_draft_tokens": 2, "fanout": 2} | fields
+    return draft_pb2.Commit(
+        session=session, epoch=epoch, round=round_, base_len=base_len, committed=tokens, **asked
+    )
+
+
+def test_one_table_per_session_for_the_newest_round():
+    bench = Bench()
+    bench.send(opens=[opened(1), opened(2)], commits=[commit(1, 1, 3), commit(2, 1, 3)])
+    bench.send(commits=[commit(1, 2, 5, [4, 5])])
+    tables = bench.answers().tables
+    assert {(t.session, t.round, t.base_len, t.rows[0].bonus_token_id) for t in tables} == {
+        (1, 2, 5, 5),
+        (2, 1, 3, 3),
+    }
+    assert bench.drafter.batches == [2]
+    stats = bench.service.stats()
+    assert (stats.num_superseded, stats.num_tables, stats.num_pending) == (1, 2, 0)
+
+
+def test_a_gap_is_reported_and_repaired_by_an_overlap():
+    bench = Bench()
+    bench.send(opens=[opened(1)], commits=[commit(1, 2, 6, [6])])
+    [resync] = bench.answers().resyncs
+    assert (resync.session, resync.round, resync.have_len) == (1, 2, 3)
+    bench.send(commits=[commit(1, 3, 5, [3, 4, 5])])
+    [table] = bench.answers().tables
+    assert (table.round, table.base_len) == (3, 5)
+
+
+def test_old_rounds_and_old_epochs_are_ignored():
+    bench = Bench()
+    bench.send(opens=[opened(1, epoch=2)], commits=[commit(1, 5, 4, [4], epoch=2)])
+    assert len(bench.answers().tables) == 1
+    bench.send(
+        opens=[opened(1, (9, 9, 9), epoch=1), opened(1, (9, 9, 9), epoch=2)],
+        commits=[commit(1, 5, 4, [4], epoch=2), commit(1, 4, 4, [4], epoch=2), commit(1, 9, 9)],
+    )
+    answer = bench.answers()
+    assert (len(answer.tables), len(answer.drops), len(answer.resyncs)) == (0, 0, 0)
+    assert bench.service.stats().num_stale_commits == 3
+    bench.send(closes=[draft_pb2.Close(session=1, epoch=1)])
+    bench.answers()
+    assert bench.service.stats().num_sessions == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        commit(1, 2, 2),
+        commit(1, 2, 4, [9, 9]),
+        commit(1, 2, 1, [1, 2, 3]),
+        commit(1, 2, 4, [VOCAB_SIZE]),
+        commit(1, 2, 4, [4], in_flight_token_ids=[1], in_flight_parents=[5]),
+    ],
+    ids=["shorter", "rewrites", "negative start", "foreign token", "broken tree"],
+)
+def test_a_malformed_session_is_quarantined_alone(bad):
+    bench = Bench()
+    bench.send(opens=[opened(1), opened(2)])
+    bench.send(commits=[bad, commit(2, 1, 3)])
+    answer = bench.answers()
+    assert [(drop.session, drop.reason) for drop in answer.drops] == [(1, Dropped.MALFORMED)]
+    assert [table.session for table in answer.tables] == [2]
+    assert bench.target.is_alive
+    bench.send(opens=[opened(1, epoch=2)], commits=[commit(1, 1, 3, epoch=2)])
+    assert [table.session for table in bench.answers().tables] == [1]
+
+
+def test_unknown_sessions_are_named():
+    bench = Bench()
+    bench.send(opens=[opened(2)], commits=[commit(1, 1, 3), commit(2, 1, 3, epoch=2)])
+    assert bench.drops() == [(1, Dropped.UNKNOWN), (2, Dropped.UNKNOWN)]
+
+
+def test_a_failing_drafter_costs_its_batch_only():
+    bench = Bench()
+    bench.drafter.is_broken = True
+    bench.send(opens=[opened(1), opened(2)], commits=[commit(1, 1, 3)])
+    assert bench.drops() == [(1, Dropped.DRAFTER_FAILED)]
+    assert bench.service.stats().num_drafter_failures == 1
+    bench.drafter.is_broken = False
+    bench.send(commits=[commit(2, 1, 3)])
+    assert [table.session for table in bench.answers().tables] == [2]
+
+
+@pytest.mark.parametrize(
+    "row", [OutcomeRow(0, 1, ()), OutcomeRow(-2, 1, ()), OutcomeRow(-1, VOCAB_SIZE, ())]
+)
+def test_a_drafter_that_answers_nonsense_counts_as_failing(row):
+    bench = Bench()
+    bench.drafter.rows = [row]
+    bench.send(opens=[opened(1)], commits=[commit(1, 1, 3)])
+    assert bench.drops() == [(1, Dropped.DRAFTER_FAILED)]
+
+
+def test_the_session_unused_for_longest_is_evicted():
+    bench = Bench(max_sessions=2)
+    bench.send(opens=[opened(1), opened(2)])
+    bench.send(commits=[commit(1, 1, 3)])
+    bench.answers()
+    bench.send(opens=[opened(3)])
+    assert bench.drops() == [(2, Dropped.EVICTED)]
+    assert bench.service.stats().num_sessions == 2
+
+
+def test_idle_sessions_expire():
+    bench = Bench(idle_timeout_s=10.0)
+    bench.send(opens=[opened(1), opened(2)])
+    bench.answers()
+    bench.network.advance(6.0)
+    bench.send(commits=[commit(2, 1, 3)])
+    bench.answers()
+    bench.network.advance(6.0)
+    assert bench.drops() == [(1, Dropped.EXPIRED)]
+
+
+def test_long_texts_are_refused():
+    bench = Bench(max_session_tokens=5)
+    bench.send(opens=[opened(1), opened(2, [1] * 6)])
+    bench.send(commits=[commit(1, 1, 6, [4, 5, 6])])
+    assert bench.drops() == [(2, Dropped.TOO_LONG), (1, Dropped.TOO_LONG)]
+
+
+def test_busy_replica_sheds_fanout_and_serves_everyone_in_turn():
+    bench = Bench(max_batch_sessions=2)
+    bench.send(
+        opens=[opened(number) for number in range(4)],
+        commits=[commit(number, 1, 3, fanout=4) for number in range(4)],
+    )
+    first = bench.answers()
+    assert bench.service.stats().num_pending == 2
+    assert first.load.num_pending == 2
+    bench.send(commits=[commit(0, 2, 4, [4])])
+    second = bench.answers()
+    third = bench.answers()
+    order = [table.session for answer in (first, second, third) for table in answer.tables]
+    assert order == [0, 1, 2, 3, 0]
+    assert bench.drafter.fanouts == [2, 2, 2, 2, 2]
+    assert bench.drafter.batches == [2, 2, 1]
+
+
+def test_streams_do_not_share_sessions_and_die_alone():
+    bench = Bench()
+    other = bench.connect()
+    bench.send(opens=[opened(1)], commits=[commit(1, 1, 3)])
+    bench.send(opens=[opened(1, (5, 6))], commits=[commit(1, 1, 2)], target=other)
+    bench.service.step()
+    mine, theirs = bench.answers(), bench.answers(other)
+    assert [table.base_len for table in mine.tables] == [3]
+    assert [table.base_len for table in theirs.tables] == [2]
+    other.close()
+    bench.send(commits=[commit(1, 2, 4, [4])])
+    assert len(bench.answers().tables) == 1
+    stats = bench.service.stats()
+    assert (stats.num_streams, stats.num_sessions) == (1, 1)
+    bench.service.close()
+    assert not bench.target.is_alive
+    assert bench.service.stats().num_sessions == 0
+
+
+def test_text_behind_a_question_does_not_leak_into_its_answer():
+    bench = Bench()
+    bench.send(opens=[opened(1)], commits=[commit(1, 1, 3), commit(1, 2, 5, [4, 5], fanout=0)])
+    [table] = bench.answers().tables
+    assert (table.round, table.base_len, table.rows[0].bonus_token_id) == (1, 3, 3)

@@ -1,0 +1,231 @@
+import threading
+
+import pytest
+
+from deployments.engine.config import SpeculationConfig
+from deployments.engine.speculation.draft_service import DraftService
+from deployments.engine.speculation.drafters.base import Drafter
+from deployments.engine.speculation.drafters.load import load_drafter
+from deployments.engine.speculation.fake_transport import FakeNetwork
+from deployments.engine.speculation.pool_link import LinkLimits
+from deployments.engine.speculation.speculator import DraftRequest, RoundResult
+from deployments.engine.speculation.split_speculator import SplitSpeculator
+from deployments.engine.speculation.types import (
+    DraftOrigin,
+    DraftSampling,
+    DraftTree,
+    OutcomeRow,
+)
+from tests.fakes_speculation import (
+    IDENTITY,
+    VOCAB_SIZE,
+    ModelDrafter,
+    ToyModel,
+    ToyTarget,
+    random_text,
+    spec_of,
+    wait_until,
+)
+
+LOOP = [1, 2, 3, 4] * 5
+
+
+def request(session_id: int, text: list[int], most: int = 8) -> DraftRequest:
+    return DraftRequest(session_id=session_id, token_ids=text, max_draft_tokens=most)
+
+
+def local_only(**config) -> SplitSpeculator:
+    return SplitSpeculator(SpeculationConfig(**config), vocab_size=VOCAB_SIZE)
+
+
+def test_without_a_pool_the_local_drafter_proposes():
+    speculator = local_only(num_draft_tokens=3)
+    speculator.open(spec_of(1, LOOP))
+    [taken] = speculator.take([request(1, LOOP)])
+    assert taken.tree == DraftTree.chain((1, 2, 3), DraftOrigin.LOCAL)
+    assert not taken.table_hit
+    assert not taken.table_miss
+
+
+def test_never_more_than_the_request_allows():
+    speculator = local_only(num_draft_tokens=8)
+    speculator.open(spec_of(1, LOOP))
+    for most in range(4):
+        assert len(speculator.take([request(1, LOOP, most)])[0].tree) == most
+
+
+def test_local_drafts_can_be_switched_off():
+    speculator = local_only(local_drafter="none")
+    speculator.open(spec_of(1, LOOP))
+    assert len(speculator.take([request(1, LOOP)])[0].tree) == 0
+
+
+def test_sessions_never_opened_are_decoded_plainly():
+    assert len(local_only().take([request(1, LOOP)])[0].tree) == 0
+
+
+def test_wrong_drafts_get_shorter_and_right_ones_longer():
+    speculator = local_only(num_draft_tokens=4)
+    speculator.open(spec_of(1, LOOP))
+
+    def play(num_rounds: int, *, is_right: bool) -> list[int]:
+        lengths = []
+        for _ in range(num_rounds):
+            [taken] = speculator.take([request(1, LOOP)])
+            lengths.append(len(taken.tree))
+            accepted = len(taken.tree) if is_right else 0
+            result = RoundResult(
+                session_id=1, tree=taken.tree, num_accepted=accepted, new_token_ids=()
+            )
+            speculator.verified([result])
+        return lengths
+
+    assert play(12, is_right=False)[-1] == 1
+    assert play(12, is_right=True)[-1] == 4
+    stats = speculator.stats()
+    assert stats.num_rounds == 24
+    assert 0 < stats.num_local_accepted_tokens < stats.num_local_draft_tokens
+    assert stats.num_pool_draft_tokens == 0
+
+
+class BrokenDrafter(Drafter):
+    def __init__(self, rows: list[OutcomeRow] | None) -> None:
+        self.rows = rows
+        self.num_calls = 0
+
+    def propose(self, queries):
+        self.num_calls += 1
+        if self.rows is None:
+            raise KeyError("broken")
+        return [self.rows for _ in queries]
+
+
+@pytest.mark.parametrize("rows", [None, [OutcomeRow(5, 1, ())], [OutcomeRow(-1, VOCAB_SIZE, ())]])
+def test_a_failing_local_drafter_is_switched_off_and_costs_nothing(rows):
+    drafter = BrokenDrafter(rows)
+    speculator = SplitSpeculator(SpeculationConfig(), vocab_size=VOCAB_SIZE, local_drafter=drafter)
+    model, sampling = ToyModel(1), DraftSampling(seed=1)
+    text = ToyTarget(speculator, model).run({"a": (1, 2, 3)}, sampling, 20)
+    assert text["a"] == model.generate((1, 2, 3), sampling, 20)
+    assert drafter.num_calls == speculator.stats().num_local_failures == 3
+
+
+def test_a_custom_drafter_works_locally_and_in_the_pool():
+    phrase = (1, 2, 3, 4, 5, 6, 7, 8)
+    custom = load_drafter("docs.examples.custom_drafter:build")
+    speculator = SplitSpeculator(
+        SpeculationConfig(num_draft_tokens=4), vocab_size=VOCAB_SIZE, local_drafter=custom
+    )
+    text = [9, *phrase[:3]]
+    speculator.open(spec_of(1, text))
+    [taken] = speculator.take([request(1, text)])
+    assert taken.tree == DraftTree.chain((4, 5, 6, 7), DraftOrigin.LOCAL)
+
+    pooled, service = over_fake_network(load_drafter("docs.examples.custom_drafter:build"))
+    try:
+        pooled.attach("r2", "pool:1")
+        pooled.open(spec_of(2, text))
+        wait_until(lambda: service.step() or service.stats().num_tables == 1, "the prompt's table")
+        [taken] = pooled.take([request(2, [*text, 4])])
+        assert taken.table_hit
+        assert taken.tree == DraftTree.chain((5, 6, 7, 8), DraftOrigin.POOL)
+        [taken] = pooled.take([request(2, [*text, 9])])
+        assert taken.table_miss
+        assert len(taken.tree) == 0
+    finally:
+        pooled.shutdown()
+
+
+def over_fake_network(drafter: Drafter) -> tuple[SplitSpeculator, DraftService]:
+    """Without delays a fake network needs no clock, so the speculator's own thread may use it."""
+    network = FakeNetwork(seed=0)
+    service = DraftService(drafter, vocab_size=VOCAB_SIZE)
+    network.listen("pool:1", IDENTITY, service.accept, 10_000)
+    speculator = SplitSpeculator(
+        SpeculationConfig(num_draft_tokens=4, local_drafter="none"),
+        vocab_size=VOCAB_SIZE,
+        connect=network.connector(IDENTITY),
+        limits=LinkLimits(max_frame_tokens=16),
+    )
+    return speculator, service
+
+
+def test_a_long_prompt_is_sent_in_parts_before_the_first_round():
+    speculator, service = over_fake_network(ModelDrafter(ToyModel(1)))
+    prompt = random_text(1, 100)
+    try:
+        speculator.open(spec_of(1, prompt))
+        speculator.attach("r1", "pool:1")
+        wait_until(lambda: service.step() or service.stats().num_tables == 1, "the prompt's table")
+        first = ToyModel(1).next_token(prompt, DraftSampling(seed=1))
+        [taken] = speculator.take([request(1, [*prompt, first])])
+        assert taken.table_hit
+        assert service.stats().num_resyncs == 0
+    finally:
+        speculator.shutdown()
+
+
+def test_moving_a_request_leaves_the_old_drafter():
+    network = FakeNetwork(seed=0)
+    services = {}
+    for endpoint in ("a:1", "b:1"):
+        services[endpoint] = DraftService(ModelDrafter(ToyModel(1)), vocab_size=VOCAB_SIZE)
+        network.listen(endpoint, IDENTITY, services[endpoint].accept, 10_000)
+    speculator = SplitSpeculator(
+        SpeculationConfig(), vocab_size=VOCAB_SIZE, connect=network.connector(IDENTITY)
+    )
+
+    def sessions() -> tuple[int, int]:
+        for service in services.values():
+            service.step()
+        return tuple(service.stats().num_sessions for service in services.values())
+
+    try:
+        speculator.open(spec_of(1, LOOP))
+        speculator.attach("r1", "a:1")
+        wait_until(lambda: sessions() == (1, 0), "a serves")
+        speculator.attach("r1", "b:1")
+        wait_until(lambda: sessions() == (0, 1), "b serves")
+        speculator.detach("r1")
+        wait_until(lambda: sessions() == (0, 0), "nobody serves")
+        assert speculator.stats().num_pool_sessions == 0
+    finally:
+        speculator.shutdown()
+
+
+def test_shutdown_ends_the_thread_and_later_calls_do_no_harm():
+    before = set(threading.enumerate())
+    speculator, _ = over_fake_network(ModelDrafter(ToyModel(1)))
+    speculator.attach("r1", "pool:1")
+    assert set(threading.enumerate()) - before
+    speculator.shutdown()
+    assert not set(threading.enumerate()) - before
+    speculator.attach("r1", "pool:1")
+    speculator.detach("r1")
+    speculator.close(1)
+    speculator.shutdown()
+    assert not set(threading.enumerate()) - before
+
+
+def test_a_callback_that_raises_does_not_end_the_upkeep():
+    calls = []
+
+    def on_lost(endpoint: str) -> None:
+        calls.append(endpoint)
+        raise RuntimeError("the owner's fault")
+
+    network = FakeNetwork(seed=0)
+    speculator = SplitSpeculator(
+        SpeculationConfig(),
+        vocab_size=VOCAB_SIZE,
+        connect=network.connector(IDENTITY),
+        on_link_lost=on_lost,
+        limits=LinkLimits(backoff_s=0.001, max_backoff_s=0.001),
+    )
+    try:
+        speculator.open(spec_of(1, LOOP))
+        speculator.attach("r1", "nobody:1")
+        wait_until(lambda: len(calls) >= 2, "redialling goes on")
+        assert set(calls) == {"nobody:1"}
+    finally:
+        speculator.shutdown()
