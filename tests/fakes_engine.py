@@ -303,15 +303,15 @@ class FakePageStore(PageStore):
     pages: dict = field(default_factory=dict)
     answer: str = "at once"
     pending: list = field(default_factory=list)
-    num_loads: int = 0
+    num_saves: int = 0
     is_closed: bool = False
+    page_nbytes: int = LAYOUT.nbytes
 
     @property
     def fidelity(self):
         return EXACT
 
     def load(self, keys, *, timeout_s, traceparent=None):
-        self.num_loads += 1
         future: Future[LoadedPages] = Future()
         found = []
         for key in keys:
@@ -339,8 +339,9 @@ class FakePageStore(PageStore):
         self.pending.clear()
 
     def save(self, key, page):
-        assert page.nbytes == LAYOUT.nbytes
+        assert page.nbytes == self.page_nbytes
         self.pages[key] = page
+        self.num_saves += 1
         return True
 
     def stats(self):
