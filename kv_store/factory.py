@@ -21,6 +21,8 @@ from kv_store.tiers.guarded import GuardedTier
 from kv_store.tiers.memory import MemoryTier
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kv_store.layout import PageLayout
     from kv_store.page_store import PageStore
     from kv_store.tiers.base import KVTier
@@ -28,21 +30,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def build_page_store(config: KVStoreConfig, layout: PageLayout) -> PageStore:
+def build_page_store(
+    config: KVStoreConfig,
+    layout: PageLayout,
+    *,
+    wrap_tier: Callable[[KVTier], KVTier] | None = None,
+) -> PageStore:
     """Build and start a store; it owns a thread, so close it.
 
     A server or disk that is out of reach is no error: its breaker opens, and it is used as soon as
     it is back.
+
+    Args:
+        config: codec, tiers, bounds.
+        layout: of every page.
+        wrap_tier: put around each tier before its breaker, such as a ``FaultyTier`` for a drill.
 
     Raises:
         ValueError: the configured codec does not exist.
         TierUnavailableError: an embedded server does not start.
     """
     codec = load_codec(config.codec)
+    wrap = wrap_tier or (lambda tier: tier)
     with ExitStack() as owned:
         tiers = [
             GuardedTier(
-                _build_tier(tier, owned),
+                wrap(_build_tier(tier, owned)),
                 operation_timeout_s=tier.operation_timeout_s,
                 make_breaker=lambda: CircuitBreaker(
                     max_failures=config.breaker.max_failures,

