@@ -25,8 +25,9 @@ COPY cluster cluster
 RUN install --directory --owner=paceline --group=paceline /var/lib/paceline/kv
 USER paceline
 
-# The default model's weights become part of the image: pods start without fetching anything.
-RUN paceline fetch
+# The default model's weights and its small draft become part of the image: pods start without
+# fetching or fitting anything.
+RUN paceline fetch && paceline train student
 
 ENV RAY_USAGE_STATS_ENABLED=0
 EXPOSE 8000 9000

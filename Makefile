@@ -40,7 +40,7 @@ $(STAMP):
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer is needed: none found on PATH" >&2; exit 1; }
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed; BASE_PYTHON=<path> names one" >&2; exit 1; }
-	@echo "Installing into $(VENV) (about 3.5 GB on disk; a few minutes the first time)"
+	@echo "Installing into $(VENV) (some minutes the first time)"
 	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.installed-*
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'

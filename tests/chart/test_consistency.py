@@ -73,6 +73,9 @@ def test_services_reach_a_port_of_the_pods_they_select(rendering: Rendering) -> 
             if service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
         ]
         assert len(selected) == 1, service["metadata"]["name"]
+        ports = {port["name"] for port in service["spec"]["ports"]}
+        component = selected[0]["metadata"]["labels"]["app.kubernetes.io/component"]
+        assert (component, ports) in (("ingress", {"http", "grpc"}), ("valkey", {"valkey"}))
         for port in service["spec"]["ports"]:
             assert _named_ports(selected[0])[port["targetPort"]] == port["port"]
 
@@ -211,6 +214,12 @@ def test_network_policies_cover_every_pod(rendering: Rendering) -> None:
     assert bool(policies) == rendering.values["networkPolicy"]["enabled"]
     if not policies:
         return
+    for policy in policies:
+        selector = policy["spec"]["podSelector"]
+        assert any(
+            _selects(selector, template["metadata"]["labels"])
+            for _, template in rendering.pod_templates()
+        ), policy["metadata"]["name"]
     for component, template in rendering.pod_templates():
         labels = template["metadata"]["labels"]
         types = {
