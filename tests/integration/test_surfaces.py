@@ -25,7 +25,7 @@ from tests.fakes_tokenizer import write_tokenizer
 from tests.ray_cluster import Broadcaster, Ports, ray_serve, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -46,7 +46,13 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ports]:
             tenants=(TenantConfig(name="one", api_keys=(SecretStr(KEY),)),),
         )
         limits = IngressConfig(max_body_bytes=8192, max_prompt_chars=4096)
-        serve.run(echo_app(folder, auth=auth, ingress=limits), name="paceline")
+
+        def deploy(num_targets: int) -> None:
+            app = echo_app(folder, auth=auth, ingress=limits, num_targets=num_targets)
+            serve.run(app, name="paceline")
+
+        deploy(2)
+        _DEPLOY.append(deploy)
         _BROADCASTERS.append(Broadcaster("paceline"))
         yield started
 
@@ -72,6 +78,7 @@ def rpc(ports: Ports) -> Iterator[pb_grpc.InferenceStub]:
 
 
 _BROADCASTERS: list[Broadcaster] = []
+_DEPLOY: list[Callable[[int], None]] = []
 
 METADATA = (("authorization", f"Bearer {KEY}"),)
 
@@ -451,3 +458,23 @@ def test_a_replica_that_dies_in_the_middle_changes_nothing(
                     os.kill(pid, signal.SIGKILL)
     assert killed.is_set()
     assert texts == expected
+
+
+def test_a_replica_that_is_scaled_in_finishes_what_it_began(http: httpx.Client) -> None:
+    wait_until(lambda: len(replicas()) == 2, timeout_s=60, what="two target replicas")
+    bodies = [PROMPT | {"prompt": f"{n} " * 70, "max_tokens": 150, "seed": n} for n in range(4)]
+    expected = [http.post("/v1/completions", json=body).json()["choices"] for body in bodies]
+    answers: list[Any] = [None] * len(bodies)
+
+    def ask(index: int) -> None:
+        answers[index] = http.post("/v1/completions", json=bodies[index]).json()
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(bodies))]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: num_running() == len(bodies), what="sequences on both replicas")
+    _DEPLOY[-1](1)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [answer["choices"] for answer in answers] == expected
+    wait_until(lambda: len(replicas()) == 1, timeout_s=60, what="one target replica")
