@@ -74,7 +74,7 @@ def fit_student(
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     on_progress(f"loading {model}")
     loaded = load_model(
-        model, dtype="bfloat16" if _has_fast_bfloat16() else "float32", cache_dir=cache_dir
+        model, dtype="bfloat16" if has_fast_bfloat16() else "float32", cache_dir=cache_dir
     )
     student = student_fitting.fit_student(
         loaded,
@@ -167,7 +167,7 @@ def student_file(config: ClusterConfig) -> Path:
     return student_path(config.cache_dir, weights_digest(find_weights(config)))
 
 
-def _has_fast_bfloat16() -> bool:
+def has_fast_bfloat16() -> bool:
     """Whether the CPU computes in bfloat16 itself; without it float32 is faster."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
