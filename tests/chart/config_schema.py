@@ -20,12 +20,15 @@ _SET_BY_THE_CHART = ("server", "auth")
 def with_config_schema(values_schema: dict[str, Any]) -> dict[str, Any]:
     """A values schema whose ``config`` is what a configuration file may hold.
 
-    What the chart sets itself is left out, so that a value cannot be given and then overwritten.
+    What the chart sets itself is left out, so that a value cannot be given and then overwritten;
+    so are secrets, which come through the environment.
     """
     schema = json.loads(json.dumps(config_json_schema()).replace("#/$defs/", f"#/$defs/{_PREFIX}"))
     definitions = schema.pop("$defs")
     del definitions["PoolConfig"]["properties"]["labels"]
     del definitions["KVStoreConfig"]["properties"]["tiers"]
+    for definition in definitions.values():
+        _drop_secrets(definition)
     for name in _SET_BY_THE_CHART:
         del schema["properties"][name]
     schema.pop("$schema")
@@ -39,6 +42,13 @@ def with_config_schema(values_schema: dict[str, Any]) -> dict[str, Any]:
         "$defs": own | {_PREFIX + name: definitions[name] for name in sorted(used)},
         "properties": values_schema["properties"] | {"config": schema},
     }
+
+
+def _drop_secrets(definition: dict[str, Any]) -> None:
+    properties = definition.get("properties", {})
+    secrets = [name for name, field in properties.items() if '"password"' in json.dumps(field)]
+    for name in secrets:
+        del properties[name]
 
 
 def _reachable(schema: dict[str, Any], definitions: dict[str, Any]) -> set[str]:

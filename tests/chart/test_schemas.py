@@ -179,6 +179,7 @@ def test_the_pods_environment_completes_the_config(rendering: Rendering) -> None
             # The tenants are in a Secret of the operator's.
             del environment["PACELINE_AUTH__TENANTS"]
         complete = parse_config(application["args"], environment)
+        assert complete.kv is not None
         assert [tier.kind for tier in complete.kv.tiers] == [
             tier["kind"] for tier in yaml.safe_load(environment["PACELINE_KV__TIERS"])
         ]

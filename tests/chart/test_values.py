@@ -50,6 +50,7 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("config.pools.target.labels", {"pool": "mine"}, "labels"),
         ("config.server", {"http_port": 1}, "server"),
         ("config.kv.tiers", [{"kind": "memory"}], "tiers"),
+        ("config.draft.secret", "in the clear", "secret"),
         ("config.auth", {"cluster_secret": "in the clear"}, "auth"),
         ("valkey.maxMemory", "80%", "maxMemory"),
         ("auth.tenants", [{"name": "acme"}], "tenants"),

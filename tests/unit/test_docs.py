@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,10 +72,11 @@ def test_code_names_exist(page: Path) -> None:
 
 def _resolves(name: str) -> bool:
     """Whether a dotted name is a module or something in one."""
-    module, rest = name, []
+    module = name
+    rest: list[str] = []
     while module:
         try:
-            found = importlib.import_module(module)
+            found: Any = importlib.import_module(module)
         except ModuleNotFoundError:
             module, _, last = module.rpartition(".")
             rest.insert(0, last)
