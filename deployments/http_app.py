@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import aclosing
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from deployments.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Coroutine
 
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from deployments.errors import ApiError
 
 logger = logging.getLogger(__name__)
+
+_SOON_S = 2.0
+_HEARTBEAT_S = 1.0
 
 
 class EventStream(Response):
@@ -54,6 +58,49 @@ class EventStream(Response):
                 if event:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class HeldAnswer(Response):
+    """A JSON answer that takes long: spaces go ahead of it, which JSON allows.
+
+    HAProxy does not notice that a client has left while it waits for a response to begin, if the
+    request's body came in a later packet than its head. Writing is what makes it notice, and then
+    the sequence ends and its pages are free. An error this late breaks the connection off, since
+    the status has been sent.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, answer: asyncio.Task[Response]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer once it is there."""
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            while not self._answer.done():
+                await send({"type": "http.response.body", "body": b" ", "more_body": True})
+                await asyncio.wait([self._answer], timeout=_HEARTBEAT_S)
+            body = self._answer.result().body
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+        finally:
+            self._answer.cancel()
+
+
+async def answer_or_hold(answer: Coroutine[None, None, Response]) -> Response:
+    """The answer if it comes soon, errors included; else a response that waits for it.
+
+    Cancelling the caller cancels the answer.
+    """
+    task = asyncio.create_task(answer)
+    try:
+        done, _ = await asyncio.wait([task], timeout=_SOON_S)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    return task.result() if done else HeldAnswer(task)
 
 
 def json_response(

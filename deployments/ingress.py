@@ -23,7 +23,14 @@ from deployments.call import REPLICA_HEADER, CallGuard
 from deployments.errors import ModelNotFoundError, RequestInvalidError, describe
 from deployments.generation import Generation, Plan
 from deployments.grpc_health import HealthService
-from deployments.http_app import EventStream, build_app, error_response, json_response, read_body
+from deployments.http_app import (
+    EventStream,
+    answer_or_hold,
+    build_app,
+    error_response,
+    json_response,
+    read_body,
+)
 from deployments.metrics import IngressMetrics
 from deployments.model_files import model_folder, served_model_name
 from deployments.openai_answers import AnswerWriter, model_body, sse_error
@@ -147,6 +154,8 @@ class IngressReplica:
                         yield grpc_api.chunk_message(plan, delta, None if num_open else totals)
         except Exception as error:  # noqa: BLE001 - root of the request
             self._grpc_error(error, grpc_context)
+            # Serve's Python proxy learns of a stream's status only together with a message.
+            yield pb.GenerateChunk()
 
     async def GenerateUnary(  # noqa: N802
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
@@ -205,7 +214,7 @@ class IngressReplica:
                 events = self._events(request.headers, body)
                 # The first event is awaited here, so that what fails before it has a status.
                 return EventStream(await anext(events), events)
-            return await self._whole_answer(request.headers, body)
+            return await answer_or_hold(self._whole_answer(request.headers, body))
         except Exception as error:  # noqa: BLE001 - root of the request
             return self._http_error(error)
 
