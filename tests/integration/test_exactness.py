@@ -229,7 +229,7 @@ async def speculate(cache_dir, requests, plain_texts, fault: str, *, at_once: bo
             speculator.attach(request.request_id, endpoint)
         running = asyncio.ensure_future(texts(engine, requests, at_once=at_once))
         if fault == "killed":
-            await eventually(lambda: server.stats().num_tables >= 2)
+            await eventually(lambda: speculator.stats().num_pool_draft_tokens > 0)
             assert not running.done(), "the drafter must die in mid-stream"
             await asyncio.to_thread(server.close)
         return await running, speculator.stats()
