@@ -55,6 +55,7 @@ CONFIGS = {
             rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
         ),
     ),
+    "llama-of-24-tokens": lambda: (LlamaForCausalLM, LlamaConfig(**{**SHAPE, "vocab_size": 24})),
     "qwen2": lambda: (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
     "qwen3": lambda: (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=16)),
 }
