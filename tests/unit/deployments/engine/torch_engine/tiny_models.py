@@ -55,16 +55,20 @@ CONFIGS = {
             rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
         ),
     ),
-    "llama-of-24-tokens": lambda: (LlamaForCausalLM, LlamaConfig(**{**SHAPE, "vocab_size": 24})),
     "qwen2": lambda: (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
     "qwen3": lambda: (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=16)),
+}
+
+
+TOY_CONFIGS = {
+    "llama-of-24-tokens": lambda: (LlamaForCausalLM, LlamaConfig(**{**SHAPE, "vocab_size": 24})),
 }
 
 
 @functools.cache
 def reference_model(name):
     torch.manual_seed(11)
-    cls, config = CONFIGS[name]()
+    cls, config = (CONFIGS | TOY_CONFIGS)[name]()
     model = cls(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
