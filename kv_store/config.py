@@ -126,7 +126,7 @@ class KVStoreConfig(_Config):
     """One replica's way to the shared pages."""
 
     codec: str = "raw"
-    """``raw``, ``int8``, or a codec of your own as ``package.module:ClassName``."""
+    """``raw``, ``lossless``, ``int8``, ``k8v4``, ``int4``, or ``package.module:ClassName``."""
     tiers: tuple[TierConfig, ...] = (MemoryTierConfig(),)
     """Hot first. Every page is written to all of them; reads stop at the first that has it."""
     write_back: WriteBackConfig = WriteBackConfig()

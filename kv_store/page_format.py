@@ -91,6 +91,8 @@ def encode_page(
         LayoutMismatchError: the buffer does not have the layout's size.
     """
     _check_buffer(page, layout)
+    page = page.view()
+    page.flags.writeable = False
     token_start = key.index * layout.page_tokens
     layer_bytes = layout.nbytes // layout.num_layers
     groups = [
