@@ -38,8 +38,8 @@ class _ValkeyClientConfig(_TierConfig):
     """The page at index i of its chain lives ``1 + boost / (1 + i)`` times as long."""
     connect_timeout_s: float = Field(default=0.2, gt=0)
     """Limit of one connection attempt; short, as requests wait for it."""
-    max_connections: int = Field(default=4, ge=1)
-    """Connections of one process."""
+    max_connections: int = Field(default=2, ge=1, le=64)
+    """Connections of one process, each with a thread; two saturate a link."""
 
 
 class ValkeyTierConfig(_ValkeyClientConfig):

@@ -19,7 +19,7 @@ from kv_store.config import (
     ValkeyTierConfig,
 )
 from kv_store.keys import PageKey
-from kv_store.page_format import decode_page, encode_page
+from kv_store.page_format import decode_page, encode_page, section_offsets
 from kv_store.store import TieredPageStore
 from kv_store.tiers.breaker import CircuitBreaker
 from kv_store.tiers.guarded import GuardedTier
@@ -130,5 +130,6 @@ def _build_valkey(
         connect_timeout_s=config.connect_timeout_s,
         operation_timeout_s=config.operation_timeout_s,
         max_connections=config.max_connections,
+        find_cuts=section_offsets,
         name=name,
     )
