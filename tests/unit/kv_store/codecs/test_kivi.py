@@ -77,7 +77,7 @@ def test_the_first_tokens_of_a_sequence_are_kept_and_widen_no_range(codec, dtype
         (CODECS[1], "float16", LATER, 2.46),
         (CODECS[1], "float32", LATER, 4.9),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_ratio(codec, dtype, token_start, ratio):
     layout = realistic(dtype=dtype)

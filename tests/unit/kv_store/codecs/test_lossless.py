@@ -40,13 +40,20 @@ def stored_section(layout):
 def test_a_frame_of_another_size_is_refused_before_it_is_unpacked(num_exponents):
     layout = make_layout()
     num_rest = layout.nbytes * 3 // 4
+    stored = stored_section(layout)
     frame = zstandard.ZstdCompressor().compress(bytes(min(num_exponents, 4096)))
     if num_exponents > 4096:  # a frame that promises a gigabyte
         header = zstandard.MAGIC_NUMBER.to_bytes(4, "little") + bytes((0xA0,))
         frame = header + num_exponents.to_bytes(4, "little") + frame[6:]
-    stored = bytes(stored_section(layout)[:num_rest]) + frame
-    with pytest.raises(PageCorruptError):
-        CODEC.decode(memoryview(stored), whole_page(layout), np.empty(layout.nbytes, np.uint8))
+    keys_end = num_rest + 4 + int.from_bytes(stored[num_rest : num_rest + 4], "little")
+    for damaged in (
+        stored[:num_rest] + len(frame).to_bytes(4, "little") + frame + stored[keys_end:],
+        stored[:keys_end] + frame,
+        stored[:num_rest] + b"\xff\xff\xff\xff" + stored[num_rest + 4 :],
+        stored[: num_rest + 3],
+    ):
+        with pytest.raises(PageCorruptError):
+            CODEC.decode(memoryview(damaged), whole_page(layout), np.empty(layout.nbytes, np.uint8))
 
 
 @pytest.mark.parametrize("cut", [1, 3, 8])
