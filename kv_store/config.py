@@ -72,6 +72,8 @@ class SsdTierConfig(_TierConfig):
 
     kind: Literal["ssd"] = "ssd"
     """Which tier this is."""
+    operation_timeout_s: float = Field(default=5.0, gt=0)
+    """An operation that takes longer counts as a failure; a disk that others use may well stall."""
     root: Path
     """Each process that uses it at once claims a sub-folder of its own."""
     budget_bytes: int = Field(default=8 * _GIB, gt=0)

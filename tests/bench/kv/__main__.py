@@ -45,7 +45,7 @@ def main() -> int:
         report["quality"] = measure_quality()
         _table("Loss on SmolLM2-135M-Instruct", report["quality"])
     report["bars"] = hold_bars(report)
-    _table("Bars", [{"bar": name} | bar for name, bar in report["bars"].items()])
+    _table("Bars", [{"name": name} | bar for name, bar in report["bars"].items()])
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, REPORT.with_suffix(".png"))

@@ -179,7 +179,7 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
                 return total
 
             contestants["LMCache native"] = lmcache
-        speeds = race(contestants)
+        speeds = race(contestants, num_rounds=9)
         data_path.close()
         if native is not None:
             native.close()

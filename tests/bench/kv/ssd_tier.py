@@ -70,7 +70,7 @@ def _measure(size: str, page_bytes: int) -> list[dict[str, Any]]:
             loop.run_until_complete(get_all())
             return total
 
-        speeds = race({"raw O_DIRECT": raw, "paceline": ours}, num_rounds=7)
+        speeds = race({"raw O_DIRECT": raw, "paceline": ours}, num_rounds=11)
         loop.run_until_complete(tier.aclose())
         threads.shutdown()
         os.close(fd)
