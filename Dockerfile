@@ -27,7 +27,7 @@ USER paceline
 
 # The default model's weights and its small draft become part of the image: pods start without
 # fetching or fitting anything.
-RUN paceline fetch && paceline train student
+RUN paceline fetch
 
 ENV RAY_USAGE_STATS_ENABLED=0
 EXPOSE 8000 9000

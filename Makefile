@@ -100,7 +100,7 @@ demo: install ## Start a cluster here, put real prompts through it, report, stop
 	$(PY) -m cluster.demo
 
 serve: install ## The same cluster, kept running until Ctrl-C
-	$(PY) -m cluster serve
+	$(PY) -m cluster serve --prepare
 
 bench-kv: $(ENVIRONMENT) ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
 	@$(PY) -c 'import matplotlib' 2>/dev/null \

@@ -7,13 +7,13 @@ none of it start at once.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deployments.engine.config import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from cluster.config import ClusterConfig
 
@@ -21,7 +21,6 @@ DEFAULT_TOKENS_BUDGET = 20_000
 """What a student is fitted on unless asked otherwise."""
 
 _STUDENT = "student"
-_BFLOAT16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 
 
 def fetch_weights(model: str, cache_dir: Path, on_progress: Callable[[str], None]) -> Path:
@@ -65,16 +64,16 @@ def fit_student(
         ValueError: the model has too few layers for a student.
     """
     import torch
-    from deployments.engine.torch_engine.prompts import bundled_prompts
-    from deployments.engine.torch_engine.student import save_student
 
     from deployments.engine.torch_engine import student_fitting
+    from deployments.engine.torch_engine.precision import fast_dtype
+    from deployments.engine.torch_engine.prompts import bundled_prompts
+    from deployments.engine.torch_engine.student import save_student
     from deployments.engine.torch_engine.weights.loader import load_model
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     on_progress(f"loading {model}")
-    dtype = "bfloat16" if _has_fast_bfloat16() else "float32"
-    loaded = load_model(model, dtype=dtype, cache_dir=cache_dir)
+    loaded = load_model(model, dtype=fast_dtype("cpu"), cache_dir=cache_dir)
     student = student_fitting.fit_student(
         loaded,
         bundled_prompts(loaded.folder),
@@ -96,7 +95,7 @@ def prepare(config: ClusterConfig, on_progress: Callable[[str], None]) -> None:
     """
     on_progress(f"looking for {config.engine.model}")
     fetch_weights(config.engine.model, config.cache_dir, on_progress)
-    if needs_student(config) and not student_file(config).is_file():
+    if needs_student(config) and not has_student(config):
         on_progress("fitting a draft model to it, once (a minute or two)")
         fit_student(
             config.engine.model,
@@ -129,20 +128,26 @@ def find_weights(config: ClusterConfig) -> Path:
 
 
 def find_student(config: ClusterConfig) -> Path:
-    """The file of the student of the config's model.
+    """The file of the student of the config's model: fitted here, or shipped.
 
     Raises:
         WeightsMissingError: model or student are not here.
     """
+    from deployments.engine.torch_engine import student
+    from deployments.engine.torch_engine.weights.loader import weights_digest
+
+    return student.find_student(config.cache_dir, weights_digest(find_weights(config)))
+
+
+def has_student(config: ClusterConfig) -> bool:
+    """Whether the config's model, which is here, has a student."""
     from deployments.engine.errors import WeightsMissingError
 
-    path = student_file(config)
-    if not path.is_file():
-        raise WeightsMissingError(
-            f"the draft model of {config.engine.model} is not in {config.cache_dir}; "
-            "make it with: paceline train student"
-        )
-    return path
+    try:
+        find_student(config)
+    except WeightsMissingError:
+        return False
+    return True
 
 
 def needs_student(config: ClusterConfig) -> bool:
@@ -152,26 +157,3 @@ def needs_student(config: ClusterConfig) -> bool:
         and config.pools.draft is not None
         and config.draft.drafter == _STUDENT
     )
-
-
-def student_file(config: ClusterConfig) -> Path:
-    """Where the student of the config's model lies, or would lie.
-
-    Raises:
-        WeightsMissingError: the model is not here.
-    """
-    from deployments.engine.torch_engine.student import student_path
-
-    from deployments.engine.torch_engine.weights.loader import weights_digest
-
-    return student_path(config.cache_dir, weights_digest(find_weights(config)))
-
-
-def _has_fast_bfloat16() -> bool:
-    """Whether the CPU computes in bfloat16 itself; without it float32 is faster."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return bool(_BFLOAT16_FLAGS & set(flags.split()))

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from deployments.config import DraftPoolConfig
     from deployments.engine.config import EngineConfig
     from deployments.engine.speculation.drafters.base import Drafter
+    from deployments.engine.torch_engine.precision import DtypeName
+    from deployments.engine.torch_engine.weights.loader import LoadedModel
 
 _MODEL_PREFIX = "model:"
 _STUDENT = "student"
@@ -29,22 +31,37 @@ def build_drafter(draft: DraftPoolConfig, engine: EngineConfig, cache_dir: Path)
         WeightsMissingError: its files are not on this machine.
         DrafterLoadError: a drafter named by import path cannot be had.
     """
-    if draft.drafter == _STUDENT or draft.drafter.startswith(_MODEL_PREFIX):
-        return _language_model(draft, engine, cache_dir)
+    if draft.drafter == _STUDENT:
+        return _student(draft, engine.model, cache_dir)
+    if draft.drafter.startswith(_MODEL_PREFIX):
+        return _language_model(draft, draft.drafter[len(_MODEL_PREFIX) :], cache_dir)
     return load_drafter(draft.drafter)
 
 
-def _language_model(draft: DraftPoolConfig, engine: EngineConfig, cache_dir: Path) -> Drafter:
+def _student(draft: DraftPoolConfig, target: str, cache_dir: Path) -> Drafter:
+    from deployments.engine.torch_engine.student import load_student
+
+    loaded = load_student(target, dtype=_dtype(draft), device=draft.device, cache_dir=cache_dir)
+    return _causal_lm_drafter(draft, loaded)
+
+
+def _language_model(draft: DraftPoolConfig, name_or_path: str, cache_dir: Path) -> Drafter:
+    from deployments.engine.torch_engine.weights.loader import load_model
+
+    loaded = load_model(name_or_path, dtype=_dtype(draft), device=draft.device, cache_dir=cache_dir)
+    return _causal_lm_drafter(draft, loaded)
+
+
+def _causal_lm_drafter(draft: DraftPoolConfig, loaded: LoadedModel) -> Drafter:
     import torch
 
     from deployments.engine.torch_engine.lm_drafter import CausalLMDrafter
-    from deployments.engine.torch_engine.student import load_student
-    from deployments.engine.torch_engine.weights.loader import load_model
 
     torch.set_num_threads(draft.num_threads)
-    if draft.drafter == _STUDENT:
-        name, load = engine.model, load_student
-    else:
-        name, load = draft.drafter.removeprefix(_MODEL_PREFIX), load_model
-    loaded = load(name, dtype=draft.dtype, device=draft.device, cache_dir=cache_dir)
     return CausalLMDrafter(loaded, num_pages=draft.num_pages, max_sessions=draft.max_sessions)
+
+
+def _dtype(draft: DraftPoolConfig) -> DtypeName:
+    from deployments.engine.torch_engine.precision import fast_dtype
+
+    return fast_dtype(draft.device) if draft.dtype == "auto" else draft.dtype

@@ -23,7 +23,13 @@ from deployments.call import REPLICA_HEADER, CallGuard
 from deployments.errors import ModelNotFoundError, RequestInvalidError, describe
 from deployments.generation import Generation, Plan
 from deployments.grpc_health import HealthService
-from deployments.http_app import EventStream, build_app, error_response, json_response, read_body
+from deployments.http_app import (
+    EventStream,
+    build_app,
+    error_response,
+    json_response,
+    read_body,
+)
 from deployments.metrics import IngressMetrics
 from deployments.model_files import model_folder, served_model_name
 from deployments.openai_answers import AnswerWriter, model_body, sse_error
@@ -147,6 +153,8 @@ class IngressReplica:
                         yield grpc_api.chunk_message(plan, delta, None if num_open else totals)
         except Exception as error:  # noqa: BLE001 - root of the request
             self._grpc_error(error, grpc_context)
+            # Serve's Python proxy learns of a stream's status only together with a message.
+            yield pb.GenerateChunk()
 
     async def GenerateUnary(  # noqa: N802
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext

@@ -56,7 +56,8 @@ class InferenceServicer:
 
     def Generate(self, request, context):
         """Streams text as it is generated. Each choice ends with exactly one chunk that has a finish
-        reason; the stream's last chunk carries the usage of all choices.
+        reason; the stream's last chunk carries the usage of all choices. A stream that fails ends
+        with an empty chunk (no request_id) and then its status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,8 @@ class InferenceStub:
     def __new__(cls, channel: _aio.Channel) -> InferenceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateChunk]
     """Streams text as it is generated. Each choice ends with exactly one chunk that has a finish
-    reason; the stream's last chunk carries the usage of all choices.
+    reason; the stream's last chunk carries the usage of all choices. A stream that fails ends
+    with an empty chunk (no request_id) and then its status.
     """
     GenerateUnary: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """The same generation as one answer."""
@@ -47,7 +48,8 @@ class InferenceAsyncStub(InferenceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateChunk]  # type: ignore[assignment]
     """Streams text as it is generated. Each choice ends with exactly one chunk that has a finish
-    reason; the stream's last chunk carries the usage of all choices.
+    reason; the stream's last chunk carries the usage of all choices. A stream that fails ends
+    with an empty chunk (no request_id) and then its status.
     """
     GenerateUnary: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """The same generation as one answer."""
@@ -62,7 +64,8 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateChunk], _abc.AsyncIterator[_inference_pb2.GenerateChunk]]:
         """Streams text as it is generated. Each choice ends with exactly one chunk that has a finish
-        reason; the stream's last chunk carries the usage of all choices.
+        reason; the stream's last chunk carries the usage of all choices. A stream that fails ends
+        with an empty chunk (no request_id) and then its status.
         """
 
     @_abc_1.abstractmethod

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from pydantic import SecretStr
 from ray import serve
 
-from deployments.config import AuthConfig, IngressConfig, TracingConfig
+from deployments.config import AuthConfig, DraftPoolConfig, IngressConfig, TracingConfig
+from deployments.draft import DraftReplica
 from deployments.engine.config import TorchEngineConfig
 from deployments.ingress import IngressDeployment
 from deployments.target import TargetReplica
@@ -42,11 +43,21 @@ class EchoTarget(TargetReplica):
             decode=tokenizer.decode,
             step_s=STEP_S,
             max_model_len=engine.max_model_len,
+            speculator=speculator,
         )
 
-    async def where(self) -> tuple[str, int, int]:
-        """Replica id, process id, running sequences."""
-        return self._replica_id, os.getpid(), self._engine.stats().num_running
+    async def where(self) -> tuple[str, int, int, int]:
+        """Replica id, process id, running sequences, sequences that hold a draft replica."""
+        num_attached = self._sessions.num_attached if self._sessions is not None else 0
+        return self._replica_id, os.getpid(), self._engine.stats().num_running, num_attached
+
+
+class EchoDraft(DraftReplica):
+    """A draft replica that tells its process."""
+
+    async def where(self) -> tuple[int, int]:
+        """Process id, sequences drafted for."""
+        return os.getpid(), self._server.stats().num_sessions
 
 
 def echo_app(
@@ -56,10 +67,19 @@ def echo_app(
     ingress: IngressConfig | None = None,
     auth: AuthConfig | None = None,
     tracing: TracingConfig | None = None,
-    draft: serve.Application | None = None,
+    num_drafts: int = 2,
 ) -> serve.Application:
     engine = TorchEngineConfig(model=str(folder), served_model_name=MODEL, max_model_len=1024)
     tracing = tracing or TracingConfig()
+    pool = DraftPoolConfig(drafter="suffix", secret=SecretStr("pool-secret"))
+    draft = serve.deployment(
+        EchoDraft,
+        name="draft",
+        num_replicas=num_drafts,
+        max_ongoing_requests=64,
+        health_check_period_s=1,
+        ray_actor_options={"num_cpus": 0.1},
+    ).bind(engine=engine, draft=pool, cache_dir=folder)
     target = serve.deployment(
         EchoTarget,
         name="target",
@@ -76,7 +96,7 @@ def echo_app(
         engine=engine,
         cache_dir=folder,
         kv=None,
-        pool_secret=SecretStr("pool-secret"),
+        pool_secret=pool.secret,
         tracing=tracing,
     )
     return IngressDeployment.options(

@@ -18,6 +18,8 @@ from deployments.engine.errors import (
     EngineOverloadedError,
     RequestRejectedError,
 )
+from deployments.engine.speculation.speculator import NoSpeculation
+from deployments.engine.speculation.types import DraftSampling, SessionSpec
 from deployments.engine.types import (
     EngineStats,
     FinishReason,
@@ -29,6 +31,7 @@ from deployments.engine.types import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
+    from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.types import GenerationRequest
 
 
@@ -43,7 +46,10 @@ class EchoEngine(Engine):
         step_s: float = 0.0,
         max_model_len: int = 512,
         max_waiting: int = 64,
+        speculator: Speculator | None = None,
     ) -> None:
+        self._speculator = speculator or NoSpeculation()
+        self._num_sessions = 0
         self._vocabulary = tuple(vocabulary)
         self._decode = decode
         self._step_s = step_s
@@ -63,10 +69,14 @@ class EchoEngine(Engine):
         if len(request.prompt_token_ids) >= self._max_model_len:
             raise RequestRejectedError("the prompt is too long", "prompt")
         self._running[request.request_id] = request
+        self._num_sessions += 1
+        session_id = self._num_sessions
+        self._speculator.open(_session(session_id, request))
         try:
             async for delta in self._steps(request):
                 yield delta
         finally:
+            self._speculator.close(session_id)
             del self._running[request.request_id]
             self._aborted.discard(request.request_id)
 
@@ -174,3 +184,14 @@ class EchoEngine(Engine):
 
     async def close(self) -> None:
         self.is_dead = True
+        self._speculator.shutdown()
+
+
+def _session(session_id: int, request: GenerationRequest) -> SessionSpec:
+    return SessionSpec(
+        session_id=session_id,
+        request_id=request.request_id,
+        tenant=request.tenant,
+        token_ids=request.prompt_token_ids + request.resumed_output_ids,
+        sampling=DraftSampling(seed=request.sampling.seed),
+    )

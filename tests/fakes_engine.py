@@ -303,7 +303,7 @@ class FakePageStore(PageStore):
     pages: dict = field(default_factory=dict)
     answer: str = "at once"
     pending: list = field(default_factory=list)
-    num_loads: int = 0
+    num_saves: int = 0
     is_closed: bool = False
     page_nbytes: int = LAYOUT.nbytes
 
@@ -312,7 +312,6 @@ class FakePageStore(PageStore):
         return EXACT
 
     def load(self, keys, *, timeout_s, traceparent=None):
-        self.num_loads += 1
         future: Future[LoadedPages] = Future()
         found = []
         for key in keys:
@@ -342,6 +341,7 @@ class FakePageStore(PageStore):
     def save(self, key, page):
         assert page.nbytes == self.page_nbytes
         self.pages[key] = page
+        self.num_saves += 1
         return True
 
     def stats(self):

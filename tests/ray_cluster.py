@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -86,6 +88,32 @@ def ray_serve(
         serve.shutdown()
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class Broadcaster:
+    """Calls a method of every replica of a deployment.
+
+    In throughput mode a handle lives on the event loop it was first used on, so this keeps one.
+    """
+
+    def __init__(self, app_name: str) -> None:
+        self._app_name = app_name
+        self._handles: dict[str, Any] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def __call__(self, deployment: str, method: str) -> list[Any]:
+        call = asyncio.run_coroutine_threadsafe(self._ask(deployment, method), self._loop)
+        return call.result(timeout=30)
+
+    async def _ask(self, deployment: str, method: str) -> list[Any]:
+        from ray import serve
+
+        if deployment not in self._handles:
+            self._handles[deployment] = serve.get_deployment_handle(deployment, self._app_name)
+        answers = self._handles[deployment].broadcast(method).results_async()
+        return list(await asyncio.wait_for(answers, 10))
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float = 30.0, what: str) -> None:

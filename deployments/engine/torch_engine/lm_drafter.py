@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from deployments.engine.speculation.drafters.base import Drafter
-from deployments.engine.speculation.noise import gumbel, row_key
 from deployments.engine.speculation.types import OutcomeRow
+from deployments.engine.torch_engine.coupling import coupled_choices, coupled_scores
 from deployments.engine.torch_engine.draft_sessions import SessionCaches
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
 from deployments.engine.torch_engine.kv_cache import KVCache
 from deployments.engine.torch_engine.model_runner import ModelRunner
-from deployments.engine.torch_engine.sampling_math import process_logits
 from kv_store.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
@@ -31,13 +30,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from deployments.engine.speculation.types import DraftQuery, DraftSampling, DraftTree
+    from deployments.engine.speculation.types import DraftQuery, DraftTree
     from deployments.engine.torch_engine.draft_sessions import SessionCache
     from deployments.engine.torch_engine.weights.loader import LoadedModel
-
-_NOISY_CANDIDATES = 512
-"""Noise is drawn for this many of the likeliest tokens of a row: a far token that would win by
-noise alone is worth less than the time to look at the whole vocabulary."""
 
 
 @dataclass(slots=True)
@@ -227,7 +222,7 @@ class CausalLMDrafter(Drafter):
         for work, logits_RV in zip(group, logits, strict=True):
             tree, length = work.query.in_flight, len(work.query.token_ids)
             positions = [length + depth for depth in work.depths]
-            scores = _coupled_scores(logits_RV, [work.query.sampling] * len(positions), positions)
+            scores = coupled_scores(logits_RV, [work.query.sampling] * len(positions), positions)
             log_probs_RV = scores.log_softmax(dim=1)
             reached = [0.0]
             for parent, token in zip(tree.parents, tree.token_ids, strict=True):
@@ -253,7 +248,7 @@ class CausalLMDrafter(Drafter):
             branches = [(work, branch) for work in active for branch in work.branches]
             samplings = [work.query.sampling for work, _ in branches]
             positions = [branch.position + step + 1 for _, branch in branches]
-            tokens = _coupled_scores(logits, samplings, positions).argmax(dim=1).tolist()
+            tokens = coupled_choices(logits, samplings, positions)
             for (_, branch), token in zip(branches, tokens, strict=True):
                 branch.token_ids.append(token)
 
@@ -306,39 +301,6 @@ def _branch_part(work: _Round, step: int) -> _Part:
         torch.cat((paths, own), dim=1),
         num_logits=num_branches,
     )
-
-
-def _coupled_scores(
-    logits_RV: Tensor, samplings: Sequence[DraftSampling], positions: Sequence[int]
-) -> Tensor:
-    """The scores whose argmax is the guess: processed, with the target's noise where it samples.
-
-    Args:
-        logits_RV: float32.
-        samplings: R requests' settings.
-        positions: R indices of the tokens being chosen, from the first prompt token.
-
-    Returns:
-        [R, V]; tokens that cannot or will hardly win are ``-inf``.
-    """
-    scores_RV = process_logits(
-        logits_RV,
-        [sampling.temperature for sampling in samplings],
-        [sampling.top_k for sampling in samplings],
-        [sampling.top_p for sampling in samplings],
-        [sampling.min_p for sampling in samplings],
-    )
-    rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
-    if not rows:
-        return scores_RV
-    keys = [row_key(samplings[r].seed, samplings[r].choice_index, positions[r]) for r in rows]
-    likeliest = scores_RV[rows].topk(min(_NOISY_CANDIDATES, scores_RV.shape[1]), dim=1)
-    noisy_RC = likeliest.values + gumbel(keys, likeliest.indices)
-    coupled_RV = torch.full_like(scores_RV[rows], -torch.inf, dtype=torch.float64)
-    coupled_RV.scatter_(1, likeliest.indices, noisy_RC)
-    scores_RV = scores_RV.to(torch.float64, copy=True)
-    scores_RV[rows] = coupled_RV
-    return scores_RV
 
 
 def _shed(query: DraftQuery, room: int | None) -> tuple[int, int] | None:

@@ -20,14 +20,18 @@ START_TIMEOUT_S = 150.0
 class ClusterProcess:
     """One command that starts a cluster and keeps it until a signal comes."""
 
-    def __init__(self, command: list[str], state_dir: Path, **variables: str) -> None:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PACELINE_")}
-        environment |= {"PACELINE_STATE_DIR": str(state_dir), "PYTHONUNBUFFERED": "1", **variables}
+    @staticmethod
+    def environment(state_dir: Path) -> dict[str, str]:
+        """That of a shell which has none of this project's variables set."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PACELINE_", "RAY_"))}
+        return kept | {"PACELINE_STATE_DIR": str(state_dir), "PYTHONUNBUFFERED": "1"}
+
+    def __init__(self, command: list[str], state_dir: Path) -> None:
         self._state_dir = state_dir
         self._popen = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
-            env=environment,
+            env=self.environment(state_dir),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

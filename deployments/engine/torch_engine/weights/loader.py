@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import blake3
 import torch
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.torch_engine.models.llama import Model
+    from deployments.engine.torch_engine.precision import DtypeName
 
-DtypeName = Literal["float32", "bfloat16"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]

@@ -177,6 +177,19 @@ def test_young_prefill_does_not_stop_an_old_one_from_decoding():
     assert tuple(session.tokens[2]) == expected(make_request("young", [2] * 600)).token_ids
 
 
+def test_drafts_leave_room_for_a_prefill():
+    session = Session(make_config(max_batch_tokens=64, num_draft_tokens=16), OracleSpeculator())
+    for session_id in range(1, 5):
+        session.add(session_id, make_request(f"old{session_id}", max_tokens=900))
+    session.step()
+    session.add(5, make_request("young", [2] * 300))
+    # Four decodes and at most 30 draft nodes leave 30 of 64 rows: ten steps for 300 tokens.
+    for step in range(10):
+        assert not session.tokens[5], step
+        session.step()
+    assert session.tokens[5]
+
+
 def test_sampled_text_depends_on_seed_and_choice_only():
     base = make_request(temperature=1.0, max_tokens=30)
     variants = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from deployments.engine.speculation.speculator import NoSpeculation
@@ -200,3 +202,26 @@ def test_pages_of_bad_logits_are_not_cached():
     session.add(1, make_request("a", PROMPT[:101]))
     session.run()
     assert not store.pages
+
+
+def test_twin_pages_are_written_once():
+    store = FakePageStore()
+    session = Session(make_config(max_batch_tokens=512), store=store)
+    session.add(1, make_request("a", PROMPT[:130]))
+    session.add(2, make_request("b", PROMPT[:130]))
+    session.run()
+    assert session.ends[2].usage.num_cached_tokens == 0
+    assert store.num_saves == len(store.pages) == 2
+
+
+def test_cached_tokens_are_prompt_tokens_only():
+    store = FakePageStore()
+    request = make_request("a", PROMPT[:100], max_tokens=100)
+    run_one(Session(store=store), 1, request)
+    session = Session(store=store)
+    output = expected_tokens(request)
+    session.add(1, replace(request, resumed_output_ids=output[:99]))
+    session.run()
+    assert tuple(session.tokens[1]) == output[99:]
+    usage = session.ends[1].usage
+    assert (usage.num_cached_tokens, usage.num_tier_cached_tokens) == (100, 100)

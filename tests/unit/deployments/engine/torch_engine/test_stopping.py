@@ -81,6 +81,12 @@ def test_string_completed_before_min_tokens_never_counts():
     )
 
 
+def test_early_match_does_not_count_later_either():
+    """The text kept for a long stop string still holds the short one that came too early."""
+    stop = condition(min_tokens=3, stop_strings=("a", "longer string"))
+    assert stop.cut([b"a", b"b", b"c", b"d"]) == (4, None)
+
+
 def test_result_does_not_depend_on_how_tokens_are_grouped():
     tokens = [b"x", b"a", b"a", b"b", b"y"]
     whole = condition().cut(tokens)

@@ -1,0 +1,86 @@
+"""A drafter's choices, coupled to the target's by the noise both add.
+
+R: rows, V: vocabulary, S: sampled rows, C: candidates.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from deployments.engine.speculation.noise import gumbel, row_key
+from deployments.engine.torch_engine.sampling_math import process_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from deployments.engine.speculation.types import DraftSampling
+
+_NOISY_CANDIDATES = 128
+"""Noise is drawn for this many of the likeliest tokens of a row: a far token that would win by
+noise alone is worth less than the time to look at the whole vocabulary."""
+
+
+def coupled_scores(
+    logits_RV: Tensor, samplings: Sequence[DraftSampling], positions: Sequence[int]
+) -> Tensor:
+    """The scores whose argmax is the guess: processed, with the target's noise where it samples.
+
+    Args:
+        logits_RV: float32.
+        samplings: R requests' settings.
+        positions: R indices of the tokens being chosen, from the first prompt token.
+
+    Returns:
+        [R, V]; tokens that cannot or will hardly win are ``-inf``.
+    """
+    scores_RV, rows = _processed_scores(logits_RV, samplings)
+    if rows:
+        noisy_SC, ids_SC = _noisy_candidates(scores_RV, rows, samplings, positions)
+        scores_RV = scores_RV.to(torch.float64, copy=True)
+        scores_RV[rows] = torch.full_like(scores_RV[rows], -torch.inf).scatter_(1, ids_SC, noisy_SC)
+    return scores_RV
+
+
+def coupled_choices(
+    logits_RV: Tensor, samplings: Sequence[DraftSampling], positions: Sequence[int]
+) -> list[int]:
+    """The argmax of ``coupled_scores``, without spreading the noise over the vocabulary."""
+    scores_RV, rows = _processed_scores(logits_RV, samplings)
+    choices: list[int] = scores_RV.argmax(dim=1).tolist()
+    if rows:
+        noisy_SC, ids_SC = _noisy_candidates(scores_RV, rows, samplings, positions)
+        sampled = ids_SC.gather(1, noisy_SC.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
+        for row, token_id in zip(rows, sampled, strict=True):
+            choices[row] = token_id
+    return choices
+
+
+def _processed_scores(
+    logits_RV: Tensor, samplings: Sequence[DraftSampling]
+) -> tuple[Tensor, list[int]]:
+    """Filtered scores, and the rows that are sampled."""
+    scores_RV = process_logits(
+        logits_RV,
+        [sampling.temperature for sampling in samplings],
+        [sampling.top_k for sampling in samplings],
+        [sampling.top_p for sampling in samplings],
+        [sampling.min_p for sampling in samplings],
+    )
+    return scores_RV, [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+
+
+def _noisy_candidates(
+    scores_RV: Tensor,
+    rows: Sequence[int],
+    samplings: Sequence[DraftSampling],
+    positions: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Scores with noise, and token ids, of the likeliest tokens of the sampled rows: [S, C]."""
+    keys = [row_key(samplings[r].seed, samplings[r].choice_index, positions[r]) for r in rows]
+    num_candidates = min(_NOISY_CANDIDATES, scores_RV.shape[1])
+    likeliest = scores_RV[rows].topk(num_candidates, dim=1)
+    return likeliest.values + gumbel(keys, likeliest.indices), likeliest.indices

@@ -1,0 +1,89 @@
+"""The private and young parts of Ray Serve that ``deployments.serve_compat`` builds on."""
+
+from __future__ import annotations
+
+import inspect
+
+import grpc
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledError
+from ray.serve._private import constants
+from ray.serve._private.common import RequestMetadata
+from ray.serve._private.request_router.common import PendingRequest
+from ray.serve._private.request_router.replica_wrapper import ReplicaSelection
+from ray.serve._private.request_router.request_router import RequestRouter
+from ray.serve.exceptions import (
+    BackPressureError,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from deployments import serve_compat
+from deployments.draft import DraftReplica
+from deployments.engine.errors import EngineDeadError, EngineOverloadedError
+from deployments.routing import PrefixAwareRouter
+from deployments.target import TargetReplica
+
+
+def test_the_router_overrides_what_the_base_class_calls() -> None:
+    for name in (
+        "choose_replicas",
+        "on_request_routed",
+        "initialize_state",
+        "_get_pending_request_matching_internal_request_id",
+    ):
+        base = inspect.signature(getattr(RequestRouter, name))
+        own = inspect.signature(getattr(PrefixAwareRouter, name))
+        if name != "initialize_state":
+            assert list(own.parameters) == list(base.parameters), name
+    source = inspect.getsource(RequestRouter)
+    assert "self._get_pending_request_matching_internal_request_id(request_metadata)" in source
+    assert "self._pending_requests_to_fulfill" in source
+
+
+def test_a_pending_request_carries_arguments_and_its_arrival() -> None:
+    fields = PendingRequest.__dataclass_fields__
+    assert {"args", "metadata", "created_at", "future", "routing_context"} <= set(fields)
+    assert "internal_request_id" in RequestMetadata.__dataclass_fields__
+
+
+def test_handles_choose_replicas_that_publish_metadata() -> None:
+    assert callable(DeploymentHandle.choose_replica)
+    assert callable(DeploymentResponseGenerator.cancel)
+    assert {"replica_id", "replica_metadata"} <= set(ReplicaSelection.__dataclass_fields__)
+    assert constants.RECORD_REPLICA_METADATA_METHOD == "record_replica_metadata"
+    assert callable(getattr(DraftReplica, constants.RECORD_REPLICA_METADATA_METHOD))
+    for replica in (DraftReplica, TargetReplica):
+        assert callable(replica.record_autoscaling_stats)
+
+
+def _rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata())
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ActorDiedError(), True),
+        (ActorUnavailableError("gone", None), True),
+        (ReplicaUnavailableError("r"), True),
+        (EngineDeadError("dead"), True),
+        (_rpc_error(grpc.StatusCode.UNAVAILABLE), True),
+        (_rpc_error(grpc.StatusCode.CANCELLED), True),
+        (_rpc_error(grpc.StatusCode.INVALID_ARGUMENT), False),
+        (RequestCancelledError("r"), False),
+        (TaskCancelledError(), False),
+        (EngineOverloadedError("full"), False),
+        (KeyError("bug"), False),
+    ],
+    ids=repr,
+)
+def test_which_errors_mean_that_a_replica_is_gone(error: BaseException, *, lost: bool) -> None:
+    assert serve_compat.is_replica_lost(error) is lost
+
+
+def test_refusals_and_cancellations_are_told_apart() -> None:
+    assert serve_compat.is_queue_full(BackPressureError(1, 1))
+    assert serve_compat.is_cancelled(RequestCancelledError("r"))
+    assert not serve_compat.is_cancelled(BackPressureError(1, 1))

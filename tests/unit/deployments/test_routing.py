@@ -1,0 +1,100 @@
+"""The router's choice, without a cluster: candidates in, ranks out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deployments.engine.types import GenerationRequest, SamplingParams
+from deployments.routing import PrefixAwareRouter
+
+PAGE = tuple(range(64))
+
+
+def replica(name: str) -> Any:
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name))
+
+
+class Router(PrefixAwareRouter):
+    """Only what the choice needs of the base class: queue lengths."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.queues: dict[str, int] = {}
+        self.initialize_state(**settings)
+
+    @property
+    def replica_queue_len_cache(self) -> Any:
+        return SimpleNamespace(get=lambda replica_id: self.queues.get(replica_id.unique_id))
+
+
+def pending(request: object, created_at: float | None = None) -> Any:
+    return SimpleNamespace(
+        args=[request],
+        created_at=time.time() if created_at is None else created_at,
+        routing_context=SimpleNamespace(should_backoff=False),
+    )
+
+
+def request(tokens: tuple[int, ...] = PAGE, avoid: tuple[str, ...] = ()) -> GenerationRequest:
+    return GenerationRequest(
+        request_id="r",
+        prompt_token_ids=tokens,
+        sampling=SamplingParams(max_tokens=1, seed=1),
+        avoid_replicas=avoid,
+    )
+
+
+def choose(router: Router, replicas: list[Any], item: Any) -> list[list[str]]:
+    ranks = asyncio.run(router.choose_replicas(replicas, item))
+    return [[chosen.replica_id.unique_id for chosen in rank] for rank in ranks]
+
+
+A, B, C = replica("a"), replica("b"), replica("c")
+
+
+def test_an_unknown_prompt_goes_to_the_shorter_of_two_queues() -> None:
+    first, everyone = choose(Router(), [A, B, C], pending(request()))
+    assert len(first) == 2
+    assert everyone == ["a", "b", "c"]
+
+
+def test_a_known_prompt_goes_back_to_its_replica() -> None:
+    router = Router()
+    router.on_request_routed(pending(request()), B.replica_id, None)
+    assert choose(router, [A, B, C], pending(request((*PAGE, 5, 6))))[0] == ["b"]
+    assert choose(router, [A, C], pending(request()))[0] != ["b"]
+
+
+@pytest.mark.parametrize(("queue", "kept"), [(4, True), (5, False)])
+def test_a_busy_replica_is_left_although_it_knows_the_prompt(queue: int, *, kept: bool) -> None:
+    router = Router(max_queue_excess=4)
+    router.on_request_routed(pending(request()), B.replica_id, None)
+    router.queues = {"a": 0, "b": queue, "c": 9}
+    assert (choose(router, [A, B, C], pending(request()))[0] == ["b"]) is kept
+
+
+def test_avoided_replicas_are_the_last_resort() -> None:
+    router = Router(avoid_grace_s=2.0)
+    router.on_request_routed(pending(request()), A.replica_id, None)
+    assert {
+        name for rank in choose(router, [A, B], pending(request(avoid=("a",)))) for name in rank
+    } == {"b"}
+    assert not any(choose(router, [A], pending(request(avoid=("a",)))))
+    waited = pending(request(avoid=("a",)), created_at=time.time() - 3)
+    assert choose(router, [A], waited)[0] == ["a"]
+
+
+def test_waiting_calls_back_off() -> None:
+    item = pending(request())
+    choose(Router(), [A], item)
+    assert item.routing_context.should_backoff
+
+
+def test_other_calls_are_balanced_too() -> None:
+    item = pending("ping")
+    item.args = []
+    assert len(choose(Router(), [A, B, C], item)[0]) == 2
