@@ -2,12 +2,14 @@
 
 The blob's name then holds a manifest, and each part a name of its own:
 
-    manifest = "KVM1" || u32 LE number of parts || u32 LE bytes of each part || first bytes of blob
+    manifest = "KVM1" || u32 LE number of parts || u64 LE digest || u32 LE bytes of each part
+               || first bytes of the blob
 
 The first bytes are those before the first part: a page's header and section table, so that whoever
 reads the manifest knows what the parts hold. Parts are cut where the blob's owner says (a page's
-layer groups), and only a longer stretch is cut elsewhere. Names of parts contain a digest of the
-manifest: two writers of one page never mix their parts.
+layer groups), and only a longer stretch is cut elsewhere. The digest is the xxh3-64 of all that
+follows it. Names of parts contain it, so that two writers of one page never mix their parts; and a
+manifest it does not fit is no manifest but a damaged blob, which its reader will find out.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from kv_store.tiers.base import Blob
 
 _MAGIC = b"KVM1"
-_COUNT = struct.Struct("<I")
+_HEADER = struct.Struct("<4sIQ")
+_LENGTH = struct.Struct("<I")
 _MAX_PARTS = 4096
 _MAX_BLOB_BYTES = 1 << 30
 
@@ -45,15 +48,23 @@ class Manifest(NamedTuple):
         """Of the whole blob."""
         return len(self.head) + sum(self.lengths)
 
+    @property
+    def digest(self) -> int:
+        """Differs for every other manifest."""
+        return xxhash.xxh3_64_intdigest(self._body)
+
+    @property
+    def _body(self) -> bytes:
+        return struct.pack(f"<{len(self.lengths)}I", *self.lengths) + self.head
+
     def pack(self) -> bytes:
         """As stored."""
-        count = len(self.lengths)
-        return _MAGIC + _COUNT.pack(count) + struct.pack(f"<{count}I", *self.lengths) + self.head
+        return _HEADER.pack(_MAGIC, len(self.lengths), self.digest) + self._body
 
     def part_names(self, name: bytes) -> list[bytes]:
         """Names of the parts of the blob that is called ``name``; in a cluster, beside it."""
-        digest = xxhash.xxh3_64_hexdigest(self.pack()).encode()
-        return [b"%b:%b:%d" % (name, digest, number) for number in range(len(self.lengths))]
+        digest = self.digest
+        return [b"%b:%016x:%d" % (name, digest, number) for number in range(len(self.lengths))]
 
 
 def is_split(blob: Blob, max_bytes: int) -> bool:
@@ -89,13 +100,15 @@ def split(blob: Blob, cuts: Sequence[int], max_bytes: int) -> tuple[Manifest, li
 
 
 def read_manifest(value: Blob) -> Manifest | None:
-    """The manifest a value is; None if it is a blob."""
-    start = len(_MAGIC) + _COUNT.size
-    if bytes(value[: len(_MAGIC)]) != _MAGIC or len(value) < start:
+    """The manifest a value is; None if it is a blob, or a damaged manifest."""
+    if len(value) < _HEADER.size:
         return None
-    (count,) = _COUNT.unpack_from(value, len(_MAGIC))
-    head = start + _COUNT.size * count
-    if count > _MAX_PARTS or len(value) < head:
+    magic, count, digest = _HEADER.unpack_from(value)
+    head = _HEADER.size + _LENGTH.size * count
+    if magic != _MAGIC or count > _MAX_PARTS or len(value) < head:
         return None
-    manifest = Manifest(bytes(value[head:]), struct.unpack_from(f"<{count}I", value, start))
-    return manifest if manifest.num_bytes <= _MAX_BLOB_BYTES else None
+    lengths = struct.unpack_from(f"<{count}I", value, _HEADER.size)
+    manifest = Manifest(bytes(value[head:]), lengths)
+    if manifest.digest != digest or manifest.num_bytes > _MAX_BLOB_BYTES:
+        return None
+    return manifest

@@ -109,6 +109,15 @@ async def test_a_part_of_another_length_is_a_miss(tier, admin, value):
     assert await tier.get_many(KEYS[:2]) == [None, BLOBS[1]]
 
 
+async def test_a_damaged_manifest_is_handed_on_as_it_is_to_be_found_corrupt(tier, admin):
+    await tier.put_many([(KEYS[0], BLOBS[0])])
+    [name] = admin.keys("kv:*}")
+    value = bytearray(admin.get(name))
+    value[40] ^= 1
+    admin.set(name, bytes(value))
+    assert await tier.get_many(KEYS[:1]) == [value]
+
+
 async def test_what_looks_like_a_manifest_comes_back_as_it_was(tier):
     odd = b"KVM1\x01\0\0\0\x05\0\0\0head"
     await tier.put_many([(KEYS[0], odd), (KEYS[1], b"KVM1")])

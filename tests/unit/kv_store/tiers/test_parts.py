@@ -69,3 +69,14 @@ def test_two_blobs_of_one_name_have_parts_of_different_names():
 )
 def test_what_is_no_manifest_is_a_blob(value):
     assert read_manifest(value) is None
+
+
+def test_a_damaged_manifest_is_none():
+    packed = split(bytes(range(200)), [20], 50)[0].pack()
+    assert read_manifest(packed) is not None
+    for position in range(len(packed)):
+        damaged = bytearray(packed)
+        damaged[position] ^= 0x10
+        assert read_manifest(bytes(damaged)) is None
+    for length in range(len(packed)):
+        assert read_manifest(packed[:length]) is None
