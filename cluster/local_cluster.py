@@ -30,7 +30,7 @@ from cluster.ports import PortLease
 from cluster.processes import ClusterProcesses
 from cluster.ray_environment import HAPROXY_FOLDER, applied, local_environment
 from cluster.readiness import wait_until_ready
-from cluster.signals import sigterm_handler_kept
+from cluster.signals import begin_stop, sigterm_handler_kept
 from cluster.state import (
     ClusterState,
     default_state_dir,
@@ -86,7 +86,7 @@ class LocalCluster:
         self._progress = on_progress or logger.info
         self._stack = ExitStack()
         self._state: ClusterState | None = None
-        self._num_left: int | None = None
+        self._num_left: int | None = 0
 
     @property
     def state(self) -> ClusterState:
@@ -101,7 +101,7 @@ class LocalCluster:
 
     @property
     def num_processes_left(self) -> int:
-        """Processes that outlived the stop, counted at its end.
+        """Processes that outlived the stop, counted at its end; 0 before the first one starts.
 
         Raises:
             RuntimeError: the cluster was not stopped yet.
@@ -130,8 +130,11 @@ class LocalCluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._state = None
-        self._stack.close()
+        try:
+            begin_stop()
+        finally:
+            self._stack.close()
+            self._state = None
 
     def _start(self) -> None:
         server = self._config.server
@@ -159,12 +162,12 @@ class LocalCluster:
         )
         self._stack.enter_context(applied(variables))
         # Closed in the reverse order: Serve and Ray, then Valkey, then whatever is still there.
-        self._stack.callback(self._end_processes, processes)
+        self._stack.callback(self._end_processes, processes, cluster_id)
+        self._num_left = None
         config = _with_secret(self._config, self._state_dir)
         config = self._stack.enter_context(hot_tier(config, run_dir, self._progress))
         self._state = self._describe(cluster_id, run_dir, ports, config)
         write_state(self._state_dir, self._state)
-        self._stack.callback(remove_state, self._state_dir, cluster_id)
         try:
             self._start_ray(run_dir, ports)
             self._start_serve(ports)
@@ -252,9 +255,12 @@ class LocalCluster:
             started=time.time(),
         )
 
-    def _end_processes(self, processes: ClusterProcesses) -> None:
+    def _end_processes(self, processes: ClusterProcesses, cluster_id: str) -> None:
         self._progress("ending what is left")
         self._num_left = processes.end(_END_S)
+        # While something is left, the next start must be able to find it.
+        if not self._num_left:
+            remove_state(self._state_dir, cluster_id)
 
 
 @contextmanager
