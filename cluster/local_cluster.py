@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -278,15 +278,23 @@ def _run_dir(cluster_id: str) -> Iterator[Path]:
 
 
 def _secret_file(state_dir: Path, name: str) -> Path:
-    """A secret of this user, drawn at its first use and the same ever since."""
+    """A secret of this user, drawn at its first use and the same ever since.
+
+    Raises:
+        ClusterStartError: the file is there and empty.
+    """
     path = state_dir / name
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path
-    with os.fdopen(descriptor, "w") as handle:
-        handle.write(secrets.token_hex(32))
+    if not path.exists():
+        # Linked when it is whole: another cluster may start at this moment, and the first one's
+        # secret must be everybody's.
+        with tempfile.NamedTemporaryFile("w", dir=state_dir, prefix=f".{name}-") as draft:
+            draft.write(secrets.token_hex(32))
+            draft.flush()
+            with suppress(FileExistsError):
+                os.link(draft.name, path)
+    if not path.read_text().strip():
+        raise ClusterStartError(f"{path} holds no secret; remove it, and the next start draws one")
     return path
 
 

@@ -1,7 +1,9 @@
 """The order in which a cluster goes down, with a plain process in Ray's place."""
 
 import os
+import secrets
 import signal
+import stat
 import subprocess
 import sys
 
@@ -119,3 +121,33 @@ def test_serve_tells_of_a_stop_during_a_failing_start_in_plain_words(
     assert "Ray is broken" in said
     assert "stopping; this takes up to" in said
     assert broken_ray[0].poll() is not None
+
+
+def test_a_secret_is_drawn_once_and_only_its_owner_can_read_it(tmp_path):
+    path = local_cluster._secret_file(tmp_path, "token")
+    drawn = path.read_text()
+    assert len(drawn) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert local_cluster._secret_file(tmp_path, "token").read_text() == drawn
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_first_starts_at_once_share_one_whole_secret(tmp_path, monkeypatch):
+    token_hex = secrets.token_hex
+    seen_by_the_other = []
+
+    def another_start_comes_first(num_bytes: int) -> str:
+        monkeypatch.setattr(secrets, "token_hex", token_hex)
+        seen_by_the_other.append(local_cluster._secret_file(tmp_path, "token").read_text())
+        return token_hex(num_bytes)
+
+    monkeypatch.setattr(secrets, "token_hex", another_start_comes_first)
+    seen = local_cluster._secret_file(tmp_path, "token").read_text()
+    assert seen_by_the_other == [seen]
+    assert len(seen) == 64
+
+
+def test_an_empty_secret_is_refused(tmp_path):
+    (tmp_path / "token").touch()
+    with pytest.raises(ClusterStartError, match="token holds no secret; remove it"):
+        local_cluster._secret_file(tmp_path, "token")
