@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+_MODEL_PREFIX = "model:"
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -99,6 +101,12 @@ class DraftPoolConfig(_Config):
     """Longest text that is drafted for."""
     secret: SecretStr = SecretStr("")
     """Targets show it to draft replicas; the cluster draws one when it is empty."""
+
+    @property
+    def language_model(self) -> str | None:
+        """The name or folder of the language model that drafts, if one does."""
+        name = self.drafter.removeprefix(_MODEL_PREFIX)
+        return None if name == self.drafter else name
 
 
 class TracingConfig(_Config):
