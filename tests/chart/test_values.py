@@ -57,6 +57,7 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("auth.tenants", [{"name": "acme"}], "tenants"),
         ("auth.tenants", [{**GOOD_TENANT, "name": "Not A Name"}], "name"),
         ("auth.tenants", [{**GOOD_TENANT, "api_key_sha256": ["abc"]}], "api_key_sha256"),
+        ("auth.clusterSecret", "my secret #1 that is really very long", "clusterSecret"),
         ("auth.valkeyPassword", "would break @ the URL", "valkeyPassword"),
         ("podDisruptionBudget.minAvailable.target", "50%", "target"),
         ("networkPolicy.clients", "everybody", "clients"),
