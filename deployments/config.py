@@ -7,8 +7,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-_MODEL_PREFIX = "model:"
-
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -105,8 +103,8 @@ class DraftPoolConfig(_Config):
     @property
     def language_model(self) -> str | None:
         """The name or folder of the language model that drafts, if one does."""
-        name = self.drafter.removeprefix(_MODEL_PREFIX)
-        return None if name == self.drafter else name
+        prefix, _, name = self.drafter.partition(":")
+        return name or None if prefix == "model" else None
 
 
 class TracingConfig(_Config):
