@@ -15,11 +15,19 @@ from cluster.config import ClusterConfig, ServerConfig
 from cluster.errors import ClusterStartError
 from cluster.local_cluster import LocalCluster
 from cluster.processes import ClusterProcesses
+from cluster.ray_environment import SERVE_FLAGS
 from cluster.serve_app import ServedApp
 from cluster.signals import StopRequestedError, stop_on_signals
 from cluster.state import list_states
 
 APP = ServedApp(build=lambda config: pytest.fail("built"), grpc_servicer_functions=())
+
+
+@pytest.fixture(autouse=True)
+def _serve_flags(monkeypatch):
+    # Another test of this process may have imported Ray Serve, which then must be under these.
+    for name, value in SERVE_FLAGS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
