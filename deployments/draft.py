@@ -56,15 +56,6 @@ class DraftReplica:
             "vocab_digest": self._identity.vocab_digest,
         }
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy sees of this replica."""
-        stats = self._server.stats()
-        return {
-            "num_sessions": float(stats.num_sessions),
-            "num_pending": float(stats.num_pending),
-            "batch_time_s": stats.batch_time_ewma_s,
-        }
-
     async def __call__(self) -> str:
         """The endpoint; Serve reserves slots under this method."""
         return f"{self._host}:{self._port}"

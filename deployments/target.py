@@ -125,19 +125,6 @@ class TargetReplica:
         """Serve's health check: an engine that died has the replica replaced."""
         self._engine.check_health()
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy sees of this replica."""
-        stats = self._engine.stats()
-        used = stats.num_total_pages - stats.num_free_pages
-        return {
-            "num_running": float(stats.num_running),
-            "num_waiting": float(stats.num_waiting),
-            "num_queued_prefill_tokens": float(stats.num_queued_prefill_tokens),
-            "kv_utilization": used / max(1, stats.num_total_pages),
-            "step_time_s": stats.step_time_ewma_s,
-            "mean_acceptance_length": stats.speculation.mean_acceptance_length,
-        }
-
     async def __del__(self) -> None:
         """Serve's shutdown hook: let running sequences end, then stop."""
         self._reporting.cancel()
