@@ -56,6 +56,10 @@ class DraftReplica:
             "vocab_digest": self._identity.vocab_digest,
         }
 
+    def check_health(self) -> None:
+        """Serve's health check: a drafter that died or hangs has the replica replaced."""
+        self._server.check_health()
+
     async def __call__(self) -> str:
         """The endpoint; Serve reserves slots under this method."""
         return f"{self._host}:{self._port}"
