@@ -17,11 +17,12 @@ from deployments.engine.speculation.draft_service import DraftLimits
 from deployments.engine.speculation.handshake import Identity
 from deployments.model_files import model_folder, served_model_name
 from deployments.tokenizer import Tokenizer
+from deployments.tracing import Tracing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from deployments.config import DraftPoolConfig
+    from deployments.config import DraftPoolConfig, TracingConfig
     from deployments.engine.config import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,12 @@ class DraftReplica:
     """Serves guesses. Serve handles only choose it; its tokens travel on streams of their own."""
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
-        self, *, engine: EngineConfig, draft: DraftPoolConfig, cache_dir: Path
+        self,
+        *,
+        engine: EngineConfig,
+        draft: DraftPoolConfig,
+        cache_dir: Path,
+        tracing: TracingConfig,
     ) -> None:
         """Load the drafter on a thread of its own and listen on a free port.
 
@@ -39,7 +45,9 @@ class DraftReplica:
             engine: the targets' engine, whose model and vocabulary the drafter must share.
             draft: which drafter, and how much of everything.
             cache_dir: where models and fitted drafts lie.
+            tracing: where spans go.
         """
+        self._tracing = Tracing(tracing, "paceline-draft")
         self._model = served_model_name(engine)
         self._executor = ThreadPoolExecutor(1, "draft-lifecycle")
         loop = asyncio.get_running_loop()
@@ -67,8 +75,13 @@ class DraftReplica:
     async def __del__(self) -> None:
         """Serve's shutdown hook: end the streams; targets go on with local drafts."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._server.close)
+        await loop.run_in_executor(self._executor, self._stop)
         self._executor.shutdown(wait=False)
+
+    def _stop(self) -> None:
+        self._server.close()
+        # Afterwards, for closing the server ends the spans of its sessions.
+        self._tracing.close()
 
     def _start(
         self, engine: EngineConfig, draft: DraftPoolConfig, cache_dir: Path

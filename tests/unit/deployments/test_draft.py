@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -7,10 +8,15 @@ import pytest
 import ray
 from pydantic import SecretStr
 
-from deployments.config import DraftPoolConfig
+from deployments.config import DraftPoolConfig, TracingConfig
 from deployments.draft import DraftReplica
 from deployments.engine.config import TorchEngineConfig
+from deployments.engine.speculation import draft_session
 from deployments.engine.speculation.errors import DrafterDeadError
+from deployments.engine.speculation.grpc_transport import GrpcTransport
+from deployments.engine.speculation.transport import TransportState
+from protos import draft_pb2
+from tests.fakes_speculation import wait_until
 from tests.fakes_tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
 # Serve calls the hook once; the collector of garbage then makes a coroutine of it in vain.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'DraftReplica.__del__'")
 SECRET = SecretStr("pool-secret")
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +35,9 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def draft_replica(folder: Path) -> AsyncIterator[DraftReplica]:
+async def draft_replica(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[DraftReplica]:
     """Built and shut down as Serve does it."""
     replica = DraftReplica.__new__(DraftReplica)
     await DraftReplica.__init__(
@@ -36,16 +45,55 @@ async def draft_replica(folder: Path) -> AsyncIterator[DraftReplica]:
         engine=TorchEngineConfig(model=str(write_tokenizer(folder / "model"))),
         draft=DraftPoolConfig(drafter="suffix", secret=SECRET),
         cache_dir=folder,
+        tracing=TracingConfig(exporter="file", file_path=folder / "spans"),
     )
+    assert replica._tracing._provider is not None
+    # The process keeps the first provider it was given, which may be another test's.
+    tracer = replica._tracing._provider.get_tracer("test")
+    monkeypatch.setattr(draft_session, "tracer", tracer)
     try:
         yield replica
     finally:
         await DraftReplica.__del__(replica)
 
 
-async def test_serve_learns_of_a_drafter_that_does_not_run(tmp_path: Path) -> None:
-    async with draft_replica(tmp_path) as replica:
+async def test_serve_learns_of_a_drafter_that_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with draft_replica(tmp_path, monkeypatch) as replica:
         replica.check_health()
         assert await replica() == replica.record_replica_metadata()["draft_endpoint"]
     with pytest.raises(DrafterDeadError):
         replica.check_health()
+
+
+def open_session(replica: DraftReplica) -> GrpcTransport:
+    """Dial as a target does, open one session and get one table for it."""
+    endpoint = replica.record_replica_metadata()["draft_endpoint"]
+    target = GrpcTransport(endpoint, replica._identity.hello("t"), SECRET)
+    wait_until(lambda: target.state is not TransportState.CONNECTING, "an answer to the hello")
+    opening = draft_pb2.Open(
+        session=1,
+        epoch=1,
+        token_ids=[1, 2, 1, 2],
+        sampling=draft_pb2.Sampling(top_p=1),
+        traceparent=TRACEPARENT,
+    )
+    commit = draft_pb2.Commit(session=1, epoch=1, round=1, base_len=4, num_draft_tokens=2, fanout=1)
+    target.send(draft_pb2.TargetFrame(opens=[opening], commits=[commit]))
+    wait_until(lambda: replica._server.stats().num_tables == 1, "a table")
+    return target
+
+
+async def test_spans_of_sessions_that_the_shutdown_ends_are_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        target = open_session(replica)
+    target.close()
+    (path,) = (tmp_path / "spans").iterdir()
+    (span,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert span["name"] == "draft.session"
+    assert span["context"]["trace_id"] == "0x0af7651916cd43dd8448eb211c80319c"
+    assert span["resource"]["attributes"]["service.name"] == "paceline-draft"
+    assert span["attributes"]["paceline.tables"] == 1
