@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import ray
 from ray import serve
 
+from deployments.draft_metrics import DraftMetrics
 from deployments.draft_sessions import ENDPOINT_KEY
 from deployments.drafters import build_drafter
 from deployments.engine.speculation.draft_server import DraftServer
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from deployments.engine.config import EngineConfig
 
 logger = logging.getLogger(__name__)
+
+_REPORT_PERIOD_S = 2.0
 
 
 class DraftReplica:
@@ -48,6 +51,7 @@ class DraftReplica:
             tracing: where spans go.
         """
         self._tracing = Tracing(tracing, "paceline-draft")
+        self._metrics = DraftMetrics()
         self._model = served_model_name(engine)
         self._executor = ThreadPoolExecutor(1, "draft-lifecycle")
         loop = asyncio.get_running_loop()
@@ -55,6 +59,7 @@ class DraftReplica:
         self._identity, self._server, self._port = await loop.run_in_executor(
             self._executor, self._start, engine, draft, cache_dir
         )
+        self._reporting = asyncio.create_task(self._report(), name="draft-metrics")
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What targets learn of this replica when the router chooses it for them."""
@@ -74,9 +79,15 @@ class DraftReplica:
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: end the streams; targets go on with local drafts."""
+        self._reporting.cancel()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._executor, self._stop)
         self._executor.shutdown(wait=False)
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_PERIOD_S)
+            self._metrics.server(self._server.stats())
 
     def _stop(self) -> None:
         self._server.close()

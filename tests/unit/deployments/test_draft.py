@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ import pytest
 import ray
 from pydantic import SecretStr
 
+from deployments import draft as draft_module
 from deployments.config import DraftPoolConfig, TracingConfig
 from deployments.draft import DraftReplica
 from deployments.engine.config import TorchEngineConfig
@@ -16,6 +18,7 @@ from deployments.engine.speculation.errors import DrafterDeadError
 from deployments.engine.speculation.grpc_transport import GrpcTransport
 from deployments.engine.speculation.transport import TransportState
 from protos import draft_pb2
+from tests.fakes_metrics import exporter_for
 from tests.fakes_speculation import wait_until
 from tests.fakes_tokenizer import write_tokenizer
 
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-# Serve calls the hook once; the collector of garbage then makes a coroutine of it in vain.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'DraftReplica.__del__'")
 SECRET = SecretStr("pool-secret")
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -34,12 +35,17 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
 
 
+class Replica(DraftReplica):
+    def __del__(self) -> None:
+        """Not when it is collected: the hook is a coroutine, and the fixture has awaited it."""
+
+
 @asynccontextmanager
 async def draft_replica(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[DraftReplica]:
     """Built and shut down as Serve does it."""
-    replica = DraftReplica.__new__(DraftReplica)
+    replica = Replica.__new__(Replica)
     await DraftReplica.__init__(
         replica,
         engine=TorchEngineConfig(model=str(write_tokenizer(folder / "model"))),
@@ -97,3 +103,15 @@ async def test_spans_of_sessions_that_the_shutdown_ends_are_sent(
     assert span["context"]["trace_id"] == "0x0af7651916cd43dd8448eb211c80319c"
     assert span["resource"]["attributes"]["service.name"] == "paceline-draft"
     assert span["attributes"]["paceline.tables"] == 1
+
+
+async def test_the_server_s_snapshot_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft_module, "_REPORT_PERIOD_S", 0.001)
+    exporter = exporter_for(monkeypatch)
+    async with draft_replica(tmp_path, monkeypatch) as replica, asyncio.timeout(20):
+        target = open_session(replica)
+        while exporter.scrape().get(("draft_server_tables_total",)) != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    target.close()

@@ -6,8 +6,6 @@ import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-import pytest
-
 from deployments.config import AuthConfig, IngressConfig, TracingConfig
 from deployments.engine.config import TorchEngineConfig
 from deployments.ingress import IngressReplica
@@ -17,6 +15,11 @@ from tests.fakes_tokenizer import write_tokenizer
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+
+class Replica(IngressReplica):
+    def __del__(self) -> None:
+        """Not when it is collected: the hook is a coroutine, and the test awaits it."""
 
 
 def tokenizer_threads() -> set[threading.Thread]:
@@ -29,12 +32,10 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-# Serve calls the hook once; the collector of garbage then makes a coroutine of it in vain.
-@pytest.mark.filterwarnings("ignore:coroutine 'IngressReplica.__del__'")
 async def test_shutdown_sends_the_last_spans_and_stops_the_threads(tmp_path: Path) -> None:
     others = tokenizer_threads()
     handle = SimpleNamespace(options=lambda **_: handle)
-    replica = IngressReplica(
+    replica = Replica(
         handle,
         engine=TorchEngineConfig(model=str(write_tokenizer(tmp_path / "model"))),
         cache_dir=tmp_path,
