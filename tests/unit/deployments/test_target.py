@@ -47,7 +47,8 @@ async def test_the_speculator_s_snapshot_is_exported(
         session_id=1, request_id="r", tenant="t", token_ids=(1,), sampling=DraftSampling(seed=1)
     )
     replica._split.open(spec)
+    failures = ("speculator_events_total", "local_drafter_failed")
     async with asyncio.timeout(20):
-        while not exporter.scrape().get(("speculator_events_total", "local_drafter_failed")):
+        while not exporter.scrape().get(failures):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     await TargetReplica.__del__(replica)
