@@ -51,6 +51,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
             engine=config.engine,
             draft=pool,
             cache_dir=config.cache_dir,
+            tracing=config.tracing,
         )
     target = TargetDeployment.options(
         **deployment_options(config.pools.target),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import ray
 from ray import serve
 
+from deployments.draft_metrics import DraftMetrics
 from deployments.draft_sessions import ENDPOINT_KEY
 from deployments.drafters import build_drafter
 from deployments.engine.speculation.draft_server import DraftServer
@@ -17,21 +18,29 @@ from deployments.engine.speculation.draft_service import DraftLimits
 from deployments.engine.speculation.handshake import Identity
 from deployments.model_files import model_folder, served_model_name
 from deployments.tokenizer import Tokenizer
+from deployments.tracing import Tracing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from deployments.config import DraftPoolConfig
+    from deployments.config import DraftPoolConfig, TracingConfig
     from deployments.engine.config import EngineConfig
 
 logger = logging.getLogger(__name__)
+
+_REPORT_PERIOD_S = 2.0
 
 
 class DraftReplica:
     """Serves guesses. Serve handles only choose it; its tokens travel on streams of their own."""
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
-        self, *, engine: EngineConfig, draft: DraftPoolConfig, cache_dir: Path
+        self,
+        *,
+        engine: EngineConfig,
+        draft: DraftPoolConfig,
+        cache_dir: Path,
+        tracing: TracingConfig,
     ) -> None:
         """Load the drafter on a thread of its own and listen on a free port.
 
@@ -39,7 +48,10 @@ class DraftReplica:
             engine: the targets' engine, whose model and vocabulary the drafter must share.
             draft: which drafter, and how much of everything.
             cache_dir: where models and fitted drafts lie.
+            tracing: where spans go.
         """
+        self._tracing = Tracing(tracing, "paceline-draft")
+        self._metrics = DraftMetrics()
         self._model = served_model_name(engine)
         self._executor = ThreadPoolExecutor(1, "draft-lifecycle")
         loop = asyncio.get_running_loop()
@@ -47,6 +59,7 @@ class DraftReplica:
         self._identity, self._server, self._port = await loop.run_in_executor(
             self._executor, self._start, engine, draft, cache_dir
         )
+        self._reporting = asyncio.create_task(self._report(), name="draft-metrics")
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What targets learn of this replica when the router chooses it for them."""
@@ -56,14 +69,9 @@ class DraftReplica:
             "vocab_digest": self._identity.vocab_digest,
         }
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy sees of this replica."""
-        stats = self._server.stats()
-        return {
-            "num_sessions": float(stats.num_sessions),
-            "num_pending": float(stats.num_pending),
-            "batch_time_s": stats.batch_time_ewma_s,
-        }
+    def check_health(self) -> None:
+        """Serve's health check: a drafter that died or hangs has the replica replaced."""
+        self._server.check_health()
 
     async def __call__(self) -> str:
         """The endpoint; Serve reserves slots under this method."""
@@ -71,9 +79,20 @@ class DraftReplica:
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: end the streams; targets go on with local drafts."""
+        self._reporting.cancel()
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._server.close)
+        await loop.run_in_executor(self._executor, self._stop)
         self._executor.shutdown(wait=False)
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_PERIOD_S)
+            self._metrics.server(self._server.stats())
+
+    def _stop(self) -> None:
+        self._server.close()
+        # Afterwards, for closing the server ends the spans of its sessions.
+        self._tracing.close()
 
     def _start(
         self, engine: EngineConfig, draft: DraftPoolConfig, cache_dir: Path

@@ -7,6 +7,7 @@ and shape the answer (``openai_answers`` or ``grpc_api``).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from contextlib import aclosing
@@ -101,6 +102,12 @@ class IngressReplica:
         self._guard = CallGuard(config, TenantDirectory(auth), gate, self._tracing, self._model)
         self._probe = TargetProbe(target)
         self._health = HealthService(self._probe)
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook, called once every request has ended."""
+        self._generation.close()
+        # Sending the last spans may take as long as a collector that does not answer.
+        await asyncio.to_thread(self._tracing.close)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(self, request: Request) -> Response:

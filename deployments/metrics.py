@@ -1,8 +1,8 @@
 """Every metric's name, unit and labels. Ray exports them on its Prometheus endpoint.
 
 Ray prefixes the names with ``ray_``; Serve adds the labels ``deployment``, ``replica`` and
-``application``. Layers below return snapshots (``EngineStats``, ``PageStoreStats``); only this file
-turns them into metrics.
+``application``. Layers below return snapshots (``EngineStats``, ``PageStoreStats``,
+``SpeculatorStats``, ``DraftServerStats``); ``target_metrics`` and ``draft_metrics`` report them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ CACHED_TOKENS = Metric(
 )
 IN_FLIGHT = Metric("paceline_requests_in_flight", "Requests in flight at this ingress replica.")
 RESUMES = Metric("paceline_resumes_total", "Sequences moved to another target replica.")
-DRAFT_TOKENS = Metric("paceline_draft_tokens_total", "Draft tokens verified.")
+DRAFT_TOKENS = Metric(
+    "paceline_draft_tokens_total", "Draft tokens verified, by drafter.", ("origin",)
+)
 ACCEPTED_TOKENS = Metric(
     "paceline_accepted_draft_tokens_total", "Draft tokens accepted, by drafter.", ("origin",)
 )
@@ -77,7 +79,51 @@ STEP_TIME = Metric("paceline_engine_step_seconds", "Moving average of one engine
 PAGES = Metric("paceline_kv_pages", "KV pages of this replica, by state.", ("state",))
 TIER_PAGES = Metric("paceline_kv_tier_pages_total", "Pages by tier and outcome.", ("tier", "event"))
 STORE_QUEUE = Metric("paceline_kv_write_queue_pages", "Pages waiting to be written to the tier.")
+LOADS_REFUSED = Metric(
+    "paceline_kv_loads_refused_total",
+    "Loads from the tier answered empty at once because too many were pending.",
+)
 DRAFT_SESSIONS = Metric("paceline_draft_sessions", "Sequences that hold a draft replica.")
+OUTCOME_TABLES = Metric(
+    "paceline_outcome_tables_total",
+    "Tables that reached this target replica, by whether the next round had begun.",
+    ("result",),
+)
+ROUND_TRIP = Metric(
+    "paceline_draft_round_trip_seconds",
+    "Median time from a commit to its table, at the target.",
+)
+DRAFT_LINKS = Metric("paceline_draft_links", "Streams of this target replica that are up.")
+LINKED_SESSIONS = Metric(
+    "paceline_draft_linked_sessions",
+    "Sequences that a draft replica drafts for over such a stream.",
+)
+SPECULATOR_EVENTS = Metric(
+    "paceline_speculator_events_total",
+    "What went wrong between this target replica and its drafters.",
+    ("event",),
+)
+DRAFT_STREAMS = Metric("paceline_draft_server_streams", "Target replicas at this draft replica.")
+DRAFT_SERVER_SESSIONS = Metric(
+    "paceline_draft_server_sessions", "Sequences that this draft replica drafts for."
+)
+DRAFT_PENDING = Metric(
+    "paceline_draft_server_pending_sessions", "Sequences that wait for a table here."
+)
+DRAFT_BATCH_TIME = Metric(
+    "paceline_draft_server_batch_seconds", "Moving average of one call of the drafter."
+)
+DRAFT_BATCHES = Metric("paceline_draft_server_batches_total", "Calls of the drafter.")
+DRAFT_TABLES = Metric("paceline_draft_server_tables_total", "Tables made.")
+DRAFT_ROWS = Metric("paceline_draft_server_rows_total", "Rows of these tables.")
+DRAFT_SERVER_EVENTS = Metric(
+    "paceline_draft_server_events_total", "What this draft replica had to put up with.", ("event",)
+)
+DRAFT_DROPS = Metric(
+    "paceline_draft_server_dropped_sessions_total",
+    "Sequences this draft replica let go of before their end, by reason.",
+    ("reason",),
+)
 
 ALL_METRICS: tuple[Metric, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Metric)
@@ -99,6 +145,37 @@ def new_histogram(metric: Metric) -> metrics.Histogram:
     return metrics.Histogram(
         metric.name, metric.description, list(metric.boundaries), metric.labels
     )
+
+
+class TotalFeed:
+    """Feeds a counter from a total that only grows."""
+
+    def __init__(self, counter: metrics.Counter, tags: dict[str, str] | None = None) -> None:
+        self._counter = counter
+        self._tags = tags
+        self._seen = 0
+
+    def update(self, total: int) -> None:
+        """Add what came since the last call."""
+        if total > self._seen:
+            self._counter.inc(total - self._seen, tags=self._tags)
+            self._seen = total
+
+
+class LabelledFeeds:
+    """One ``TotalFeed`` for each value of a counter's labels."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._counter = new_counter(metric)
+        self._labels = metric.labels
+        self._feeds: dict[tuple[str, ...], TotalFeed] = {}
+
+    def update(self, *values: str, total: int) -> None:
+        """Add what came since the last call for these values, in the order of the labels."""
+        if values not in self._feeds:
+            tags = dict(zip(self._labels, values, strict=True))
+            self._feeds[values] = TotalFeed(self._counter, tags)
+        self._feeds[values].update(total)
 
 
 class IngressMetrics:

@@ -76,6 +76,7 @@ class TargetReplica:
         self._metrics = TargetMetrics()
         self._model = served_model_name(engine)
         self._page_store: PageStore | None = None
+        self._split: SplitSpeculator | None = None
         self._sessions: DraftSessions | None = None
         folder = model_folder(engine.model, cache_dir)
         self._executor = ThreadPoolExecutor(1, "engine-lifecycle")
@@ -125,19 +126,6 @@ class TargetReplica:
         """Serve's health check: an engine that died has the replica replaced."""
         self._engine.check_health()
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy sees of this replica."""
-        stats = self._engine.stats()
-        used = stats.num_total_pages - stats.num_free_pages
-        return {
-            "num_running": float(stats.num_running),
-            "num_waiting": float(stats.num_waiting),
-            "num_queued_prefill_tokens": float(stats.num_queued_prefill_tokens),
-            "kv_utilization": used / max(1, stats.num_total_pages),
-            "step_time_s": stats.step_time_ewma_s,
-            "mean_acceptance_length": stats.speculation.mean_acceptance_length,
-        }
-
     async def __del__(self) -> None:
         """Serve's shutdown hook: let running sequences end, then stop."""
         self._reporting.cancel()
@@ -158,7 +146,8 @@ class TargetReplica:
         if not engine.speculation.enabled:
             return NoSpeculation()
         if draft is None:
-            return SplitSpeculator(engine.speculation, vocab_size=tokenizer.vocab_size)
+            self._split = SplitSpeculator(engine.speculation, vocab_size=tokenizer.vocab_size)
+            return self._split
         identity = Identity(
             model=self._model,
             vocab_size=tokenizer.vocab_size,
@@ -171,6 +160,7 @@ class TargetReplica:
             on_link_lost=self._on_link_lost,
         )
         self._sessions = DraftSessions(draft, speculator)
+        self._split = speculator
         return speculator
 
     def _on_link_lost(self, endpoint: str) -> None:
@@ -204,6 +194,8 @@ class TargetReplica:
         while True:
             await asyncio.sleep(_REPORT_PERIOD_S)
             self._metrics.engine(self._engine.stats())
+            if self._split is not None:
+                self._metrics.speculator(self._split.stats())
             if self._page_store is not None:
                 self._metrics.page_store(self._page_store.stats())
             if self._sessions is not None:

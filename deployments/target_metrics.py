@@ -5,61 +5,47 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deployments import metrics as names
-from deployments.metrics import new_counter, new_gauge
+from deployments.metrics import LabelledFeeds, TotalFeed, new_counter, new_gauge
 
 if TYPE_CHECKING:
-    from ray.serve import metrics
-
+    from deployments.engine.speculation.speculator_stats import SpeculatorStats
     from deployments.engine.types import EngineStats
     from kv_store.page_store import PageStoreStats
-
-
-class _Delta:
-    """Feeds a counter from a total that only grows."""
-
-    def __init__(self, counter: metrics.Counter, tags: dict[str, str] | None = None) -> None:
-        self._counter = counter
-        self._tags = tags
-        self._seen = 0
-
-    def update(self, total: int) -> None:
-        if total > self._seen:
-            self._counter.inc(total - self._seen, tags=self._tags)
-            self._seen = total
 
 
 class TargetMetrics:
     """What a target replica reports."""
 
     def __init__(self) -> None:
-        accepted = new_counter(names.ACCEPTED_TOKENS)
-        lookups = new_counter(names.TABLE_LOOKUPS)
-        self._draft_tokens = _Delta(new_counter(names.DRAFT_TOKENS))
-        self._accepted_pool = _Delta(accepted, {"origin": "pool"})
-        self._accepted_local = _Delta(accepted, {"origin": "local"})
-        self._spec_steps = _Delta(new_counter(names.SPEC_STEPS))
-        self._hits = _Delta(lookups, {"result": "hit"})
-        self._misses = _Delta(lookups, {"result": "miss"})
-        self._preemptions = _Delta(new_counter(names.PREEMPTIONS))
-        self._steps = _Delta(new_counter(names.STEPS))
+        self._draft_tokens = LabelledFeeds(names.DRAFT_TOKENS)
+        self._accepted = LabelledFeeds(names.ACCEPTED_TOKENS)
+        self._spec_steps = TotalFeed(new_counter(names.SPEC_STEPS))
+        self._lookups = LabelledFeeds(names.TABLE_LOOKUPS)
+        self._preemptions = TotalFeed(new_counter(names.PREEMPTIONS))
+        self._steps = TotalFeed(new_counter(names.STEPS))
         self._running = new_gauge(names.RUNNING)
         self._waiting = new_gauge(names.WAITING)
         self._step_time = new_gauge(names.STEP_TIME)
         self._pages = new_gauge(names.PAGES)
         self._queue = new_gauge(names.STORE_QUEUE)
+        self._loads_refused = TotalFeed(new_counter(names.LOADS_REFUSED))
+        self._tier_pages = LabelledFeeds(names.TIER_PAGES)
         self._sessions = new_gauge(names.DRAFT_SESSIONS)
-        self._tier_pages = new_counter(names.TIER_PAGES)
-        self._tiers: dict[tuple[str, str], _Delta] = {}
+        self._links = new_gauge(names.DRAFT_LINKS)
+        self._linked_sessions = new_gauge(names.LINKED_SESSIONS)
+        self._round_trip = new_gauge(names.ROUND_TRIP)
+        self._tables = LabelledFeeds(names.OUTCOME_TABLES)
+        self._events = LabelledFeeds(names.SPECULATOR_EVENTS)
 
     def engine(self, stats: EngineStats) -> None:
         """Report an engine's snapshot."""
         spec = stats.speculation
-        self._draft_tokens.update(spec.num_draft_tokens)
-        self._accepted_pool.update(spec.num_accepted_pool_tokens)
-        self._accepted_local.update(spec.num_accepted_draft_tokens - spec.num_accepted_pool_tokens)
+        num_local = spec.num_accepted_draft_tokens - spec.num_accepted_pool_tokens
+        self._accepted.update("pool", total=spec.num_accepted_pool_tokens)
+        self._accepted.update("local", total=num_local)
         self._spec_steps.update(spec.num_spec_steps)
-        self._hits.update(spec.num_table_hits)
-        self._misses.update(spec.num_table_misses)
+        self._lookups.update("hit", total=spec.num_table_hits)
+        self._lookups.update("miss", total=spec.num_table_misses)
         self._preemptions.update(stats.num_preemptions)
         self._steps.update(stats.num_steps)
         self._running.set(stats.num_running)
@@ -68,23 +54,39 @@ class TargetMetrics:
         self._pages.set(stats.num_free_pages, tags={"state": "free"})
         self._pages.set(stats.num_total_pages - stats.num_free_pages, tags={"state": "used"})
 
+    def speculator(self, stats: SpeculatorStats) -> None:
+        """Report the snapshot of the way to the drafters.
+
+        Hits, misses and accepted tokens are the engine's to report. What a draft replica last said
+        of its own load is in ``draft_metrics``, from all of them and first hand.
+        """
+        self._draft_tokens.update("pool", total=stats.num_pool_draft_tokens)
+        self._draft_tokens.update("local", total=stats.num_local_draft_tokens)
+        self._tables.update("in_time", total=stats.num_tables - stats.num_late_tables)
+        self._tables.update("late", total=stats.num_late_tables)
+        self._events.update("link_lost", total=stats.num_links_lost)
+        self._events.update("frame_dropped", total=stats.num_frames_dropped)
+        self._events.update("malformed", total=stats.num_malformed)
+        self._events.update("resync", total=stats.num_resyncs)
+        self._events.update("session_dropped", total=stats.num_sessions_dropped)
+        self._events.update("local_drafter_failed", total=stats.num_local_failures)
+        self._links.set(stats.num_links_up)
+        self._linked_sessions.set(stats.num_pool_sessions)
+        self._round_trip.set(stats.round_trip_p50_s)
+
     def page_store(self, stats: PageStoreStats) -> None:
         """Report the KV tier's snapshot."""
         self._queue.set(stats.num_queued)
-        self._tier("all", "dropped", stats.num_dropped)
+        self._loads_refused.update(stats.num_loads_refused)
+        self._tier_pages.update("all", "dropped", total=stats.num_dropped)
+        self._tier_pages.update("all", "failed", total=stats.num_failed)
         for name, tier in stats.tiers.items():
-            self._tier(name, "hit", tier.num_hits)
-            self._tier(name, "miss", tier.num_misses)
-            self._tier(name, "put", tier.num_puts)
-            self._tier(name, "corrupt", tier.num_corrupt)
-            self._tier(name, "error", tier.num_errors)
+            self._tier_pages.update(name, "hit", total=tier.num_hits)
+            self._tier_pages.update(name, "miss", total=tier.num_misses)
+            self._tier_pages.update(name, "put", total=tier.num_puts)
+            self._tier_pages.update(name, "corrupt", total=tier.num_corrupt)
+            self._tier_pages.update(name, "error", total=tier.num_errors)
 
     def draft_sessions(self, num_attached: int) -> None:
         """Report how many sequences hold a draft replica."""
         self._sessions.set(num_attached)
-
-    def _tier(self, tier: str, event: str, total: int) -> None:
-        key = (tier, event)
-        if key not in self._tiers:
-            self._tiers[key] = _Delta(self._tier_pages, {"tier": tier, "event": event})
-        self._tiers[key].update(total)

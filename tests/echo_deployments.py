@@ -79,7 +79,7 @@ def echo_app(
         max_ongoing_requests=64,
         health_check_period_s=1,
         ray_actor_options={"num_cpus": 0.1},
-    ).bind(engine=engine, draft=pool, cache_dir=folder)
+    ).bind(engine=engine, draft=pool, cache_dir=folder, tracing=tracing)
     target = serve.deployment(
         EchoTarget,
         name="target",

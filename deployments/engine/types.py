@@ -167,6 +167,5 @@ class EngineStats:
     num_output_tokens: int = 0
     num_local_cached_tokens: int = 0
     num_tier_cached_tokens: int = 0
-    num_queued_prefill_tokens: int = 0
     step_time_ewma_s: float = 0.0
     speculation: SpeculationStats = field(default_factory=SpeculationStats)

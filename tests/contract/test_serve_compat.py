@@ -23,7 +23,6 @@ from deployments import serve_compat
 from deployments.draft import DraftReplica
 from deployments.engine.errors import EngineDeadError, EngineOverloadedError
 from deployments.routing import PrefixAwareRouter
-from deployments.target import TargetReplica
 
 
 def test_the_router_overrides_what_the_base_class_calls() -> None:
@@ -54,8 +53,6 @@ def test_handles_choose_replicas_that_publish_metadata() -> None:
     assert {"replica_id", "replica_metadata"} <= set(ReplicaSelection.__dataclass_fields__)
     assert constants.RECORD_REPLICA_METADATA_METHOD == "record_replica_metadata"
     assert callable(getattr(DraftReplica, constants.RECORD_REPLICA_METADATA_METHOD))
-    for replica in (DraftReplica, TargetReplica):
-        assert callable(replica.record_autoscaling_stats)
 
 
 def _rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from deployments.engine.speculation.draft_service import DraftLimits, DraftService
+from deployments.engine.speculation.errors import DrafterDeadError
 from deployments.engine.speculation.grpc_server import GrpcDraftFront
 from deployments.engine.speculation.handshake import PROTOCOL_VERSION
 from protos import draft_pb2
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IDLE_INTERVAL_S = 1.0
+_HANGS_AFTER_S = 120.0
+"""A step that takes longer than this counts as hung."""
 
 
 class DraftServer:
@@ -51,6 +55,7 @@ class DraftServer:
         self._service = DraftService(drafter, vocab_size=identity.vocab_size, limits=limits)
         self._news = threading.Event()
         self._is_closed = False
+        self._step_began_at: float | None = None
         self._front = GrpcDraftFront(
             identity,
             secret,
@@ -86,6 +91,18 @@ class DraftServer:
         """Whether the drafter thread lives."""
         return self._thread.is_alive()
 
+    def check_health(self) -> None:
+        """Return if drafts can still be made; may be called from any thread.
+
+        Raises:
+            DrafterDeadError: the drafter thread does not live, or hangs.
+        """
+        if not self.is_drafting:
+            raise DrafterDeadError("The drafter thread does not run.")
+        began_at = self._step_began_at
+        if began_at is not None and time.monotonic() - began_at > _HANGS_AFTER_S:
+            raise DrafterDeadError(f"A drafting step has not ended for {_HANGS_AFTER_S:.0f} s.")
+
     def close(self) -> None:
         """End all streams, then stop the drafter thread."""
         self._is_closed = True
@@ -100,10 +117,12 @@ class DraftServer:
             if not is_busy:
                 self._news.wait(_IDLE_INTERVAL_S)
             self._news.clear()
+            self._step_began_at = time.monotonic()
             try:
                 is_busy = self._service.step()
             except Exception:
                 # The thread's root: whatever went wrong, other sessions still want drafts.
                 logger.exception("a drafting step failed")
                 is_busy = False
+            self._step_began_at = None
         self._service.close()

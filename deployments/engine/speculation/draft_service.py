@@ -172,7 +172,7 @@ class DraftService:
             if stream.transport.state is TransportState.CLOSED
         }
         for key in [key for key in self._sessions if key.stream in ended]:
-            self._forget(key)
+            self._forget(key, "stream_ended")
         for number in ended:
             self._count(num_frames_dropped=self._streams.pop(number).transport.num_dropped)
 
@@ -181,7 +181,7 @@ class DraftService:
             key = _Key(number, closing.session)
             session = self._sessions.get(key)
             if session is not None and session.epoch <= closing.epoch:
-                self._forget(key)
+                self._forget(key, "closed")
         for opening in frame.opens:
             self._open(_Key(number, opening.session), opening, now)
         for commit in frame.commits:
@@ -192,7 +192,7 @@ class DraftService:
         if old is not None:
             if message.epoch <= old.epoch:
                 return
-            self._forget(key)
+            self._forget(key, "reopened")
         if len(message.token_ids) > self._limits.max_session_tokens:
             self._drop(key, message.epoch, draft_pb2.Dropped.TOO_LONG)
             return
@@ -287,6 +287,7 @@ class DraftService:
         self._on_batch_time(time.monotonic() - started)
         for (key, session, question), rows in zip(asked, answers, strict=True):
             self._count(num_tables=1, num_rows=len(rows))
+            session.on_table(len(rows))
             self._streams[key.stream].reply.tables.add(
                 session=key.session,
                 epoch=session.epoch,
@@ -311,16 +312,17 @@ class DraftService:
             stream.reply = draft_pb2.DraftFrame()
 
     def _drop(self, key: _Key, epoch: int, reason: draft_pb2.Dropped.Reason.ValueType) -> None:
-        self._forget(key)
         name = draft_pb2.Dropped.Reason.Name(reason).lower()
+        self._forget(key, name)
         self._drops[name] = self._drops.get(name, 0) + 1
         self._streams[key.stream].reply.drops.add(session=key.session, epoch=epoch, reason=reason)
 
-    def _forget(self, key: _Key) -> None:
+    def _forget(self, key: _Key, reason: str) -> None:
         session = self._sessions.pop(key, None)
         self._pending.pop(key, None)
         if session is None:
             return
+        session.end(reason)
         try:
             with calling(self._drafter):
                 self._drafter.close(session.spec.session_id)

@@ -6,13 +6,21 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
 from deployments.engine.speculation import wire
 from deployments.engine.speculation.errors import MalformedMessageError
 from deployments.engine.speculation.types import DraftQuery
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from deployments.engine.speculation.types import SessionSpec
     from protos import draft_pb2
+
+tracer = trace.get_tracer(__name__)
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class CommitOutcome(Enum):
@@ -49,6 +57,31 @@ class DraftSession:
         self.question: Question | None = None
         self.token_ids = list(spec.token_ids)
         self._round = 0
+        self._num_rounds = 0
+        self._num_tables = 0
+        self._num_rows = 0
+        self._span = _start_span(spec.traceparent)
+
+    def on_table(self, num_rows: int) -> None:
+        """Count a table made for the target."""
+        self._num_tables += 1
+        self._num_rows += num_rows
+
+    def end(self, reason: str) -> None:
+        """End the session's span.
+
+        Args:
+            reason: why the session is forgotten.
+        """
+        self._span.set_attributes(
+            {
+                "paceline.rounds": self._num_rounds,
+                "paceline.tables": self._num_tables,
+                "paceline.rows": self._num_rows,
+                "paceline.session_end": reason,
+            }
+        )
+        self._span.end()
 
     def commit(self, message: draft_pb2.Commit, vocab_size: int, now: float) -> CommitOutcome:
         """Append what is new and remember the question.
@@ -72,6 +105,7 @@ class DraftSession:
             raise MalformedMessageError("a commit that rewrites text")
         self.token_ids.extend(message.committed[overlap:])
         self._round = message.round
+        self._num_rounds += 1
         if message.fanout:
             query = DraftQuery(
                 session_id=self.spec.session_id,
@@ -83,3 +117,11 @@ class DraftSession:
             )
             self.question = Question(message.round, message.base_len, query)
         return CommitOutcome.APPLIED
+
+
+def _start_span(traceparent: str | None) -> Span:
+    context = _PROPAGATOR.extract({"traceparent": traceparent or ""})
+    # Without a parent it would be the root of a trace of its own, which nobody asked for.
+    if not trace.get_current_span(context).get_span_context().is_valid:
+        return trace.INVALID_SPAN
+    return tracer.start_span("draft.session", context)

@@ -4,6 +4,7 @@ SpeculationError
 ├── MalformedMessageError   a peer's message breaks the protocol; its session is quarantined
 ├── HandshakeError          the two ends of a stream do not fit together
 ├── DrafterFailedError      a drafter raised, or answered with something that is not an answer
+├── DrafterDeadError        a drafter thread has died or hangs; its replica must be replaced
 └── DrafterLoadError        a configured drafter cannot be imported or built
 """
 
@@ -22,6 +23,10 @@ class HandshakeError(SpeculationError):
 
 class DrafterFailedError(SpeculationError):
     """A drafter raised, or its rows do not answer its queries."""
+
+
+class DrafterDeadError(SpeculationError):
+    """The thread that calls the drafter has died, or does not come back from a step."""
 
 
 class DrafterLoadError(SpeculationError):

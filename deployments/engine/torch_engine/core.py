@@ -178,7 +178,6 @@ class EngineCore:
             num_output_tokens=self._num_output_tokens,
             num_local_cached_tokens=self._num_cached_tokens - self._num_tier_cached_tokens,
             num_tier_cached_tokens=self._num_tier_cached_tokens,
-            num_queued_prefill_tokens=self._scheduler.num_queued_prefill_tokens,
             step_time_ewma_s=self._step_time_ewma_s,
             speculation=self._speculation.snapshot(),
         )

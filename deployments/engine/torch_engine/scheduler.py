@@ -74,15 +74,6 @@ class Scheduler:
         num_open = len(self.waiting) + len(self.running)
         return num_open >= self._max_waiting + self._max_num_seqs
 
-    @property
-    def num_queued_prefill_tokens(self) -> int:
-        """Tokens to compute before every open request can decode."""
-        return sum(sequence.num_uncomputed_tokens for sequence in self.waiting) + sum(
-            sequence.num_uncomputed_tokens
-            for sequence in self.running
-            if sequence.num_uncomputed_tokens > 1
-        )
-
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind those of the same priority that came before it."""
         insort(self.waiting, sequence, key=lambda waiting: waiting.order)

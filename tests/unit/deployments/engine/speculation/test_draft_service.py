@@ -1,5 +1,10 @@
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from deployments.engine.speculation import draft_session
 from deployments.engine.speculation.draft_service import DraftLimits, DraftService
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.fake_transport import FakeNetwork
@@ -8,6 +13,8 @@ from protos import draft_pb2
 from tests.fakes_speculation import IDENTITY, VOCAB_SIZE
 
 Dropped = draft_pb2.Dropped
+TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE_ID}-{PARENT_ID}-01"
 
 
 class CountingDrafter(Drafter):
@@ -61,9 +68,13 @@ class Bench:
         return [(drop.session, drop.reason) for drop in self.answers(target).drops]
 
 
-def opened(session: int, tokens=(1, 2, 3), epoch: int = 1) -> draft_pb2.Open:
+def opened(session: int, tokens=(1, 2, 3), epoch: int = 1, traceparent: str = "") -> draft_pb2.Open:
     return draft_pb2.Open(
-        session=session, epoch=epoch, token_ids=tokens, sampling=draft_pb2.Sampling(top_p=1.0)
+        session=session,
+        epoch=epoch,
+        token_ids=tokens,
+        sampling=draft_pb2.Sampling(top_p=1.0),
+        traceparent=traceparent,
     )
 
 
@@ -234,3 +245,61 @@ def test_text_behind_a_question_does_not_leak_into_its_answer():
     bench.send(opens=[opened(1)], commits=[commit(1, 1, 3), commit(1, 2, 5, [4, 5], fanout=0)])
     [table] = bench.answers().tables
     assert (table.round, table.base_len, table.rows[0].bonus_token_id) == (1, 3, 3)
+
+
+@pytest.fixture
+def spans(monkeypatch):
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(draft_session, "tracer", provider.get_tracer("test"))
+    return exporter.get_finished_spans
+
+
+def test_a_session_is_a_span_of_its_request(spans):
+    bench = Bench()
+    bench.send(opens=[opened(1, traceparent=TRACEPARENT)], commits=[commit(1, 1, 3)])
+    bench.answers()
+    bench.send(commits=[commit(1, 2, 4, [4]), commit(1, 3, 5, [5])])
+    bench.answers()
+    assert spans() == ()
+    bench.send(closes=[draft_pb2.Close(session=1, epoch=1)])
+    bench.answers()
+    (span,) = spans()
+    assert span.name == "draft.session"
+    assert trace.format_trace_id(span.context.trace_id) == TRACE_ID
+    assert trace.format_span_id(span.parent.span_id) == PARENT_ID
+    assert span.attributes == {
+        "paceline.rounds": 3,
+        "paceline.tables": 2,
+        "paceline.rows": 2,
+        "paceline.session_end": "closed",
+    }
+
+
+def test_a_span_ends_however_its_session_does(spans):
+    bench = Bench(idle_timeout_s=10.0)
+    bench.send(opens=[opened(number, traceparent=TRACEPARENT) for number in range(4)])
+    bench.send(commits=[commit(0, 1, 2)])
+    bench.send(opens=[opened(1, epoch=2, traceparent=TRACEPARENT)])
+    bench.answers()
+    bench.network.advance(6.0)
+    bench.send(commits=[commit(1, 1, 3, epoch=2), commit(2, 1, 3)])
+    bench.answers()
+    bench.network.advance(6.0)
+    bench.answers()
+    bench.drafter.is_broken = True
+    bench.send(commits=[commit(2, 2, 4, [4])])
+    bench.answers()
+    bench.service.close()
+    ends = [span.attributes["paceline.session_end"] for span in spans()]
+    assert ends == ["malformed", "reopened", "expired", "drafter_failed", "stream_ended"]
+
+
+@pytest.mark.parametrize("traceparent", ["", "nonsense", TRACEPARENT[:-2] + "00"])
+def test_sessions_without_a_sampled_request_have_no_span(spans, traceparent):
+    bench = Bench()
+    bench.send(opens=[opened(1, traceparent=traceparent)], commits=[commit(1, 1, 3)])
+    assert len(bench.answers().tables) == 1
+    bench.service.close()
+    assert spans() == ()

@@ -177,7 +177,7 @@ def test_errors_survive_pickling():
         for kind in vars(errors).values()
         if isinstance(kind, type) and issubclass(kind, errors.SpeculationError)
     ]
-    assert len(kinds) == 5
+    assert len(kinds) == 6
     for kind in kinds:
         again = pickle.loads(pickle.dumps(kind("what")))  # noqa: S301
         assert (type(again), str(again)) == (kind, "what")

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import ray
+from pydantic import SecretStr
+
+from deployments import draft as draft_module
+from deployments.config import DraftPoolConfig, TracingConfig
+from deployments.draft import DraftReplica
+from deployments.engine.config import TorchEngineConfig
+from deployments.engine.speculation import draft_session
+from deployments.engine.speculation.errors import DrafterDeadError
+from deployments.engine.speculation.grpc_transport import GrpcTransport
+from deployments.engine.speculation.transport import TransportState
+from protos import draft_pb2
+from tests.fakes_metrics import exporter_for
+from tests.fakes_speculation import wait_until
+from tests.fakes_tokenizer import write_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+SECRET = SecretStr("pool-secret")
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture(autouse=True)
+def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+
+
+class Replica(DraftReplica):
+    def __del__(self) -> None:
+        """Not when it is collected: the hook is a coroutine, and the fixture has awaited it."""
+
+
+@asynccontextmanager
+async def draft_replica(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[DraftReplica]:
+    """Built and shut down as Serve does it."""
+    replica = Replica.__new__(Replica)
+    await DraftReplica.__init__(
+        replica,
+        engine=TorchEngineConfig(model=str(write_tokenizer(folder / "model"))),
+        draft=DraftPoolConfig(drafter="suffix", secret=SECRET),
+        cache_dir=folder,
+        tracing=TracingConfig(exporter="file", file_path=folder / "spans"),
+    )
+    assert replica._tracing._provider is not None
+    # The process keeps the first provider it was given, which may be another test's.
+    tracer = replica._tracing._provider.get_tracer("test")
+    monkeypatch.setattr(draft_session, "tracer", tracer)
+    try:
+        yield replica
+    finally:
+        await DraftReplica.__del__(replica)
+
+
+async def test_serve_learns_of_a_drafter_that_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        replica.check_health()
+        assert await replica() == replica.record_replica_metadata()["draft_endpoint"]
+    with pytest.raises(DrafterDeadError):
+        replica.check_health()
+
+
+def open_session(replica: DraftReplica) -> GrpcTransport:
+    """Dial as a target does, open one session and get one table for it."""
+    endpoint = replica.record_replica_metadata()["draft_endpoint"]
+    target = GrpcTransport(endpoint, replica._identity.hello("t"), SECRET)
+    wait_until(lambda: target.state is not TransportState.CONNECTING, "an answer to the hello")
+    opening = draft_pb2.Open(
+        session=1,
+        epoch=1,
+        token_ids=[1, 2, 1, 2],
+        sampling=draft_pb2.Sampling(top_p=1),
+        traceparent=TRACEPARENT,
+    )
+    commit = draft_pb2.Commit(session=1, epoch=1, round=1, base_len=4, num_draft_tokens=2, fanout=1)
+    target.send(draft_pb2.TargetFrame(opens=[opening], commits=[commit]))
+    wait_until(lambda: replica._server.stats().num_tables == 1, "a table")
+    return target
+
+
+async def test_spans_of_sessions_that_the_shutdown_ends_are_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        target = open_session(replica)
+    target.close()
+    (path,) = (tmp_path / "spans").iterdir()
+    (span,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert span["name"] == "draft.session"
+    assert span["context"]["trace_id"] == "0x0af7651916cd43dd8448eb211c80319c"
+    assert span["resource"]["attributes"]["service.name"] == "paceline-draft"
+    assert span["attributes"]["paceline.tables"] == 1
+
+
+async def test_the_server_s_snapshot_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft_module, "_REPORT_PERIOD_S", 0.001)
+    exporter = exporter_for(monkeypatch)
+    async with draft_replica(tmp_path, monkeypatch) as replica, asyncio.timeout(20):
+        target = open_session(replica)
+        while exporter.scrape().get(("draft_server_tables_total",)) != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    target.close()
