@@ -21,7 +21,7 @@ from ray.serve.exceptions import (
     RequestCancelledError,
 )
 
-from deployments.engine.errors import EngineDeadError
+from deployments.engine.errors import EngineGoneError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -93,7 +93,7 @@ def current_replica_id() -> str:
 
 
 def is_replica_lost(error: BaseException) -> bool:
-    """Whether a call failed because its replica is gone, so that another one can take over.
+    """Whether a call failed because its replica is gone or goes, so that another one can take over.
 
     A dead replica shows as an actor error on Ray's own transport and as an unavailable channel on
     the gRPC transport between replicas.
@@ -102,7 +102,7 @@ def is_replica_lost(error: BaseException) -> bool:
         return False
     if isinstance(error, grpc.aio.AioRpcError):
         return error.code() in _LOST_CODES
-    return isinstance(error, RayActorError | ReplicaUnavailableError | EngineDeadError)
+    return isinstance(error, RayActorError | ReplicaUnavailableError | EngineGoneError)
 
 
 def is_queue_full(error: BaseException) -> bool:

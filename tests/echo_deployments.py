@@ -51,6 +51,11 @@ class EchoTarget(TargetReplica):
         num_attached = self._sessions.num_attached if self._sessions is not None else 0
         return self._replica_id, os.getpid(), self._engine.stats().num_running, num_attached
 
+    async def kill_engine(self, replica_id: str) -> None:
+        """Let the engine of one replica die, and its process live."""
+        if replica_id == self._replica_id and isinstance(self._engine, EchoEngine):
+            self._engine.is_dead = True
+
 
 class EchoDraft(DraftReplica):
     """A draft replica that tells its process."""

@@ -13,6 +13,8 @@ from ray.serve.exceptions import BackPressureError
 from deployments.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
+    EngineDrainingError,
+    EngineGoneError,
     EngineOverloadedError,
     RequestRejectedError,
 )
@@ -110,8 +112,17 @@ async def test_one_replica_that_lives() -> None:
     assert not pool.streams[0].is_cancelled
 
 
-@pytest.mark.parametrize("lives", [(2, None), (0, None), (1, 1, None), (2, 0, 1, None)])
-@pytest.mark.parametrize("error", [LOST, EngineDeadError("dead")])
+@pytest.mark.parametrize(
+    ("lives", "error"),
+    [
+        ((2, None), LOST),
+        ((0, None), LOST),
+        ((1, 1, None), LOST),
+        ((2, 0, 1, None), LOST),
+        ((2, 0, None), EngineDeadError("dead")),
+        ((2, 0, 1, None), EngineDrainingError("draining")),
+    ],
+)
 async def test_the_text_survives_dead_replicas(
     lives: tuple[int | None, ...], error: Exception
 ) -> None:
@@ -126,6 +137,50 @@ async def test_the_text_survives_dead_replicas(
     # Only replicas that named themselves can be avoided; the operator's wish is kept.
     died = [f"replica{n + 1}" for n, life in enumerate(lives[:-1]) if life]
     assert pool.requests[-1].avoid_replicas == ("operator", *died)
+
+
+class NamedPool(Pool):
+    """Replicas that tell their name: ahead of their first token, or in their error."""
+
+    def __init__(self, *lives: int | None, error: Exception = LOST, says_hello: bool) -> None:
+        super().__init__(*lives, error=error)
+        self._says_hello = says_hello
+
+    async def _generate(
+        self, request: GenerationRequest, life: int | None, replica: str
+    ) -> AsyncIterator[TokenDelta]:
+        if self._says_hello:
+            yield TokenDelta(request_id=request.request_id, token_ids=(), replica_id=replica)
+        try:
+            async for delta in super()._generate(request, life, replica):
+                yield delta
+        except EngineGoneError as error:
+            raise error.at(replica) from error
+
+
+@pytest.mark.parametrize(
+    ("error", "says_hello"),
+    [(EngineDeadError("dead"), False), (EngineDrainingError("draining"), False), (LOST, True)],
+)
+async def test_a_replica_that_fails_before_its_first_token_is_avoided(
+    error: Exception, *, says_hello: bool
+) -> None:
+    pool = NamedPool(0, 0, None, error=error, says_hello=says_hello)
+    deltas = [delta async for delta in client(pool).stream(request())]
+    assert [token for delta in deltas for token in delta.token_ids] == [1, 2, 3, 4, 5, 6]
+    assert all(delta.token_ids for delta in deltas)
+    assert [sent.avoid_replicas for sent in pool.requests] == [
+        ("operator",),
+        ("operator", "replica1"),
+        ("operator", "replica1", "replica2"),
+    ]
+
+
+async def test_a_request_that_kills_engines_is_resumed_on_two_replicas_at_most() -> None:
+    pool = NamedPool(*[1] * 9, error=EngineDeadError("dead"), says_hello=False)
+    with pytest.raises(TargetUnavailableError):
+        await tokens(client(pool, resumes=8), request(9))
+    assert len(pool.requests) == 3
 
 
 async def test_a_replica_that_dies_between_last_token_and_last_delta() -> None:
