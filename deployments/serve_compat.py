@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 from ray import serve
-from ray.exceptions import RayActorError, TaskCancelledError
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve._private.common import ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
@@ -66,6 +66,7 @@ __all__ = [
     "is_deployment_failed",
     "is_queue_full",
     "is_replica_lost",
+    "original_error",
 ]
 
 _LOST_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
@@ -90,6 +91,17 @@ class ExactRequestRouter(RequestRouter):  # type: ignore[misc] # Ray ships no ty
 def current_replica_id() -> str:
     """The unique part of the id of the replica this process is."""
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def original_error(error: Exception) -> Exception:
+    """What a replica raised.
+
+    Ray's own transport wraps it in an error of both types whose text is the remote traceback; the
+    gRPC transport between replicas does not.
+    """
+    while isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    return error
 
 
 def is_replica_lost(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ from deployments.serve_compat import (
     is_deployment_failed,
     is_queue_full,
     is_replica_lost,
+    original_error,
 )
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ class _ReplicaLostError(Exception):
 
 
 def _translated(error: Exception) -> Exception:
-    """Serve's exceptions in this package's words; an engine's own pass unchanged."""
+    """Serve's exceptions in this package's words; an engine's own pass as they were raised."""
+    error = original_error(error)
     if is_replica_lost(error):
         return _ReplicaLostError(
             error.replica_id if isinstance(error, EngineGoneError) else "",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from deployments.engine.errors import EngineGoneError
 from deployments.ping import Ping
-from deployments.serve_compat import is_replica_lost
+from deployments.serve_compat import is_replica_lost, original_error
 
 if TYPE_CHECKING:
     from deployments.serve_compat import Handle
@@ -55,7 +55,8 @@ class TargetProbe:
         while True:
             try:
                 await self._ping.remote(Ping(avoid_replicas=tuple(sick)))
-            except Exception as error:
+            except Exception as failure:
+                error = original_error(failure)
                 if not is_replica_lost(error):
                     raise
                 if isinstance(error, EngineGoneError) and error.replica_id:

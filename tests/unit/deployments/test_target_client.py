@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from deployments.engine.errors import (
@@ -25,7 +25,7 @@ from deployments.engine.types import (
     SamplingParams,
     TokenDelta,
 )
-from deployments.errors import TargetBusyError, TargetUnavailableError
+from deployments.errors import TargetBusyError, TargetUnavailableError, describe
 from deployments.target_client import TargetClient
 
 if TYPE_CHECKING:
@@ -84,6 +84,14 @@ class Pool:
             if is_last:
                 return
         raise self._error
+
+
+def as_ray_raises(error: Exception) -> Exception:
+    task_error = RayTaskError("generate", "Traceback of the replica", error, "title", 1, "ip")
+    raised = task_error.as_instanceof_cause()
+    assert isinstance(raised, Exception)
+    assert str(raised) != str(error)
+    return raised
 
 
 def request(max_tokens: int = 6, deadline: float | None = None) -> GenerationRequest:
@@ -236,6 +244,20 @@ async def test_other_errors_are_not_retried(raised: Exception, seen: type[Except
     with pytest.raises(seen):
         await tokens(client(pool), request())
     assert len(pool.requests) == 1
+
+
+async def test_an_engines_error_keeps_its_words_on_rays_transport() -> None:
+    wrapped = as_ray_raises(RequestRejectedError("too long", "prompt"))
+    with pytest.raises(RequestRejectedError) as caught:
+        await tokens(client(Pool(0, error=wrapped)), request())
+    assert describe(caught.value).message == "too long"
+    assert describe(caught.value).param == "prompt"
+
+
+async def test_a_dead_engine_is_avoided_on_rays_transport() -> None:
+    pool = Pool(0, None, error=as_ray_raises(EngineDeadError("dead", "replica1")))
+    assert await tokens(client(pool), request(2)) == [1, 2]
+    assert pool.requests[1].avoid_replicas == ("operator", "replica1")
 
 
 async def test_leaving_early_cancels_the_replica() -> None:
