@@ -12,6 +12,7 @@ from deployments.config import AuthConfig, DraftPoolConfig, IngressConfig, Traci
 from deployments.draft import DraftReplica
 from deployments.engine.config import TorchEngineConfig
 from deployments.ingress import IngressDeployment
+from deployments.model_files import context_length
 from deployments.target import TargetReplica
 from tests.fakes_echo_engine import EchoEngine
 
@@ -42,7 +43,7 @@ class EchoTarget(TargetReplica):
             vocabulary=tokenizer.encode("abcdefghij klmnopqrs tuvwxyz "),
             decode=tokenizer.decode,
             step_s=STEP_S,
-            max_model_len=engine.max_model_len,
+            max_model_len=context_length(engine, cache_dir),
             speculator=speculator,
         )
 
@@ -74,7 +75,7 @@ def echo_app(
     tracing: TracingConfig | None = None,
     num_drafts: int = 2,
 ) -> serve.Application:
-    engine = TorchEngineConfig(model=str(folder), served_model_name=MODEL, max_model_len=1024)
+    engine = TorchEngineConfig(model=str(folder), served_model_name=MODEL)
     tracing = tracing or TracingConfig()
     pool = DraftPoolConfig(drafter="suffix", secret=SecretStr("pool-secret"))
     draft = serve.deployment(
