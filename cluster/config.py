@@ -59,6 +59,8 @@ class PoolConfig(_Config):
     """Node labels a replica insists on, such as ``paceline.io/pool: target``."""
     max_ongoing_requests: int = Field(default=64, ge=1)
     """Requests in flight at one replica; further ones wait at the caller."""
+    max_queued_requests: int = Field(default=256, ge=1)
+    """Serve's bound on requests that wait at one caller for a replica with room."""
     shutdown_timeout_s: float = Field(default=20.0, gt=0)
     """Seconds that running requests get when a replica must go."""
 

@@ -43,6 +43,7 @@ def deployment_options(pool: PoolConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "ray_actor_options": actor_options,
         "max_ongoing_requests": pool.max_ongoing_requests,
+        "max_queued_requests": pool.max_queued_requests,
         "graceful_shutdown_timeout_s": pool.shutdown_timeout_s,
         # Replicas drain by themselves; Serve only has to look often enough to notice the end.
         "graceful_shutdown_wait_loop_s": 0.2,

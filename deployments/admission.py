@@ -27,15 +27,15 @@ class AdmissionGate:
         """Hold one place while the block runs.
 
         Raises:
-            RateLimitedError: the ingress or the tenant is at its bound.
+            RateLimitedError: the tenant is at its bound, or else the ingress.
         """
-        if self.num_in_flight >= self._max_concurrent_requests:
-            raise RateLimitedError("Too many requests are in flight; try again shortly.")
         limit = tenant.max_concurrent_requests
         if limit is not None and self._by_tenant[tenant.name] >= limit:
             raise RateLimitedError(
                 f"Rate limit reached for tenant '{tenant.name}': {limit} concurrent requests."
             )
+        if self.num_in_flight >= self._max_concurrent_requests:
+            raise RateLimitedError("Too many requests are in flight; try again shortly.")
         self.num_in_flight += 1
         self._by_tenant[tenant.name] += 1
         try:

@@ -24,8 +24,8 @@ import grpc
 
 from deployments.engine.errors import (
     DeadlineExceededError,
-    EngineDeadError,
     EngineError,
+    EngineGoneError,
     EngineOverloadedError,
     RequestRejectedError,
     WeightsMissingError,
@@ -170,7 +170,7 @@ ERROR_TABLE: dict[type[Exception], ErrorClass] = {
     WeightsMissingError: ErrorClass(
         503, "server_error", "weights_missing", grpc.StatusCode.FAILED_PRECONDITION
     ),
-    EngineDeadError: ErrorClass(
+    EngineGoneError: ErrorClass(
         503, "server_error", "target_unavailable", grpc.StatusCode.UNAVAILABLE
     ),
     EngineError: ErrorClass(500, "server_error", None, grpc.StatusCode.INTERNAL),

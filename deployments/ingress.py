@@ -32,7 +32,7 @@ from deployments.http_app import (
     read_body,
 )
 from deployments.metrics import IngressMetrics
-from deployments.model_files import model_folder, served_model_name
+from deployments.model_files import context_length, model_folder, served_model_name
 from deployments.openai_answers import AnswerWriter, model_body, sse_error
 from deployments.openai_api import ChatCompletionRequest, CompletionRequest, parse_body
 from deployments.target_client import TargetClient
@@ -87,11 +87,12 @@ class IngressReplica:
         """
         self._config = config
         self._model = served_model_name(engine)
-        self._max_model_len = engine.max_model_len
+        folder = model_folder(engine.model, cache_dir)
+        self._max_model_len = context_length(engine, folder)
         self._created = int(time.time())
         self._metrics = IngressMetrics()
         self._tracing = Tracing(tracing, "paceline-ingress")
-        self._tokenizer = Tokenizer.load(model_folder(engine.model, cache_dir))
+        self._tokenizer = Tokenizer.load(folder)
         client = TargetClient(
             target, max_resumes=config.max_resumes, on_resume=self._metrics.resumed
         )

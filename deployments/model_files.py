@@ -1,9 +1,12 @@
-"""Where a model's files lie, and under which name clients ask for it."""
+"""Where a model's files lie, and what of it clients are told: its name and its context."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
 
 if TYPE_CHECKING:
     from deployments.engine.config import EngineConfig
@@ -26,3 +29,19 @@ def model_folder(name_or_path: str, cache_dir: Path) -> Path:
     from deployments.engine.torch_engine.weights.loader import find_model_folder
 
     return find_model_folder(name_or_path, cache_dir)
+
+
+def context_length(engine: EngineConfig, folder: Path) -> int:
+    """Prompt and output tokens of one sequence, at most: what the engine will compute with.
+
+    Raises:
+        WeightsMissingError: the model's folder has no ``config.json``.
+        UnsupportedModelError: the model does not say how long its context is.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise WeightsMissingError(f"{folder} has no config.json")
+    max_positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+    if not isinstance(max_positions, int):
+        raise UnsupportedModelError("config.json has no 'max_position_embeddings'")
+    return engine.context_length(max_positions)

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from deployments.engine.types import GenerationRequest
+from deployments.ping import Ping
 from deployments.prefix_affinity import PrefixAffinity, prefix_hashes
 from deployments.serve_compat import ExactRequestRouter
 
@@ -20,8 +21,8 @@ logger = logging.getLogger(__name__)
 class PrefixAwareRouter(ExactRequestRouter):
     """Prefix affinity, bounded by load; otherwise the shorter queue of two random replicas.
 
-    A replica named in ``GenerationRequest.avoid_replicas`` is chosen only when no other one could
-    be had for ``avoid_grace_s``: it failed this request, or an operator asked for another.
+    A replica named in a request's ``avoid_replicas`` is chosen only when no other one could be had
+    for ``avoid_grace_s``: it failed this request, or an operator asked for another.
     """
 
     def initialize_state(
@@ -53,11 +54,9 @@ class PrefixAwareRouter(ExactRequestRouter):
             return [candidate_replicas]
         # Without this flag Serve retries in a busy loop while every replica is full.
         pending_request.routing_context.should_backoff = True
+        candidates = self._without_avoided(candidate_replicas, pending_request)
         request = _generation_request(pending_request)
-        if request is None:
-            return [_two_of(candidate_replicas)]
-        candidates = self._without_avoided(candidate_replicas, request, pending_request.created_at)
-        preferred = self._cached_replica(candidates, request)
+        preferred = self._cached_replica(candidates, request) if request is not None else None
         if preferred is None:
             return [_two_of(candidates), candidates]
         return [[preferred], _two_of(candidates), candidates]
@@ -72,12 +71,13 @@ class PrefixAwareRouter(ExactRequestRouter):
             self._affinity.record(hashes, replica_id.unique_id)
 
     def _without_avoided(
-        self, replicas: list[RunningReplica], request: GenerationRequest, created_at: float
+        self, replicas: list[RunningReplica], pending_request: PendingRequest
     ) -> list[RunningReplica]:
-        if not request.avoid_replicas:
+        avoided = _avoided_replicas(pending_request)
+        if not avoided:
             return replicas
-        kept = [r for r in replicas if r.replica_id.unique_id not in request.avoid_replicas]
-        if kept or time.time() - created_at < self._avoid_grace_s:
+        kept = [r for r in replicas if r.replica_id.unique_id not in avoided]
+        if kept or time.time() - pending_request.created_at < self._avoid_grace_s:
             return kept
         return replicas
 
@@ -102,6 +102,12 @@ def _generation_request(pending_request: PendingRequest) -> GenerationRequest | 
     if pending_request.args and isinstance(pending_request.args[0], GenerationRequest):
         return pending_request.args[0]
     return None
+
+
+def _avoided_replicas(pending_request: PendingRequest) -> tuple[str, ...]:
+    if pending_request.args and isinstance(pending_request.args[0], GenerationRequest | Ping):
+        return pending_request.args[0].avoid_replicas
+    return ()
 
 
 def _two_of(replicas: list[RunningReplica]) -> list[RunningReplica]:

@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 _SEED_MASK = (1 << 64) - 1
 _INT32_MAX = (1 << 31) - 1
+_MIN_TEMPERATURE = 1e-5
+"""Logits divided by less may overflow; the likeliest token has all the probability anyway."""
 
 TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
@@ -43,7 +45,7 @@ class SamplingFields(WireModel):
     """What a client may say about sampling; an absent or null field takes the default."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """0 is greedy; 1 by default."""
+    """0 is greedy, and so is less than 0.00001; 1 by default."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Nucleus: the likeliest tokens whose probabilities reach this sum."""
     top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
@@ -54,7 +56,7 @@ class SamplingFields(WireModel):
     """Subtracted from logits of tokens that occurred in the output."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """Subtracted once per occurrence in the output."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None
     """Divides the logits of tokens that occurred in prompt or output; 1 is off."""
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     """The same seed and request give the same text; drawn by the server when absent."""
@@ -100,10 +102,11 @@ def build_sampling_params(
     _check_token_ids(stop_token_ids, vocab_size, "stop_token_ids")
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
     seed = randbits(64) if fields.seed is None else fields.seed & _SEED_MASK
+    temperature = _default(fields.temperature, 1.0)
     return SamplingParams(
         max_tokens=limit,
         seed=seed,
-        temperature=_default(fields.temperature, 1.0),
+        temperature=temperature if temperature >= _MIN_TEMPERATURE else 0.0,
         top_k=max(0, _default(fields.top_k, 0)),
         top_p=_default(fields.top_p, 1.0),
         min_p=_default(fields.min_p, 0.0),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 from ray import serve
-from ray.exceptions import RayActorError, TaskCancelledError
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve._private.common import ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
@@ -21,7 +21,7 @@ from ray.serve.exceptions import (
     RequestCancelledError,
 )
 
-from deployments.engine.errors import EngineDeadError
+from deployments.engine.errors import EngineGoneError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -66,6 +66,7 @@ __all__ = [
     "is_deployment_failed",
     "is_queue_full",
     "is_replica_lost",
+    "original_error",
 ]
 
 _LOST_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
@@ -92,8 +93,19 @@ def current_replica_id() -> str:
     return str(serve.get_replica_context().replica_id.unique_id)
 
 
+def original_error(error: Exception) -> Exception:
+    """What a replica raised.
+
+    Ray's own transport wraps it in an error of both types whose text is the remote traceback; the
+    gRPC transport between replicas does not.
+    """
+    while isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    return error
+
+
 def is_replica_lost(error: BaseException) -> bool:
-    """Whether a call failed because its replica is gone, so that another one can take over.
+    """Whether a call failed because its replica is gone or goes, so that another one can take over.
 
     A dead replica shows as an actor error on Ray's own transport and as an unavailable channel on
     the gRPC transport between replicas.
@@ -102,7 +114,7 @@ def is_replica_lost(error: BaseException) -> bool:
         return False
     if isinstance(error, grpc.aio.AioRpcError):
         return error.code() in _LOST_CODES
-    return isinstance(error, RayActorError | ReplicaUnavailableError | EngineDeadError)
+    return isinstance(error, RayActorError | ReplicaUnavailableError | EngineGoneError)
 
 
 def is_queue_full(error: BaseException) -> bool:

@@ -13,11 +13,13 @@ from opentelemetry.trace import SpanKind
 from ray import serve
 
 from deployments.draft_sessions import DraftSessions
+from deployments.engine.errors import EngineGoneError
 from deployments.engine.factory import build_engine
 from deployments.engine.speculation.grpc_transport import grpc_connector
 from deployments.engine.speculation.handshake import Identity
 from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.speculation.split_speculator import SplitSpeculator
+from deployments.engine.types import TokenDelta
 from deployments.model_files import model_folder, served_model_name
 from deployments.serve_compat import current_replica_id
 from deployments.target_metrics import TargetMetrics
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
     from deployments.engine.base import Engine
     from deployments.engine.config import EngineConfig
     from deployments.engine.speculation.speculator import Speculator
-    from deployments.engine.types import GenerationRequest, TokenDelta
+    from deployments.engine.types import GenerationRequest
+    from deployments.ping import Ping
     from deployments.serve_compat import Handle
     from kv_store.config import KVStoreConfig
     from kv_store.layout import PageLayout
@@ -91,9 +94,18 @@ class TargetReplica:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """Generate one sequence; closing the stream aborts it and frees its pages.
 
+        The first delta has no tokens: it names the replica, so that the caller can avoid it should
+        it die before its first token.
+
         Raises:
             EngineError: see ``Engine.generate``.
         """
+        yield TokenDelta(
+            request_id=request.request_id,
+            token_ids=(),
+            choice_index=request.choice_index,
+            replica_id=self._replica_id,
+        )
         attributes: dict[str, str | int | float] = {
             "paceline.replica": self._replica_id,
             "paceline.resumed_tokens": len(request.resumed_output_ids),
@@ -110,16 +122,22 @@ class TargetReplica:
             deltas = await stack.enter_async_context(
                 aclosing(_closable(self._engine.generate(request)))
             )
-            async for delta in deltas:
-                yield replace(delta, replica_id=self._replica_id)
+            try:
+                async for delta in deltas:
+                    yield replace(delta, replica_id=self._replica_id)
+            except EngineGoneError as error:
+                raise error.at(self._replica_id) from error
 
-    async def ping(self) -> str:
+    async def ping(self, _: Ping) -> str:
         """This replica's id, if its engine makes progress.
 
         Raises:
-            EngineDeadError: it does not.
+            EngineDeadError: it does not; names the replica.
         """
-        self._engine.check_health()
+        try:
+            self._engine.check_health()
+        except EngineGoneError as error:
+            raise error.at(self._replica_id) from error
         return self._replica_id
 
     def check_health(self) -> None:

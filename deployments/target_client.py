@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deployments.engine.errors import DeadlineExceededError
+from deployments.engine.errors import DeadlineExceededError, EngineDeadError, EngineGoneError
 from deployments.engine.types import FinishReason, GenerationUsage, TokenDelta
 from deployments.errors import RequestCancelledError, TargetBusyError, TargetUnavailableError
 from deployments.serve_compat import (
@@ -22,6 +22,7 @@ from deployments.serve_compat import (
     is_deployment_failed,
     is_queue_full,
     is_replica_lost,
+    original_error,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 _DEADLINE_GRACE_S = 2.0
 """The engine reports a passed deadline itself; this much later nobody waits for it any more."""
 _RESUME_PAUSE_S = 0.05
+_MAX_RESUMES_AFTER_DEAD_ENGINES = 2
+"""A request that itself kills engines must not work its way through the whole pool."""
 
 
 class TargetClient:
@@ -60,11 +63,12 @@ class TargetClient:
         Raises:
             EngineError: the engine refused or ended the request.
             TargetBusyError: all replicas and the queue before them are full.
-            TargetUnavailableError: more replicas died than ``max_resumes`` allows.
+            TargetUnavailableError: more replicas died than may, see ``max_resumes``.
             DeadlineExceededError: the deadline passed, reported by the engine or not.
         """
         transcript = list(request.resumed_output_ids)
         avoid = list(request.avoid_replicas)
+        num_dead_engines = 0
         for attempt in range(self._max_resumes + 1):
             if attempt:
                 self._on_resume()
@@ -81,22 +85,27 @@ class TargetClient:
                 async with aclosing(self._attempt(resumed)) as deltas:
                     async for delta in deltas:
                         replica_id = delta.replica_id
+                        if not delta.token_ids and delta.finish_reason is None:
+                            continue  # The replica has only told its name.
                         transcript.extend(delta.token_ids)
                         is_finished = delta.finish_reason is not None
                         yield delta
-            except _ReplicaLostError:
-                pass
+            except _ReplicaLostError as lost:
+                replica_id = lost.replica_id or replica_id
+                num_dead_engines += lost.is_engine_dead
             # Read to its end, because a stream that is left early counts as cancelled.
             if is_finished:
                 return
             logger.warning(
                 "target replica %s was lost after %d tokens of %s",
-                replica_id or "(before its first token)",
+                replica_id or "(before it told its name)",
                 len(transcript),
                 request.request_id,
             )
             if replica_id:
                 avoid.append(replica_id)
+            if num_dead_engines > _MAX_RESUMES_AFTER_DEAD_ENGINES:
+                break
         raise TargetUnavailableError("The model's replicas failed repeatedly under this request.")
 
     async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
@@ -125,13 +134,27 @@ class TargetClient:
 
 
 class _ReplicaLostError(Exception):
-    """The replica is gone; the transcript goes on elsewhere."""
+    """The replica is gone; the transcript goes on elsewhere.
+
+    Args:
+        replica_id: which one, where the error told.
+        is_engine_dead: its engine died, perhaps of this very request.
+    """
+
+    def __init__(self, replica_id: str, *, is_engine_dead: bool) -> None:
+        super().__init__(replica_id)
+        self.replica_id = replica_id
+        self.is_engine_dead = is_engine_dead
 
 
 def _translated(error: Exception) -> Exception:
-    """Serve's exceptions in this package's words; an engine's own pass unchanged."""
+    """Serve's exceptions in this package's words; an engine's own pass as they were raised."""
+    error = original_error(error)
     if is_replica_lost(error):
-        return _ReplicaLostError()
+        return _ReplicaLostError(
+            error.replica_id if isinstance(error, EngineGoneError) else "",
+            is_engine_dead=isinstance(error, EngineDeadError),
+        )
     if is_queue_full(error):
         return TargetBusyError("All model replicas are busy; try again shortly.", 1.0)
     if is_deployment_failed(error):

@@ -158,7 +158,7 @@ class SamplingOptions(_message.Message):
     frequency_penalty: _builtins.float
     """-2..2, default 0"""
     repetition_penalty: _builtins.float
-    """(0, 2], default 1"""
+    """[0.01, 2], default 1"""
     seed: _builtins.int
     """drawn by the server when absent"""
     ignore_eos: _builtins.bool

@@ -12,6 +12,7 @@ from deployments.config import AuthConfig, DraftPoolConfig, IngressConfig, Traci
 from deployments.draft import DraftReplica
 from deployments.engine.config import TorchEngineConfig
 from deployments.ingress import IngressDeployment
+from deployments.model_files import context_length
 from deployments.target import TargetReplica
 from tests.fakes_echo_engine import EchoEngine
 
@@ -42,7 +43,7 @@ class EchoTarget(TargetReplica):
             vocabulary=tokenizer.encode("abcdefghij klmnopqrs tuvwxyz "),
             decode=tokenizer.decode,
             step_s=STEP_S,
-            max_model_len=engine.max_model_len,
+            max_model_len=context_length(engine, cache_dir),
             speculator=speculator,
         )
 
@@ -50,6 +51,11 @@ class EchoTarget(TargetReplica):
         """Replica id, process id, running sequences, sequences that hold a draft replica."""
         num_attached = self._sessions.num_attached if self._sessions is not None else 0
         return self._replica_id, os.getpid(), self._engine.stats().num_running, num_attached
+
+    async def kill_engine(self, replica_id: str) -> None:
+        """Let the engine of one replica die, and its process live."""
+        if replica_id == self._replica_id and isinstance(self._engine, EchoEngine):
+            self._engine.is_dead = True
 
 
 class EchoDraft(DraftReplica):
@@ -69,7 +75,7 @@ def echo_app(
     tracing: TracingConfig | None = None,
     num_drafts: int = 2,
 ) -> serve.Application:
-    engine = TorchEngineConfig(model=str(folder), served_model_name=MODEL, max_model_len=1024)
+    engine = TorchEngineConfig(model=str(folder), served_model_name=MODEL)
     tracing = tracing or TracingConfig()
     pool = DraftPoolConfig(drafter="suffix", secret=SecretStr("pool-secret"))
     draft = serve.deployment(

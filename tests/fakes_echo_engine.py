@@ -15,6 +15,7 @@ from deployments.engine.base import Engine
 from deployments.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
+    EngineDrainingError,
     EngineOverloadedError,
     RequestRejectedError,
 )
@@ -64,7 +65,9 @@ class EchoEngine(Engine):
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
         if self.is_dead:
             raise EngineDeadError("the engine is dead")
-        if self._is_draining or len(self._running) >= self._max_waiting:
+        if self._is_draining:
+            raise EngineDrainingError("the engine is draining")
+        if len(self._running) >= self._max_waiting:
             raise EngineOverloadedError("the waiting queue is full", 2.0)
         if len(request.prompt_token_ids) >= self._max_model_len:
             raise RequestRejectedError("the prompt is too long", "prompt")

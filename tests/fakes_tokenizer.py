@@ -38,5 +38,7 @@ def write_tokenizer(folder: Path, *, chat_template: str | None = TEMPLATE) -> Pa
     if chat_template is not None:
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "max_position_embeddings": 1024})
+    )
     return folder

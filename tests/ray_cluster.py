@@ -103,16 +103,16 @@ class Broadcaster:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
-    def __call__(self, deployment: str, method: str) -> list[Any]:
-        call = asyncio.run_coroutine_threadsafe(self._ask(deployment, method), self._loop)
+    def __call__(self, deployment: str, method: str, *args: object) -> list[Any]:
+        call = asyncio.run_coroutine_threadsafe(self._ask(deployment, method, *args), self._loop)
         return call.result(timeout=30)
 
-    async def _ask(self, deployment: str, method: str) -> list[Any]:
+    async def _ask(self, deployment: str, method: str, *args: object) -> list[Any]:
         from ray import serve
 
         if deployment not in self._handles:
             self._handles[deployment] = serve.get_deployment_handle(deployment, self._app_name)
-        answers = self._handles[deployment].broadcast(method).results_async()
+        answers = self._handles[deployment].broadcast(method, *args).results_async()
         return list(await asyncio.wait_for(answers, 10))
 
 

@@ -29,6 +29,7 @@ class Engine(ABC):
             RequestRejectedError: the request can never fit (too long, token id out of range).
             EngineOverloadedError: the waiting queue is full.
             DeadlineExceededError: the deadline passed first.
+            EngineDrainingError: ``drain`` was called.
             EngineDeadError: the engine thread has died.
         """
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kv_store.layout import PAGE_TOKENS
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
@@ -44,7 +46,8 @@ class TorchEngineConfig(_Config):
     num_threads: int = Field(default=1, ge=1)
     """CPU threads of one replica's arithmetic; pools share the machine."""
     max_model_len: int = Field(default=4096, ge=64)
-    """Prompt and output tokens of one sequence, at most; never above the model's own limit."""
+    """Prompt and output tokens of one sequence, at most; never above the model's own limit or what
+    ``num_pages`` hold."""
     num_pages: int = Field(default=256, ge=2)
     """Pages of 64 tokens in the replica's KV memory."""
     max_num_seqs: int = Field(default=16, ge=1)
@@ -57,6 +60,14 @@ class TorchEngineConfig(_Config):
     """How long a request waits for its prefix from the KV tier before it is computed instead."""
     speculation: SpeculationConfig = SpeculationConfig()
     """How drafts are used."""
+
+    def context_length(self, max_positions: int) -> int:
+        """Prompt and output tokens of one sequence, at most.
+
+        Args:
+            max_positions: the model's own limit.
+        """
+        return min(self.max_model_len, max_positions, self.num_pages * PAGE_TOKENS)
 
 
 EngineConfig = TorchEngineConfig

@@ -8,8 +8,12 @@ EngineError
 ├── WeightsMissingError       the model's files are not on this machine
 ├── UnsupportedModelError     the model asks for something this engine does not compute
 ├── WeightsMismatchError      the files' tensors are not the ones the model is made of
-└── EngineDeadError           the engine thread has died; the replica must be replaced
+└── EngineGoneError           this replica serves nothing more; another one can take over
+    ├── EngineDeadError       the engine thread has died; the replica must be replaced
+    └── EngineDrainingError   the replica is being stopped and takes no new requests
 """
+
+from typing import Self
 
 
 class EngineError(Exception):
@@ -70,5 +74,30 @@ class WeightsMismatchError(EngineError):
     """A tensor is missing, unknown, or of another shape; the message names it."""
 
 
-class EngineDeadError(EngineError):
+class EngineGoneError(EngineError):
+    """This engine serves nothing more; the request can go on at another replica.
+
+    Args:
+        message: why.
+        replica_id: whose engine it is, once the replica has said so.
+    """
+
+    def __init__(self, message: str, replica_id: str = "") -> None:
+        super().__init__(message, replica_id)
+        self.message = message
+        self.replica_id = replica_id
+
+    def __str__(self) -> str:
+        return self.message
+
+    def at(self, replica_id: str) -> Self:
+        """The same error, with the replica's name."""
+        return type(self)(self.message, replica_id)
+
+
+class EngineDeadError(EngineGoneError):
     """The engine thread has stopped; nothing more will come from this replica."""
+
+
+class EngineDrainingError(EngineGoneError):
+    """The replica is being stopped: it ends what it runs and takes nothing new."""

@@ -18,6 +18,7 @@ import pytest
 from deployments.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
+    EngineDrainingError,
     EngineOverloadedError,
     RequestRejectedError,
 )
@@ -197,7 +198,7 @@ async def test_drain_refuses_new_requests_and_lets_old_ones_end(running):
         await eventually(lambda: engine.stats().num_running == 1)
         drained = asyncio.create_task(engine.drain(timeout_s=60.0))
         await asyncio.sleep(0)
-        with pytest.raises(EngineOverloadedError):
+        with pytest.raises(EngineDrainingError):
             await collect(engine, make_request("b"))
         await drained
         assert (await old)[-1].finish_reason is FinishReason.LENGTH

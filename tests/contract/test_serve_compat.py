@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deployments import serve_compat
 from deployments.draft import DraftReplica
-from deployments.engine.errors import EngineDeadError, EngineOverloadedError
+from deployments.engine.errors import EngineDeadError, EngineDrainingError, EngineOverloadedError
 from deployments.routing import PrefixAwareRouter
 
 
@@ -66,6 +66,7 @@ def _rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
         (ActorUnavailableError("gone", None), True),
         (ReplicaUnavailableError("r"), True),
         (EngineDeadError("dead"), True),
+        (EngineDrainingError("draining"), True),
         (_rpc_error(grpc.StatusCode.UNAVAILABLE), True),
         (_rpc_error(grpc.StatusCode.CANCELLED), True),
         (_rpc_error(grpc.StatusCode.INVALID_ARGUMENT), False),

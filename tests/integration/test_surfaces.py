@@ -450,6 +450,24 @@ def test_a_replica_that_dies_in_the_middle_changes_nothing(
     assert texts == expected
 
 
+def test_a_dead_engine_takes_no_traffic(http: httpx.Client, ports: Ports) -> None:
+    wait_until(lambda: len(replicas()) == 2, timeout_s=60, what="two target replicas")
+    body = PROMPT | {"prompt": "the engine of this prompt dies " * 20, "max_tokens": 5}
+    first = http.post("/v1/completions", json=body)
+    holder = first.headers["x-paceline-replica"]
+    _BROADCASTERS[-1]("target", "kill_engine", holder)
+    # Until Serve has replaced it, it looks idle and holds the prompt.
+    for _ in range(5):
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 200
+        assert answer.json()["choices"] == first.json()["choices"]
+        assert answer.headers["x-paceline-replica"] != holder
+    assert httpx.get(f"http://127.0.0.1:{ports.http}/health").status_code == 200
+    wait_until(
+        lambda: len(replicas()) == 2 and holder not in replicas(), timeout_s=60, what="replaced"
+    )
+
+
 def test_a_replica_that_is_scaled_in_finishes_what_it_began(http: httpx.Client) -> None:
     wait_until(lambda: len(replicas()) == 2, timeout_s=60, what="two target replicas")
     bodies = [PROMPT | {"prompt": f"{n} " * 70, "max_tokens": 150, "seed": n} for n in range(4)]

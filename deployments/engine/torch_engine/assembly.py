@@ -15,7 +15,6 @@ from deployments.engine.torch_engine.mailbox import Mailbox
 from deployments.engine.torch_engine.page_pool import PagePool
 from deployments.engine.torch_engine.scheduler import Scheduler
 from deployments.engine.torch_engine.validation import ModelLimits
-from kv_store.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,9 +54,7 @@ def model_limits(config: TorchEngineConfig, parts: EngineParts) -> ModelLimits:
     """What one request may ask for."""
     return ModelLimits(
         vocab_size=parts.vocab_size,
-        max_model_len=min(
-            config.max_model_len, parts.max_positions, config.num_pages * PAGE_TOKENS
-        ),
+        max_model_len=config.context_length(parts.max_positions),
         eos_token_ids=parts.eos_token_ids,
     )
 

@@ -15,6 +15,7 @@ from deployments.engine.base import Engine
 from deployments.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
+    EngineDrainingError,
     EngineError,
     EngineOverloadedError,
     RequestRejectedError,
@@ -157,7 +158,7 @@ class TorchEngine(Engine):
         if self._is_closed:
             raise EngineDeadError("The engine has been closed.")
         if self._is_draining:
-            raise EngineOverloadedError("The engine is draining; another replica will serve this.")
+            raise EngineDrainingError("The engine is draining.")
         validate_request(request, self._limits)
         if request.request_id in self._session_of:
             raise RequestRejectedError("A request with this id is running.", "request_id")

@@ -36,6 +36,12 @@ def test_an_autoscaled_pool_has_bounds_that_serve_accepts():
     assert config.metrics_interval_s < config.look_back_period_s == 3
 
 
+def test_what_waits_for_a_pool_is_bounded():
+    assert 0 < deployment_options(PoolConfig())["max_queued_requests"] < 1000
+    options = deployment_options(PoolConfig(max_ongoing_requests=3, max_queued_requests=7))
+    assert (options["max_ongoing_requests"], options["max_queued_requests"]) == (3, 7)
+
+
 def test_resources_and_labels_place_a_pool():
     pool = PoolConfig(resources={"target_slot": 1}, labels={"paceline.io/pool": "target"})
     actor_options = deployment_options(pool)["ray_actor_options"]

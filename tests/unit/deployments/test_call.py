@@ -55,6 +55,16 @@ def test_a_tenant_at_its_bound_leaves_room_for_others() -> None:
             assert (context.tenant.name, context.tenant.priority) == ("two", 3)
 
 
+def test_a_tenant_at_its_bound_is_told_so_by_a_full_ingress_too() -> None:
+    calls, _ = guard(max_concurrent=1)
+    with (
+        calls.call("http", "chat", ONE),
+        pytest.raises(RateLimitedError, match="'one'"),
+        calls.call("http", "chat", ONE),
+    ):
+        pass
+
+
 def test_the_ingress_has_a_bound_of_its_own() -> None:
     calls, gate = guard(max_concurrent=1)
     with (

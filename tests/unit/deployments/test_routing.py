@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from deployments.engine.types import GenerationRequest, SamplingParams
+from deployments.ping import Ping
 from deployments.routing import PrefixAwareRouter
 
 PAGE = tuple(range(64))
@@ -86,6 +87,11 @@ def test_avoided_replicas_are_the_last_resort() -> None:
     assert not any(choose(router, [A], pending(request(avoid=("a",)))))
     waited = pending(request(avoid=("a",)), created_at=time.time() - 3)
     assert choose(router, [A], waited)[0] == ["a"]
+
+
+def test_a_health_check_asks_a_replica_that_it_has_not_asked() -> None:
+    item = pending(Ping(avoid_replicas=("a", "c")))
+    assert choose(Router(), [A, B, C], item)[0] == ["b"]
 
 
 def test_waiting_calls_back_off() -> None:

@@ -4,7 +4,12 @@ import pytest
 
 from deployments.engine.types import SamplingParams
 from deployments.errors import RequestInvalidError
-from deployments.sampling import SamplingFields, build_sampling_params, check_prompt_token_ids
+from deployments.sampling import (
+    SamplingFields,
+    build_sampling_params,
+    check_prompt_token_ids,
+    validate,
+)
 
 
 def build(max_tokens: int | None = 10, room: int = 100, **fields: object) -> SamplingParams:
@@ -38,6 +43,21 @@ def test_absent_seeds_differ() -> None:
 
 def test_top_k_off_has_two_spellings() -> None:
     assert build(top_k=-1).top_k == build(top_k=0).top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"), [(0, 0), (5e-324, 0), (1e-307, 0), (9e-6, 0), (1e-5, 1e-5), (0.3, 0.3)]
+)
+def test_a_temperature_that_overflows_logits_is_greedy(asked: float, used: float) -> None:
+    assert build(temperature=asked).temperature == used
+
+
+@pytest.mark.parametrize("penalty", [0.0, 5e-324, 1e-310, 0.009])
+def test_a_repetition_penalty_that_overflows_logits_is_refused(penalty: float) -> None:
+    with pytest.raises(RequestInvalidError) as caught:
+        validate(SamplingFields, {"repetition_penalty": penalty})
+    assert caught.value.param == "repetition_penalty"
+    assert build(repetition_penalty=0.01).repetition_penalty == 0.01
 
 
 def test_stop_may_be_one_string() -> None:

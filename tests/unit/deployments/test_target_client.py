@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from deployments.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
+    EngineDrainingError,
+    EngineGoneError,
     EngineOverloadedError,
     RequestRejectedError,
 )
@@ -23,7 +25,7 @@ from deployments.engine.types import (
     SamplingParams,
     TokenDelta,
 )
-from deployments.errors import TargetBusyError, TargetUnavailableError
+from deployments.errors import TargetBusyError, TargetUnavailableError, describe
 from deployments.target_client import TargetClient
 
 if TYPE_CHECKING:
@@ -84,6 +86,14 @@ class Pool:
         raise self._error
 
 
+def as_ray_raises(error: Exception) -> Exception:
+    task_error = RayTaskError("generate", "Traceback of the replica", error, "title", 1, "ip")
+    raised = task_error.as_instanceof_cause()
+    assert isinstance(raised, Exception)
+    assert str(raised) != str(error)
+    return raised
+
+
 def request(max_tokens: int = 6, deadline: float | None = None) -> GenerationRequest:
     return GenerationRequest(
         request_id="r",
@@ -110,8 +120,17 @@ async def test_one_replica_that_lives() -> None:
     assert not pool.streams[0].is_cancelled
 
 
-@pytest.mark.parametrize("lives", [(2, None), (0, None), (1, 1, None), (2, 0, 1, None)])
-@pytest.mark.parametrize("error", [LOST, EngineDeadError("dead")])
+@pytest.mark.parametrize(
+    ("lives", "error"),
+    [
+        ((2, None), LOST),
+        ((0, None), LOST),
+        ((1, 1, None), LOST),
+        ((2, 0, 1, None), LOST),
+        ((2, 0, None), EngineDeadError("dead")),
+        ((2, 0, 1, None), EngineDrainingError("draining")),
+    ],
+)
 async def test_the_text_survives_dead_replicas(
     lives: tuple[int | None, ...], error: Exception
 ) -> None:
@@ -126,6 +145,50 @@ async def test_the_text_survives_dead_replicas(
     # Only replicas that named themselves can be avoided; the operator's wish is kept.
     died = [f"replica{n + 1}" for n, life in enumerate(lives[:-1]) if life]
     assert pool.requests[-1].avoid_replicas == ("operator", *died)
+
+
+class NamedPool(Pool):
+    """Replicas that tell their name: ahead of their first token, or in their error."""
+
+    def __init__(self, *lives: int | None, error: Exception = LOST, says_hello: bool) -> None:
+        super().__init__(*lives, error=error)
+        self._says_hello = says_hello
+
+    async def _generate(
+        self, request: GenerationRequest, life: int | None, replica: str
+    ) -> AsyncIterator[TokenDelta]:
+        if self._says_hello:
+            yield TokenDelta(request_id=request.request_id, token_ids=(), replica_id=replica)
+        try:
+            async for delta in super()._generate(request, life, replica):
+                yield delta
+        except EngineGoneError as error:
+            raise error.at(replica) from error
+
+
+@pytest.mark.parametrize(
+    ("error", "says_hello"),
+    [(EngineDeadError("dead"), False), (EngineDrainingError("draining"), False), (LOST, True)],
+)
+async def test_a_replica_that_fails_before_its_first_token_is_avoided(
+    error: Exception, *, says_hello: bool
+) -> None:
+    pool = NamedPool(0, 0, None, error=error, says_hello=says_hello)
+    deltas = [delta async for delta in client(pool).stream(request())]
+    assert [token for delta in deltas for token in delta.token_ids] == [1, 2, 3, 4, 5, 6]
+    assert all(delta.token_ids for delta in deltas)
+    assert [sent.avoid_replicas for sent in pool.requests] == [
+        ("operator",),
+        ("operator", "replica1"),
+        ("operator", "replica1", "replica2"),
+    ]
+
+
+async def test_a_request_that_kills_engines_is_resumed_on_two_replicas_at_most() -> None:
+    pool = NamedPool(*[1] * 9, error=EngineDeadError("dead"), says_hello=False)
+    with pytest.raises(TargetUnavailableError):
+        await tokens(client(pool, resumes=8), request(9))
+    assert len(pool.requests) == 3
 
 
 async def test_a_replica_that_dies_between_last_token_and_last_delta() -> None:
@@ -181,6 +244,20 @@ async def test_other_errors_are_not_retried(raised: Exception, seen: type[Except
     with pytest.raises(seen):
         await tokens(client(pool), request())
     assert len(pool.requests) == 1
+
+
+async def test_an_engines_error_keeps_its_words_on_rays_transport() -> None:
+    wrapped = as_ray_raises(RequestRejectedError("too long", "prompt"))
+    with pytest.raises(RequestRejectedError) as caught:
+        await tokens(client(Pool(0, error=wrapped)), request())
+    assert describe(caught.value).message == "too long"
+    assert describe(caught.value).param == "prompt"
+
+
+async def test_a_dead_engine_is_avoided_on_rays_transport() -> None:
+    pool = Pool(0, None, error=as_ray_raises(EngineDeadError("dead", "replica1")))
+    assert await tokens(client(pool), request(2)) == [1, 2]
+    assert pool.requests[1].avoid_replicas == ("operator", "replica1")
 
 
 async def test_leaving_early_cancels_the_replica() -> None:
