@@ -100,7 +100,7 @@ demo: install ## Start a cluster here, put real prompts through it, report, stop
 	$(PY) -m cluster.demo
 
 serve: install ## The same cluster, kept running until Ctrl-C
-	$(PY) -m cluster serve
+	$(PY) -m cluster serve --prepare
 
 clean: ## Remove build products and caches; keeps .venv
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -7,13 +7,13 @@ none of it start at once.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deployments.engine.config import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from cluster.config import ClusterConfig
 
@@ -21,7 +21,6 @@ DEFAULT_TOKENS_BUDGET = 20_000
 """What a student is fitted on unless asked otherwise."""
 
 _STUDENT = "student"
-_BFLOAT16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 
 
 def fetch_weights(model: str, cache_dir: Path, on_progress: Callable[[str], None]) -> Path:
@@ -67,15 +66,14 @@ def fit_student(
     import torch
 
     from deployments.engine.torch_engine import student_fitting
+    from deployments.engine.torch_engine.precision import fast_dtype
     from deployments.engine.torch_engine.prompts import bundled_prompts
     from deployments.engine.torch_engine.student import save_student
     from deployments.engine.torch_engine.weights.loader import load_model
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     on_progress(f"loading {model}")
-    loaded = load_model(
-        model, dtype="bfloat16" if _has_fast_bfloat16() else "float32", cache_dir=cache_dir
-    )
+    loaded = load_model(model, dtype=fast_dtype("cpu"), cache_dir=cache_dir)
     student = student_fitting.fit_student(
         loaded,
         bundled_prompts(loaded.folder),
@@ -159,13 +157,3 @@ def needs_student(config: ClusterConfig) -> bool:
         and config.pools.draft is not None
         and config.draft.drafter == _STUDENT
     )
-
-
-def _has_fast_bfloat16() -> bool:
-    """Whether the CPU computes in bfloat16 itself; without it float32 is faster."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return bool(_BFLOAT16_FLAGS & set(flags.split()))

@@ -24,6 +24,7 @@ from cluster.preparation import prepare
 from cluster.serve_app import paceline_app
 from cluster.signals import StopRequestedError, stop_on_signals
 from deployments.config import AuthConfig, TenantConfig
+from deployments.engine.config import SpeculationConfig, TorchEngineConfig
 from deployments.engine.errors import WeightsMissingError
 from kv_store.config import EmbeddedValkeyTierConfig, KVStoreConfig, SsdTierConfig
 
@@ -36,9 +37,15 @@ _SSD_BYTES = 1 << 30
 
 
 def demo_config(ssd_root: Path, api_key: str) -> ClusterConfig:
-    """Two targets and one drafter in float32, pages stored as they are, one tenant."""
+    """Two float32 targets and one drafter, pages stored as they are, one tenant.
+
+    Drafts are short: one pays only if it is there when the round in flight ends.
+    """
     tenant = TenantConfig(name="demo", api_keys=(SecretStr(api_key),))
     return ClusterConfig(
+        engine=TorchEngineConfig(
+            dtype="float32", speculation=SpeculationConfig(num_draft_tokens=3, fanout=2)
+        ),
         pools=PoolsConfig(target=PoolConfig(replicas=2)),
         kv=KVStoreConfig(
             codec="raw",

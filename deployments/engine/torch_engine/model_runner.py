@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
-from deployments.engine.torch_engine.narrow.forward import narrow_forward
+from deployments.engine.torch_engine.kernels.narrow_forward import narrow_forward
 
 if TYPE_CHECKING:
     from torch import Tensor

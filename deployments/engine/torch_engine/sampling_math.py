@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_MOSTLY_ENOUGH = 256
+"""Likeliest tokens that are looked at before a whole row is sorted."""
+
 
 def process_logits(
     logits_RV: Tensor,
@@ -85,13 +88,26 @@ def _keep_top_p(scores_RV: Tensor, top_p: Sequence[float]) -> Tensor:
     rows = [row for row, p in enumerate(top_p) if p < 1]
     if not rows:
         return scores_RV
-    sorted_RV = scores_RV[rows].sort(dim=1, descending=True).values
     # float64: a float32 running sum over a large vocabulary shifts the boundary by whole tokens.
-    probs_RV = sorted_RV.to(torch.float64).softmax(dim=1)
-    before_RV = probs_RV.cumsum(dim=1) - probs_RV
-    limit_R1 = _column([top_p[row] for row in rows], before_RV)
-    num_kept_R1 = (before_RV < limit_R1).sum(dim=1, keepdim=True).clamp(min=1)
-    return _drop_below(scores_RV, rows, sorted_RV.gather(1, num_kept_R1 - 1))
+    filtered_RV = scores_RV[rows].to(torch.float64)
+    total_R1 = filtered_RV.logsumexp(dim=1, keepdim=True)
+    limit_R1 = _column([top_p[row] for row in rows], filtered_RV)
+    # Sorting the whole vocabulary costs more than all else here, and the set is mostly small.
+    best_RC = filtered_RV.topk(min(_MOSTLY_ENOUGH, filtered_RV.shape[1]), dim=1).values
+    threshold_R1, is_reached_R = _last_kept(best_RC, total_R1, limit_R1)
+    if not is_reached_R.all():
+        wide = (~is_reached_R).nonzero().squeeze(1)
+        sorted_WV = filtered_RV[wide].sort(dim=1, descending=True).values
+        threshold_R1[wide], _ = _last_kept(sorted_WV, total_R1[wide], limit_R1[wide])
+    return _drop_below(scores_RV, rows, threshold_R1)
+
+
+def _last_kept(sorted_RC: Tensor, total_R1: Tensor, limit_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """The score of the last token of each row's set, and whether the set ends in these columns."""
+    probs_RC = (sorted_RC - total_R1).exp()
+    reached_RC = probs_RC.cumsum(dim=1)
+    num_kept_R1 = (reached_RC - probs_RC < limit_R1).sum(dim=1, keepdim=True).clamp(min=1)
+    return sorted_RC.gather(1, num_kept_R1 - 1), reached_RC[:, -1] >= limit_R1.squeeze(1)
 
 
 def _keep_min_p(scores_RV: Tensor, min_p: Sequence[float]) -> Tensor:

@@ -3,6 +3,9 @@
 The connector takes the residual stream behind the kept first layers to the stream that enters the
 kept last layers. Embedding, head, norms and the kept layers are the target's own and are not stored
 again. ``student_fitting`` finds the connector.
+
+Reading the head is most of a small model's step, so a student scores only its draft vocabulary: the
+tokens its target writes most often (FR-Spec, arXiv:2502.14856). It never guesses any other.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import blake3
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -24,7 +28,6 @@ from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.models import model_class
 from deployments.engine.torch_engine.models.llama import Weight
 from deployments.engine.torch_engine.weights.loader import (
-    DtypeName,
     LoadedModel,
     fill_model,
     find_model_folder,
@@ -40,11 +43,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.torch_engine.models.llama import LayerContext, Model
+    from deployments.engine.torch_engine.precision import DtypeName
 
 _FORMAT = "paceline-student-1"
 _FILE = "student.safetensors"
 _SHIPPED = Path(__file__).parent / "data" / "students"
-_WEIGHT, _BIAS = "connector.weight", "connector.bias"
+_WEIGHT, _BIAS, _VOCABULARY = "connector.weight", "connector.bias", "draft_token_ids"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,7 @@ class StudentWeights:
     Attributes:
         connector_weight: [E, E] float32, maps rows as ``x @ weight.T + bias``.
         connector_bias: [E] float32.
+        draft_token_ids: [D] int32, ascending: the tokens it may guess.
         logit_scale: factor on the logits that makes the student as sure of itself as it may be.
         kept_layers: of the target, ascending.
         joint: how many of them come before the connector.
@@ -64,12 +69,31 @@ class StudentWeights:
 
     connector_weight: Tensor
     connector_bias: Tensor
+    draft_token_ids: Tensor
     logit_scale: float
     kept_layers: tuple[int, ...]
     joint: int
     target_digest: str
     num_positions: int
     agreement: float
+
+
+class DraftHead(nn.Module):
+    """The head's rows of the draft vocabulary; every other token scores ``-inf``."""
+
+    def __init__(self, weight_VE: Tensor, token_ids: Tensor) -> None:
+        super().__init__()
+        self.vocab_size = weight_VE.shape[0]
+        self.register_buffer("token_ids", token_ids.long().to(weight_VE.device), persistent=False)
+        self.rows = Weight(len(token_ids), weight_VE.shape[1])
+        self.rows.to(dtype=weight_VE.dtype, device=weight_VE.device)
+        self.rows.weight.copy_(weight_VE[self.get_buffer("token_ids")])
+
+    def forward(self, x_ME: Tensor) -> Tensor:
+        """[M, V]."""
+        scores_MD: Tensor = self.rows(x_ME)
+        scores_MV = scores_MD.new_full((x_ME.shape[0], self.vocab_size), -torch.inf)
+        return scores_MV.index_copy_(1, self.get_buffer("token_ids"), scores_MD)
 
 
 class ConnectedLayer(nn.Module):
@@ -122,6 +146,7 @@ def save_student(student: StudentWeights, cache_dir: Path) -> Path:
     tensors = {
         _WEIGHT: student.connector_weight.contiguous(),
         _BIAS: student.connector_bias.contiguous(),
+        _VOCABULARY: student.draft_token_ids.contiguous(),
     }
     handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     os.close(handle)
@@ -147,11 +172,13 @@ def read_student(path: Path) -> StudentWeights:
                 raise WeightsMismatchError(f"{path} is not a {_FORMAT} file")
             card = json.loads(metadata["card"])
             weight, bias = file.get_tensor(_WEIGHT), file.get_tensor(_BIAS)
+            draft_token_ids = file.get_tensor(_VOCABULARY)
     except (OSError, SafetensorError) as error:
         raise WeightsMismatchError(f"{path} cannot be read: {error}") from error
     return StudentWeights(
         connector_weight=weight,
         connector_bias=bias,
+        draft_token_ids=draft_token_ids,
         logit_scale=card["logit_scale"],
         kept_layers=tuple(card["kept_layers"]),
         joint=card["joint"],
@@ -223,19 +250,20 @@ def _kept_tensors(files: list[Path], kept: Sequence[int]) -> Iterator[tuple[str,
 
 
 def _join(model: Model, student: StudentWeights) -> None:
-    """Put the connector before its layer and the logit scale into the final norm."""
+    """Put the connector before its layer, the logit scale into the final norm, and cut the head."""
     connector = Weight(*student.connector_weight.shape, has_bias=True)
     connector.load_state_dict({"weight": student.connector_weight, "bias": student.connector_bias})
     connector.to(dtype=model.dtype, device=model.device)
     model.layers[student.joint] = ConnectedLayer(connector, model.layers[student.joint])
     model.norm.weight.mul_(student.logit_scale)
+    model.lm_head = DraftHead(model.lm_head.get_parameter("weight"), student.draft_token_ids)
 
 
 def _as_loaded(
     model: Model, config: ModelConfig, student: StudentWeights, folder: Path, dtype: DtypeName
 ) -> LoadedModel:
     digest = blake3.blake3(student.target_digest.encode())
-    for tensor in (student.connector_weight, student.connector_bias):
+    for tensor in (student.connector_weight, student.connector_bias, student.draft_token_ids):
         digest.update(tensor.contiguous().numpy().tobytes())
     digest.update(repr((student.kept_layers, student.joint, student.logit_scale)).encode())
     return LoadedModel(

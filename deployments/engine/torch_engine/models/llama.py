@@ -19,9 +19,9 @@ from deployments.engine.torch_engine.rotary import inverse_frequencies, rotate, 
 if TYPE_CHECKING:
     from deployments.engine.torch_engine.attention import SpanGroup
     from deployments.engine.torch_engine.forward_batch import ForwardBatch
+    from deployments.engine.torch_engine.kernels.packing import PackedMatrix
     from deployments.engine.torch_engine.kv_cache import KVCache
     from deployments.engine.torch_engine.model_config import ModelConfig
-    from deployments.engine.torch_engine.narrow.packing import PackedMatrix
 
 
 class ForwardOutput(NamedTuple):
@@ -210,7 +210,7 @@ class Model(nn.Module):
                 DecoderLayer(config, self.attention_class(config)) for _ in range(config.num_layers)
             )
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.lm_head: Weight = self.embed_tokens
+            self.lm_head: nn.Module = self.embed_tokens
             if not config.tie_word_embeddings:
                 self.lm_head = Weight(config.vocab_size, config.hidden_size)
         self.to(dtype=dtype).to_empty(device=device)
@@ -256,9 +256,7 @@ class Model(nn.Module):
             x_NE = layer(x_NE, kv_cache.k[index], kv_cache.v[index], ctx)
         streams[len(self.layers)] = x_NE
         x_ME = self.norm(x_NE.index_select(0, batch.logit_rows.to(self.device)))
-        return ForwardOutput(
-            F.linear(x_ME, self.lm_head.weight), tuple(streams[i] for i in capture_layers)
-        )
+        return ForwardOutput(self.lm_head(x_ME), tuple(streams[i] for i in capture_layers))
 
     def weight_targets(self) -> dict[str, Tensor]:
         """Checkpoint names of all tensors -> the (part of a) parameter each is copied into."""
@@ -267,7 +265,7 @@ class Model(nn.Module):
             "model.norm.weight": self.norm.weight,
         }
         if not self.config.tie_word_embeddings:
-            targets["lm_head.weight"] = self.lm_head.weight
+            targets["lm_head.weight"] = self.lm_head.get_parameter("weight")
         for index, layer in enumerate(self.layers):
             own = cast("DecoderLayer", layer).weight_targets()
             targets |= {f"model.layers.{index}.{name}": tensor for name, tensor in own.items()}

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.torch_engine.models.llama import Model
+    from deployments.engine.torch_engine.precision import DtypeName
 
-DtypeName = Literal["float32", "bfloat16"]
 WeightsForm = Literal["dense", "file"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deployments.engine.errors import UnsupportedModelError
+from deployments.engine.torch_engine.kernels.packing import pack_blocks
+from deployments.engine.torch_engine.kernels.vectors import Q4_1, Q8_0
 from deployments.engine.torch_engine.models.llama import Weight
-from deployments.engine.torch_engine.narrow.packing import pack_blocks
-from deployments.engine.torch_engine.narrow.vectors import Q4_1, Q8_0
 from deployments.engine.torch_engine.weights.gguf import GGUFFile
 
 if TYPE_CHECKING:

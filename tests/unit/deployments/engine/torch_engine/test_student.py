@@ -16,7 +16,11 @@ from deployments.engine.torch_engine.student import (
     save_student,
     student_path,
 )
-from deployments.engine.torch_engine.student_fitting import fit_connector, fit_student
+from deployments.engine.torch_engine.student_fitting import (
+    draft_vocabulary,
+    fit_connector,
+    fit_student,
+)
 from deployments.engine.torch_engine.weights.loader import load_model
 from tests.unit.deployments.engine.torch_engine.tiny_models import (
     SHAPE,
@@ -44,6 +48,7 @@ def a_student(target, **changes):
     student = StudentWeights(
         connector_weight=torch.randn(size, size, generator=torch.Generator().manual_seed(1)),
         connector_bias=torch.arange(float(size)),
+        draft_token_ids=torch.arange(target.config.vocab_size, dtype=torch.int32),
         logit_scale=0.5,
         kept_layers=(0, 1, 4, 5),
         joint=2,
@@ -80,6 +85,22 @@ def test_a_student_that_drops_nothing_is_its_target(target):
     )
     student = logits_of(cut_student(target, whole))
     torch.testing.assert_close(student, logits_of(target), rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_guesses_only_its_draft_vocabulary(target):
+    few = torch.tensor([3, 5, 70], dtype=torch.int32)
+    everything = logits_of(cut_student(target, a_student(target)))
+    reduced = logits_of(cut_student(target, a_student(target, draft_token_ids=few)))
+    torch.testing.assert_close(reduced[:, few.long()], everything[:, few.long()])
+    assert torch.isneginf(reduced).sum() == reduced.numel() - 3 * reduced.shape[0]
+
+
+def test_the_draft_vocabulary_holds_what_was_written_then_low_ids():
+    ids = draft_vocabulary([40_000, 30_000, 40_000], 49_152)
+    assert len(ids) == 8192
+    assert ids[-2:].tolist() == [30_000, 40_000]
+    assert ids[:8190].tolist() == list(range(8190))
+    assert draft_vocabulary([2], 97).tolist() == list(range(97))
 
 
 def test_a_saved_student_is_the_one_that_was_cut(target, tmp_path):

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from deployments.engine.torch_engine.narrow.compiling import kernel
-from deployments.engine.torch_engine.narrow.memory import float_of_bits
-from deployments.engine.torch_engine.narrow.vectors import BLOCK
+from deployments.engine.torch_engine.kernels.compiling import kernel
+from deployments.engine.torch_engine.kernels.memory import float_of_bits
+from deployments.engine.torch_engine.kernels.vectors import BLOCK
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN_2_HIGH = np.float32(0.693359375)

@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from deployments.engine.torch_engine.narrow.vectors import (
+from deployments.engine.torch_engine.kernels.vectors import (
     BLOCK,
     DENSE_BF16,
     DENSE_F32,
@@ -26,7 +27,6 @@ from deployments.engine.torch_engine.narrow.vectors import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -61,11 +61,8 @@ def pack_blocks(parts: Sequence[NDArray[np.uint8]], form: int) -> PackedMatrix:
     rows = sum(part.shape[0] for part in parts)
     num_blocks = parts[0].shape[1] // block_bytes
     num_tiles = -(-rows // LANES)
-    padded = torch.zeros(num_tiles * LANES, num_blocks, block_bytes, dtype=torch.uint8)
-    torch.cat(
-        [torch.from_numpy(part).view(part.shape[0], num_blocks, block_bytes) for part in parts],
-        out=padded[:rows],
-    )
+    padded = torch.zeros(num_tiles * LANES, num_blocks * block_bytes, dtype=torch.uint8)
+    np.concatenate(parts, out=padded[:rows].numpy())
     tiles = padded.view(num_tiles, LANES, num_blocks, block_bytes)
     headers = tiles[..., :header].unflatten(-1, (-1, 2)).permute(0, 2, 3, 1, 4)
     columns = tiles[..., header:].permute(0, 2, 3, 1)

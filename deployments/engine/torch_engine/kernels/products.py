@@ -12,9 +12,9 @@ from llvmlite import ir
 from numba import carray, literally, types
 from numba.extending import intrinsic
 
-from deployments.engine.torch_engine.narrow.compiling import kernel
-from deployments.engine.torch_engine.narrow.memory import pointer
-from deployments.engine.torch_engine.narrow.vectors import (
+from deployments.engine.torch_engine.kernels.compiling import kernel
+from deployments.engine.torch_engine.kernels.memory import pointer
+from deployments.engine.torch_engine.kernels.vectors import (
     BLOCK,
     DENSE_BF16,
     DENSE_F32,

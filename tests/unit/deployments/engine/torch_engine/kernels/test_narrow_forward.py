@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from deployments.engine.torch_engine.kernels.narrow_forward import NarrowForward, narrow_forward
 from deployments.engine.torch_engine.kv_cache import KVCache
-from deployments.engine.torch_engine.narrow.forward import NarrowForward, narrow_forward
 from tests.unit.deployments.engine.torch_engine.tiny_models import CONFIGS, batch_of, loaded_model
 
 TEXT = torch.randint(97, (60,), generator=torch.Generator().manual_seed(5)).tolist()

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from deployments.engine.torch_engine.narrow.attention import attend
-from deployments.engine.torch_engine.narrow.compiling import kernel
-from deployments.engine.torch_engine.narrow.elementwise import (
+from deployments.engine.torch_engine.kernels.attention import attend
+from deployments.engine.torch_engine.kernels.compiling import kernel
+from deployments.engine.torch_engine.kernels.elementwise import (
     gate,
     normalise,
     rotate,
     sum_blocks,
 )
-from deployments.engine.torch_engine.narrow.memory import bits_of_float, wait_for_all
-from deployments.engine.torch_engine.narrow.products import multiply
-from deployments.engine.torch_engine.narrow.vectors import DENSE_BF16, Q4_1
+from deployments.engine.torch_engine.kernels.memory import bits_of_float, wait_for_all
+from deployments.engine.torch_engine.kernels.products import multiply
+from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, Q4_1
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

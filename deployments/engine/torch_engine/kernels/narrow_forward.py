@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from deployments.engine.torch_engine.models.llama import DecoderLayer
-from deployments.engine.torch_engine.narrow.packing import matrix_row
-from deployments.engine.torch_engine.narrow.step import Pool, Scratch, Stack, Tokens, run_layers
-from deployments.engine.torch_engine.narrow.vectors import BLOCK, DENSE_BF16, DENSE_F32, LANES
+from deployments.engine.torch_engine.kernels.packing import matrix_row
+from deployments.engine.torch_engine.kernels.step import Pool, Scratch, Stack, Tokens, run_layers
+from deployments.engine.torch_engine.kernels.vectors import BLOCK, DENSE_BF16, DENSE_F32, LANES
+from deployments.engine.torch_engine.models.llama import DecoderLayer, Weight
 from deployments.engine.torch_engine.rotary import rotation_table
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
     from deployments.engine.torch_engine.kv_cache import KVCache
-    from deployments.engine.torch_engine.models.llama import Model, RMSNorm, Weight
+    from deployments.engine.torch_engine.models.llama import Model, RMSNorm
 
 _SCORES_STEP = 1024
 _MAX_TOKENS = {
@@ -192,13 +192,16 @@ def narrow_forward(model: Model, kv_cache: KVCache) -> NarrowForward | None:
         config.head_dim,
         config.num_heads * config.head_dim,
     )
+    if type(model.lm_head) is not Weight or any(
+        type(layer) is not DecoderLayer for layer in model.layers
+    ):
+        return None
     is_packed = model.lm_head.packed is not None
     max_tokens = _MAX_TOKENS.get((dtype, is_packed))
     if (
         max_tokens is None
         or model.device.type != "cpu"
         or any(size % LANES for size in sizes)
-        or any(type(layer) is not DecoderLayer for layer in model.layers)
         or not model.attention_class.is_standard
     ):
         return None

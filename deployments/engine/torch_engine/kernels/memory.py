@@ -9,8 +9,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from deployments.engine.torch_engine.narrow.compiling import kernel
-from deployments.engine.torch_engine.narrow.vectors import F32, I32, I64, Value
+from deployments.engine.torch_engine.kernels.compiling import kernel
+from deployments.engine.torch_engine.kernels.vectors import F32, I32, I64, Value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

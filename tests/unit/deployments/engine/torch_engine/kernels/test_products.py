@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from deployments.engine.torch_engine.narrow.packing import matrix_row, pack_blocks
-from deployments.engine.torch_engine.narrow.products import multiply
-from deployments.engine.torch_engine.narrow.vectors import Q4_1, Q8_0
+from deployments.engine.torch_engine.kernels.packing import matrix_row, pack_blocks
+from deployments.engine.torch_engine.kernels.products import multiply
+from deployments.engine.torch_engine.kernels.vectors import Q4_1, Q8_0
 
 TYPES = {Q4_1: gguf.GGMLQuantizationType.Q4_1, Q8_0: gguf.GGMLQuantizationType.Q8_0}
 

@@ -9,9 +9,9 @@ from llvmlite import ir
 from numba import literally, types
 from numba.extending import intrinsic
 
-from deployments.engine.torch_engine.narrow.compiling import kernel
-from deployments.engine.torch_engine.narrow.elementwise import exponential
-from deployments.engine.torch_engine.narrow.vectors import (
+from deployments.engine.torch_engine.kernels.compiling import kernel
+from deployments.engine.torch_engine.kernels.elementwise import exponential
+from deployments.engine.torch_engine.kernels.vectors import (
     DENSE_BF16,
     DENSE_F32,
     F32,
