@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deployments.engine.torch_engine.kernels.nucleus import last_kept
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-_MOSTLY_ENOUGH = 256
-"""Likeliest tokens that are looked at before a whole row is sorted."""
 
 
 def process_logits(
@@ -92,22 +91,22 @@ def _keep_top_p(scores_RV: Tensor, top_p: Sequence[float]) -> Tensor:
     filtered_RV = scores_RV[rows].to(torch.float64)
     total_R1 = filtered_RV.logsumexp(dim=1, keepdim=True)
     limit_R1 = _column([top_p[row] for row in rows], filtered_RV)
-    # Sorting the whole vocabulary costs more than all else here, and the set is mostly small.
-    best_RC = filtered_RV.topk(min(_MOSTLY_ENOUGH, filtered_RV.shape[1]), dim=1).values
-    threshold_R1, is_reached_R = _last_kept(best_RC, total_R1, limit_R1)
-    if not is_reached_R.all():
-        wide = (~is_reached_R).nonzero().squeeze(1)
-        sorted_WV = filtered_RV[wide].sort(dim=1, descending=True).values
-        threshold_R1[wide], _ = _last_kept(sorted_WV, total_R1[wide], limit_R1[wide])
+    probs_RV = (filtered_RV - total_R1).exp()
+    if filtered_RV.device.type == "cpu":
+        threshold_R1 = torch.empty_like(limit_R1)
+        last_kept(
+            filtered_RV.numpy(),
+            probs_RV.numpy(),
+            limit_R1.numpy()[:, 0],
+            threshold_R1.numpy()[:, 0],
+        )
+    else:
+        sorted_RV, order_RV = filtered_RV.sort(dim=1, descending=True)
+        probs_RV = probs_RV.gather(1, order_RV)
+        before_RV = probs_RV.cumsum(dim=1) - probs_RV
+        num_kept_R1 = (before_RV < limit_R1).sum(dim=1, keepdim=True).clamp(min=1)
+        threshold_R1 = sorted_RV.gather(1, num_kept_R1 - 1)
     return _drop_below(scores_RV, rows, threshold_R1)
-
-
-def _last_kept(sorted_RC: Tensor, total_R1: Tensor, limit_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """The score of the last token of each row's set, and whether the set ends in these columns."""
-    probs_RC = (sorted_RC - total_R1).exp()
-    reached_RC = probs_RC.cumsum(dim=1)
-    num_kept_R1 = (reached_RC - probs_RC < limit_R1).sum(dim=1, keepdim=True).clamp(min=1)
-    return sorted_RC.gather(1, num_kept_R1 - 1), reached_RC[:, -1] >= limit_R1.squeeze(1)
 
 
 def _keep_min_p(scores_RV: Tensor, min_p: Sequence[float]) -> Tensor:

@@ -133,7 +133,7 @@ class NarrowForward:
             gate_up=self._table([layer.mlp.gate_up_proj for layer in layers]),
             down=self._table([layer.mlp.down_proj for layer in layers]),
             norm=_floats(model.norm.weight),
-            head=self._table([model.lm_head]),
+            head=self._table([cast("Weight", model.lm_head)]),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
