@@ -89,7 +89,7 @@ class Replica:
 
 
 def damage_valkey(client: redis.Redis) -> None:
-    for key in client:
+    for key in client.scan_iter():
         blob = bytearray(client.get(key))
         blob[len(blob) // 2] ^= 1
         client.set(key, bytes(blob))

@@ -192,8 +192,6 @@ def greedy_answer(target, prompt, num_tokens=24):
     return answer
 
 
-def test_the_shipped_student_fits_the_builtin_model(loaded, tmp_path):
-    student = load_student(
-        str(loaded.folder), dtype="float32", cache_dir=tmp_path / "nothing is here"
-    )
+def test_the_shipped_student_fits_the_builtin_model(cache_dir, tmp_path):
+    student = load_student(str(cache_dir / "models" / NAME), dtype="float32", cache_dir=tmp_path)
     assert student.config.num_layers == 4
