@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _HALF_BLOCK = BLOCK // 2
 _ROW_BYTES = {DENSE_F32: 4, DENSE_BF16: 2}
+_STRIP_ROWS, _STRIP_TILES = 8, 4
+"""Rows that are multiplied with all tokens before the next come: they stay in the L1 cache."""
 
 
 @intrinsic(prefer_literal=True)
@@ -147,32 +149,69 @@ def _tile_columns(emit: Emitter, form: int, block: Value, column: int) -> tuple[
 
 
 @kernel
+def _dense_strip(kind, rows, tokens, w, w_stride, x, stride, y, y_stride, count, size):
+    """``count`` rows, ``rows`` at once and the rest one by one, for literal ``tokens``."""
+    literally(kind)
+    literally(rows)
+    literally(tokens)
+    r = 0
+    while r + rows <= count:
+        at, to = w + r * w_stride, y + 4 * r
+        _dense_products(kind, rows, tokens, at, w_stride, x, stride, to, y_stride, size)
+        r += rows
+    while r < count:
+        at, to = w + r * w_stride, y + 4 * r
+        _dense_products(kind, 1, tokens, at, w_stride, x, stride, to, y_stride, size)
+        r += 1
+
+
+@kernel
 def _dense_rows(kind, w, x, y, y_stride, first, last, num_tokens, size):
     """Rows ``first`` to ``last`` of a dense matrix; weights leave memory once."""
     literally(kind)
     w_stride = size * (4 if kind == DENSE_F32 else 2)
     stride = 4 * size
-    whole = first + (last - first) // 4 * 4
-    for r in range(first, whole, 4):
+    for r in range(first, last, _STRIP_ROWS):
         n, row, out = 0, w + r * w_stride, y + 4 * r
-        while n + 8 <= num_tokens:
-            at, to = x + n * stride, out + n * y_stride
-            _dense_products(kind, 2, 8, row, w_stride, at, stride, to, y_stride, size)
-            row_2 = row + 2 * w_stride
-            _dense_products(kind, 2, 8, row_2, w_stride, at, stride, to + 8, y_stride, size)
-            n += 8
-        while n + 4 <= num_tokens:
-            at, to = x + n * stride, out + n * y_stride
-            _dense_products(kind, 4, 4, row, w_stride, at, stride, to, y_stride, size)
-            n += 4
+        count = min(_STRIP_ROWS, last - r)
         while n < num_tokens:
             at, to = x + n * stride, out + n * y_stride
-            _dense_products(kind, 4, 1, row, w_stride, at, stride, to, y_stride, size)
-            n += 1
-    for r in range(whole, last):
-        for n in range(num_tokens):
-            at, to = x + n * stride, y + 4 * r + n * y_stride
-            _dense_products(kind, 1, 1, w + r * w_stride, w_stride, at, stride, to, y_stride, size)
+            if n + 8 <= num_tokens:
+                _dense_strip(kind, 2, 8, row, w_stride, at, stride, to, y_stride, count, size)
+                n += 8
+            elif n + 4 <= num_tokens:
+                _dense_strip(kind, 4, 4, row, w_stride, at, stride, to, y_stride, count, size)
+                n += 4
+            elif n + 2 <= num_tokens:
+                _dense_strip(kind, 4, 2, row, w_stride, at, stride, to, y_stride, count, size)
+                n += 2
+            else:
+                _dense_strip(kind, 4, 1, row, w_stride, at, stride, to, y_stride, count, size)
+                n += 1
+
+
+@kernel
+def _tile_strip(
+    kind, tiles, tokens, w, w_stride, x, stride, sums, s_stride, y, y_stride, count, num_blocks
+):
+    """``count`` tiles, ``tiles`` at once and the rest one by one, for literal ``tokens``."""
+    literally(kind)
+    literally(tiles)
+    literally(tokens)
+    t = 0
+    while t < count:
+        at, to = w + t * w_stride, y + 4 * LANES * t
+        if t + tiles <= count:
+            _tile_products(
+                kind, tiles, tokens, at, w_stride, x, stride, sums, s_stride, to, y_stride,
+                num_blocks,
+            )  # fmt: skip
+            t += tiles
+        else:
+            _tile_products(
+                kind, 1, tokens, at, w_stride, x, stride, sums, s_stride, to, y_stride, num_blocks
+            )
+            t += 1
 
 
 @kernel
@@ -182,49 +221,35 @@ def _tile_rows(kind, w, x, sums, y, y_stride, first, last, num_tokens, size):
     num_blocks = size // BLOCK
     w_stride = num_blocks * (Q4_1_TILE_BYTES if kind == Q4_1 else Q8_0_TILE_BYTES)
     stride, s_stride = 4 * size, 4 * num_blocks
-    t = first
-    while t < last:
+    for t in range(first, last, _STRIP_TILES):
         n, tile, out = 0, w + t * w_stride, y + 4 * LANES * t
-        count = 4 if t + 4 <= last else 1
-        while n + 8 <= num_tokens:
-            at, s_at, to = x + n * stride, sums + n * s_stride, out + n * y_stride
-            for i in range(count):
-                _tile_products(
-                    kind, 1, 8, tile + i * w_stride, w_stride, at, stride, s_at, s_stride,
-                    to + 4 * LANES * i, y_stride, num_blocks,
-                )  # fmt: skip
-            n += 8
-        while n + 4 <= num_tokens:
-            at, s_at, to = x + n * stride, sums + n * s_stride, out + n * y_stride
-            if count == 4:
-                _tile_products(
-                    kind, 2, 4, tile, w_stride, at, stride, s_at, s_stride, to, y_stride,
-                    num_blocks,
-                )  # fmt: skip
-                _tile_products(
-                    kind, 2, 4, tile + 2 * w_stride, w_stride, at, stride, s_at, s_stride,
-                    to + 8 * LANES, y_stride, num_blocks,
-                )  # fmt: skip
-            else:
-                _tile_products(
-                    kind, 1, 4, tile, w_stride, at, stride, s_at, s_stride, to, y_stride,
-                    num_blocks,
-                )  # fmt: skip
-            n += 4
+        count = min(_STRIP_TILES, last - t)
         while n < num_tokens:
             at, s_at, to = x + n * stride, sums + n * s_stride, out + n * y_stride
-            if count == 4:
-                _tile_products(
-                    kind, 4, 1, tile, w_stride, at, stride, s_at, s_stride, to, y_stride,
+            if n + 8 <= num_tokens:
+                _tile_strip(
+                    kind, 1, 8, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
                     num_blocks,
                 )  # fmt: skip
+                n += 8
+            elif n + 4 <= num_tokens:
+                _tile_strip(
+                    kind, 2, 4, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
+                    num_blocks,
+                )  # fmt: skip
+                n += 4
+            elif n + 2 <= num_tokens:
+                _tile_strip(
+                    kind, 2, 2, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
+                    num_blocks,
+                )  # fmt: skip
+                n += 2
             else:
-                _tile_products(
-                    kind, 1, 1, tile, w_stride, at, stride, s_at, s_stride, to, y_stride,
+                _tile_strip(
+                    kind, 4, 1, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
                     num_blocks,
                 )  # fmt: skip
-            n += 1
-        t += count
+                n += 1
 
 
 @kernel

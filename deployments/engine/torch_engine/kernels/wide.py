@@ -1,4 +1,4 @@
-"""Norms and rotations of many bfloat16 rows, where torch's own make several passes.
+"""Norms of many bfloat16 rows; torch's own make several passes.
 
 Tensors hold bfloat16; compiled code sees their bits as int16.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def is_suited(x: Tensor) -> bool:
-    """Whether the functions of this module take this tensor."""
+    """Whether ``rms_norm`` takes this tensor."""
     return x.device.type == "cpu" and x.dtype is torch.bfloat16 and not x.requires_grad
 
 
@@ -30,13 +30,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(rows)
     _rms_norm(_bits(rows), _bits(weight), np.float32(eps), _bits(out))
     return out.view(x.shape)
-
-
-def rotate(heads_NHD: Tensor, cos_sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D / 2) of every head; ``cos_sin`` is [2, N, 1, D / 2]."""
-    out = torch.empty(heads_NHD.shape, dtype=heads_NHD.dtype)
-    _rotate(_bits(heads_NHD), _bits(cos_sin.squeeze(2)), _bits(out))
-    return out
 
 
 def _bits(tensor: Tensor) -> NDArray[np.int16]:
@@ -67,16 +60,3 @@ def _rms_norm(x, weight, eps, out):
         scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(size) + eps))
         for i in range(size):
             out[n, i] = _narrow(_widen(x[n, i]) * scale * _widen(weight[i]))
-
-
-@kernel
-def _rotate(heads, cos_sin, out):
-    num_rows, num_heads, size = heads.shape
-    half = size // 2
-    for n in range(num_rows):
-        for h in range(num_heads):
-            for i in range(half):
-                cos, sin = _widen(cos_sin[0, n, i]), _widen(cos_sin[1, n, i])
-                first, second = _widen(heads[n, h, i]), _widen(heads[n, h, half + i])
-                out[n, h, i] = _narrow(first * cos - second * sin)
-                out[n, h, half + i] = _narrow(second * cos + first * sin)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deployments.engine.torch_engine.attention import attend, group_spans
+from deployments.engine.torch_engine.kernels import wide
 from deployments.engine.torch_engine.rotary import inverse_frequencies, rotate, rotation_table
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
+        if wide.is_suited(x):
+            return wide.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
