@@ -28,7 +28,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration protos reference chart \
-        demo serve bench-engine clean
+        demo serve bench-engine bench-kv fuzz-kv clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,6 +106,16 @@ bench-engine: $(ENVIRONMENT) ## The embedded engine beside transformers and Open
 	@$(PY) -c 'import matplotlib' 2>/dev/null \
 	  || $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
 	$(PY) -m tests.bench.engine
+
+bench-kv: $(ENVIRONMENT) ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
+	@$(PY) -c 'import matplotlib' 2>/dev/null \
+	  || $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
+	$(PY) -m tests.bench.kv
+
+FUZZ_INPUTS ?= 1000000
+
+fuzz-kv: $(ENVIRONMENT) ## Damaged and forged pages, a million of them; about a minute
+	$(PY) -m tests.fuzz.kv_pages --inputs $(FUZZ_INPUTS)
 
 clean: ## Remove build products and caches; keeps .venv
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -19,7 +19,7 @@ from cluster.errors import ClusterStartError, ConfigError, PortInUseError
 from cluster.hot_tier import public_address, valkey_problem
 from cluster.pools import machine_resources, max_replicas
 from cluster.ports import PortLease
-from cluster.preparation import find_student, find_weights, needs_student
+from cluster.preparation import find_drafter, find_weights, needs_student
 from cluster.state import default_state_dir, list_states
 from deployments.engine.errors import WeightsMissingError
 from kv_store.config import EmbeddedValkeyTierConfig, SsdTierConfig, ValkeyTierConfig
@@ -69,7 +69,7 @@ def run_checks(config: ClusterConfig) -> Iterator[Finding]:
         _haproxy,
         _valkey,
         _weights,
-        _student,
+        _drafter,
         _ports,
         _pools,
         _memory,
@@ -150,13 +150,17 @@ def _weights(config: ClusterConfig) -> Iterator[Finding]:
         yield Finding("weights", Verdict.FAILED, str(error), "paceline fetch")
 
 
-def _student(config: ClusterConfig) -> Iterator[Finding]:
-    if not needs_student(config):
-        return
+def _drafter(config: ClusterConfig) -> Iterator[Finding]:
     try:
-        yield Finding("draft", Verdict.OK, str(find_student(config)))
+        found = find_drafter(config)
     except WeightsMissingError as error:
-        yield Finding("draft", Verdict.FAILED, str(error), "paceline train student")
+        hint = "paceline train student" if needs_student(config) else "paceline fetch"
+        yield Finding("draft", Verdict.FAILED, str(error), hint)
+    except ConfigError as error:
+        yield Finding("draft", Verdict.FAILED, str(error), "correct draft.drafter")
+    else:
+        if found is not None:
+            yield Finding("draft", Verdict.OK, found)
 
 
 def _ports(config: ClusterConfig) -> Iterator[Finding]:

@@ -1,7 +1,8 @@
 """Reads a ClusterConfig from YAML and the environment, and says precisely what is wrong in it.
 
 ``PACELINE_ENGINE__MODEL=...`` overrides ``engine.model``: two underscores go one level down, and
-the value is read as YAML. The environment wins over the file.
+the value is read as YAML, save a secret's, which is taken as it is. The environment wins over the
+file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import typing
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
@@ -116,11 +117,7 @@ def _merge_environment(
         if not name.startswith(ENV_PREFIX) or name in RESERVED_VARIABLES:
             continue
         path = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            # Without its text: the value may be a secret.
-            raise ConfigError((f"{name}: not valid YAML",)) from error
+        value = text if _is_secret(path) else _parse_variable(name, text)
         parent = settings
         for key in path[:-1]:
             child = parent.get(key)
@@ -128,6 +125,23 @@ def _merge_environment(
             parent = parent[key]
         parent[path[-1]] = value
         sources[path] = name
+
+
+def _parse_variable(name: str, text: str) -> Any:  # noqa: ANN401 - any YAML
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        # Without its text: the value may hold a secret.
+        raise ConfigError((f"{name}: not valid YAML",)) from error
+
+
+def _is_secret(path: tuple[str, ...]) -> bool:
+    """Whether a setting is one secret; as YAML it would end at a ``#`` or become a number."""
+    models: list[type[BaseModel]] = [ClusterConfig]
+    for part in path[:-1]:
+        models = _models_below(models, part)
+    fields = [model.model_fields.get(path[-1]) for model in models]
+    return any(field is not None and field.annotation is SecretStr for field in fields)
 
 
 def _validate(settings: dict[str, Any], sources: Mapping[_Path, str]) -> ClusterConfig:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _TIMEOUT_S = 5.0
-_PAGE_KEYS = "kv:{*"
+_PAGE_KEYS = "kv:{*}"  # parts of large pages have more behind the brace
 _SCAN_COUNT = 1000
 # Opening a log must reclaim nothing, whatever budget its owner had.
 _UNLIMITED = 1 << 62

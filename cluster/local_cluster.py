@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from cluster.ports import PortLease
 from cluster.processes import ClusterProcesses
 from cluster.ray_environment import HAPROXY_FOLDER, applied, local_environment
 from cluster.readiness import wait_until_ready
-from cluster.signals import sigterm_handler_kept
+from cluster.signals import begin_stop, sigterm_handler_kept
 from cluster.state import (
     ClusterState,
     default_state_dir,
@@ -86,7 +86,7 @@ class LocalCluster:
         self._progress = on_progress or logger.info
         self._stack = ExitStack()
         self._state: ClusterState | None = None
-        self._num_left: int | None = None
+        self._num_left: int | None = 0
 
     @property
     def state(self) -> ClusterState:
@@ -101,7 +101,7 @@ class LocalCluster:
 
     @property
     def num_processes_left(self) -> int:
-        """Processes that outlived the stop, counted at its end.
+        """Processes that outlived the stop, counted at its end; 0 before the first one starts.
 
         Raises:
             RuntimeError: the cluster was not stopped yet.
@@ -130,8 +130,11 @@ class LocalCluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._state = None
-        self._stack.close()
+        try:
+            begin_stop()
+        finally:
+            self._stack.close()
+            self._state = None
 
     def _start(self) -> None:
         server = self._config.server
@@ -159,12 +162,12 @@ class LocalCluster:
         )
         self._stack.enter_context(applied(variables))
         # Closed in the reverse order: Serve and Ray, then Valkey, then whatever is still there.
-        self._stack.callback(self._end_processes, processes)
+        self._stack.callback(self._end_processes, processes, cluster_id)
+        self._num_left = None
         config = _with_secret(self._config, self._state_dir)
         config = self._stack.enter_context(hot_tier(config, run_dir, self._progress))
         self._state = self._describe(cluster_id, run_dir, ports, config)
         write_state(self._state_dir, self._state)
-        self._stack.callback(remove_state, self._state_dir, cluster_id)
         try:
             self._start_ray(run_dir, ports)
             self._start_serve(ports)
@@ -252,9 +255,12 @@ class LocalCluster:
             started=time.time(),
         )
 
-    def _end_processes(self, processes: ClusterProcesses) -> None:
+    def _end_processes(self, processes: ClusterProcesses, cluster_id: str) -> None:
         self._progress("ending what is left")
         self._num_left = processes.end(_END_S)
+        # While something is left, the next start must be able to find it.
+        if not self._num_left:
+            remove_state(self._state_dir, cluster_id)
 
 
 @contextmanager
@@ -272,15 +278,23 @@ def _run_dir(cluster_id: str) -> Iterator[Path]:
 
 
 def _secret_file(state_dir: Path, name: str) -> Path:
-    """A secret of this user, drawn at its first use and the same ever since."""
+    """A secret of this user, drawn at its first use and the same ever since.
+
+    Raises:
+        ClusterStartError: the file is there and empty.
+    """
     path = state_dir / name
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path
-    with os.fdopen(descriptor, "w") as handle:
-        handle.write(secrets.token_hex(32))
+    if not path.exists():
+        # Linked when it is whole: another cluster may start at this moment, and the first one's
+        # secret must be everybody's.
+        with tempfile.NamedTemporaryFile("w", dir=state_dir, prefix=f".{name}-") as draft:
+            draft.write(secrets.token_hex(32))
+            draft.flush()
+            with suppress(FileExistsError):
+                os.link(draft.name, path)
+    if not path.read_text().strip():
+        raise ClusterStartError(f"{path} holds no secret; remove it, and the next start draws one")
     return path
 
 

@@ -1,4 +1,4 @@
-"""What must lie in the cache before a cluster can start: weights, and a student fitted to them.
+"""What must be here before a cluster can start: the model's weights, and whatever drafts for it.
 
 The engine's modules bring torch. They are imported where they are used, so that commands that need
 none of it start at once.
@@ -7,13 +7,16 @@ none of it start at once.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.errors import ConfigError
 from deployments.engine.config import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from cluster.config import ClusterConfig
 
@@ -21,6 +24,16 @@ DEFAULT_TOKENS_BUDGET = 20_000
 """What a student is fitted on unless asked otherwise."""
 
 _STUDENT = "student"
+_IMPORT_TIMEOUT_S = 60.0
+_IMPORT_DRAFTER = """
+import sys
+from deployments.engine.speculation.drafters.load import find_factory
+from deployments.engine.speculation.errors import DrafterLoadError
+try:
+    find_factory(sys.argv[1])
+except DrafterLoadError as error:
+    sys.exit(str(error))
+"""
 
 
 def fetch_weights(model: str, cache_dir: Path, on_progress: Callable[[str], None]) -> Path:
@@ -91,10 +104,12 @@ def prepare(config: ClusterConfig, on_progress: Callable[[str], None]) -> None:
     """Bring or make whatever a start of this config needs and is not here yet.
 
     Raises:
-        WeightsMissingError: the model cannot be had.
+        WeightsMissingError: a model cannot be had.
+        ConfigError: no drafter of that name can be imported.
     """
-    on_progress(f"looking for {config.engine.model}")
-    fetch_weights(config.engine.model, config.cache_dir, on_progress)
+    for model in config_models(config):
+        on_progress(f"looking for {model}")
+        fetch_weights(model, config.cache_dir, on_progress)
     if needs_student(config) and not has_student(config):
         on_progress("fitting a draft model to it, once (a minute or two)")
         fit_student(
@@ -103,6 +118,7 @@ def prepare(config: ClusterConfig, on_progress: Callable[[str], None]) -> None:
             tokens_budget=DEFAULT_TOKENS_BUDGET,
             on_progress=on_progress,
         )
+    find_drafter(config)
 
 
 def check_prepared(config: ClusterConfig) -> None:
@@ -110,10 +126,18 @@ def check_prepared(config: ClusterConfig) -> None:
 
     Raises:
         WeightsMissingError: something is not; the message names the command that brings it.
+        ConfigError: no drafter of that name can be imported.
     """
     find_weights(config)
-    if needs_student(config):
-        find_student(config)
+    find_drafter(config)
+
+
+def config_models(config: ClusterConfig) -> tuple[str, ...]:
+    """The models that a start of this config loads, the target's first."""
+    models = [config.engine.model]
+    if _drafts(config) and config.draft.language_model is not None:
+        models.append(config.draft.language_model)
+    return tuple(dict.fromkeys(models))
 
 
 def find_weights(config: ClusterConfig) -> Path:
@@ -150,10 +174,54 @@ def has_student(config: ClusterConfig) -> bool:
     return True
 
 
+def find_drafter(config: ClusterConfig) -> str | None:
+    """What draft replicas will load: a file, a folder or an import path; None without any.
+
+    Raises:
+        WeightsMissingError: student or language model are not here.
+        ConfigError: no drafter of that name can be imported.
+    """
+    if not _drafts(config):
+        return None
+    if needs_student(config):
+        return str(find_student(config))
+    if config.draft.language_model is not None:
+        from deployments.model_files import model_folder
+
+        return str(model_folder(config.draft.language_model, config.cache_dir))
+    _check_import(config.draft.drafter)
+    return config.draft.drafter
+
+
 def needs_student(config: ClusterConfig) -> bool:
     """Whether draft replicas will ask for a student."""
-    return (
-        config.engine.speculation.enabled
-        and config.pools.draft is not None
-        and config.draft.drafter == _STUDENT
-    )
+    return _drafts(config) and config.draft.drafter == _STUDENT
+
+
+def _drafts(config: ClusterConfig) -> bool:
+    return config.engine.speculation.enabled and config.pools.draft is not None
+
+
+def _check_import(drafter: str) -> None:
+    """Import a drafter as a replica will: in a process of its own, the current folder included.
+
+    In this process its module could import Ray Serve before the cluster's switches are set.
+    """
+    source_root = str(Path(__file__).resolve().parent.parent)
+    python_path = os.pathsep.join(filter(None, (source_root, os.environ.get("PYTHONPATH"))))
+    try:
+        imported = subprocess.run(  # noqa: S603 - this interpreter, no shell
+            [sys.executable, "-c", _IMPORT_DRAFTER, drafter],
+            env=os.environ | {"PYTHONPATH": python_path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_IMPORT_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        problem = f"drafter {drafter!r} takes longer than {_IMPORT_TIMEOUT_S:.0f} s to import"
+        raise ConfigError((f"draft.drafter: {problem}",)) from None
+    if imported.returncode:
+        lines = imported.stderr.strip().splitlines() or [f"drafter {drafter!r} ends its process"]
+        raise ConfigError((f"draft.drafter: {lines[-1]}",))

@@ -27,30 +27,45 @@ class StopRequestedError(BaseException):
         self.signum = signum
 
 
+class _StopHandler:
+    def __init__(self, on_repeat: Callable[[], None]) -> None:
+        self._on_repeat = on_repeat
+        self.stopping = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        del frame
+        if self.stopping:
+            self._on_repeat()
+            return
+        self.stopping = True
+        raise StopRequestedError(signum)
+
+
 @contextmanager
 def stop_on_signals(on_repeat: Callable[[], None]) -> Iterator[None]:
     """Raise ``StopRequestedError`` in the main thread at the first stop signal.
 
     Args:
-        on_repeat: called at every further one, while the stop is under way.
+        on_repeat: called instead at every one that comes while a stop is under way.
     """
-    stopping = False
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        del frame
-        if stopping:
-            on_repeat()
-            return
-        stopping = True
-        raise StopRequestedError(signum)
-
-    before = {signum: signal.signal(signum, handle) for signum in _STOP_SIGNALS}
+    handler = _StopHandler(on_repeat)
+    before = {signum: signal.signal(signum, handler) for signum in _STOP_SIGNALS}
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
+
+
+def begin_stop() -> None:
+    """Say that a stop is under way, whatever its reason, so that no signal breaks it off.
+
+    Does nothing outside of ``stop_on_signals``.
+    """
+    for signum in _STOP_SIGNALS:
+        handler = signal.getsignal(signum)
+        if isinstance(handler, _StopHandler):
+            handler.stopping = True
 
 
 @contextmanager

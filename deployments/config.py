@@ -100,6 +100,12 @@ class DraftPoolConfig(_Config):
     secret: SecretStr = SecretStr("")
     """Targets show it to draft replicas; the cluster draws one when it is empty."""
 
+    @property
+    def language_model(self) -> str | None:
+        """The name or folder of the language model that drafts, if one does."""
+        prefix, _, name = self.drafter.partition(":")
+        return name or None if prefix == "model" else None
+
 
 class TracingConfig(_Config):
     """Where spans go."""

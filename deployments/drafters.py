@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.precision import DtypeName
     from deployments.engine.torch_engine.weights.loader import LoadedModel
 
-_MODEL_PREFIX = "model:"
 _STUDENT = "student"
 
 
@@ -33,8 +32,8 @@ def build_drafter(draft: DraftPoolConfig, engine: EngineConfig, cache_dir: Path)
     """
     if draft.drafter == _STUDENT:
         return _student(draft, engine.model, cache_dir)
-    if draft.drafter.startswith(_MODEL_PREFIX):
-        return _language_model(draft, draft.drafter[len(_MODEL_PREFIX) :], cache_dir)
+    if draft.language_model is not None:
+        return _language_model(draft, draft.language_model, cache_dir)
     return load_drafter(draft.drafter)
 
 

@@ -38,8 +38,8 @@ class _ValkeyClientConfig(_TierConfig):
     """The page at index i of its chain lives ``1 + boost / (1 + i)`` times as long."""
     connect_timeout_s: float = Field(default=0.2, gt=0)
     """Limit of one connection attempt; short, as requests wait for it."""
-    max_connections: int = Field(default=4, ge=1)
-    """Connections of one process."""
+    max_connections: int = Field(default=2, ge=1, le=64)
+    """Connections of one process, each with a thread; two saturate a link."""
 
 
 class ValkeyTierConfig(_ValkeyClientConfig):
@@ -72,10 +72,12 @@ class SsdTierConfig(_TierConfig):
 
     kind: Literal["ssd"] = "ssd"
     """Which tier this is."""
+    operation_timeout_s: float = Field(default=5.0, gt=0)
+    """An operation that takes longer counts as a failure; a disk that others use may well stall."""
     root: Path
     """Each process that uses it at once claims a sub-folder of its own."""
     budget_bytes: int = Field(default=8 * _GIB, gt=0)
-    """Of one process's sub-folder; oldest pages leave beyond this."""
+    """Of one process's sub-folder; beyond it the oldest pages leave that were not read since."""
     segment_bytes: int = Field(default=256 * _MIB, ge=_MIB)
     """Size of one file, the unit of reclaim; no page may be larger."""
     num_read_threads: int = Field(default=2, ge=1, le=64)
@@ -126,7 +128,7 @@ class KVStoreConfig(_Config):
     """One replica's way to the shared pages."""
 
     codec: str = "raw"
-    """``raw``, ``int8``, or a codec of your own as ``package.module:ClassName``."""
+    """``raw``, ``lossless``, ``int8``, ``k8v4``, ``int4``, or ``package.module:ClassName``."""
     tiers: tuple[TierConfig, ...] = (MemoryTierConfig(),)
     """Hot first. Every page is written to all of them; reads stop at the first that has it."""
     write_back: WriteBackConfig = WriteBackConfig()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kv_store.codecs.registry import load_codec
 from kv_store.config import (
@@ -15,6 +18,8 @@ from kv_store.config import (
     TierConfig,
     ValkeyTierConfig,
 )
+from kv_store.keys import PageKey
+from kv_store.page_format import decode_page, encode_page, section_offsets
 from kv_store.store import TieredPageStore
 from kv_store.tiers.breaker import CircuitBreaker
 from kv_store.tiers.guarded import GuardedTier
@@ -23,6 +28,7 @@ from kv_store.tiers.memory import MemoryTier
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kv_store.codecs.base import Codec
     from kv_store.layout import PageLayout
     from kv_store.page_store import PageStore
     from kv_store.tiers.base import KVTier
@@ -51,6 +57,7 @@ def build_page_store(
         TierUnavailableError: an embedded server does not start.
     """
     codec = load_codec(config.codec)
+    _warm_up(codec, layout)
     wrap = wrap_tier or (lambda tier: tier)
     with ExitStack() as owned:
         tiers = [
@@ -74,6 +81,15 @@ def build_page_store(
             tiers=tiers,
             owned=owned.pop_all(),
         )
+
+
+def _warm_up(codec: Codec, layout: PageLayout) -> None:
+    """Pack and unpack one small page: what the codec compiles, no request has to wait for."""
+    small = replace(layout, num_layers=1)
+    key = PageKey(bytes(16), bytes(32), 0)
+    page = np.zeros(small.nbytes, dtype=np.uint8)
+    blob = encode_page(key, page, small, codec, created_ms=0)
+    decode_page(blob, key, small, {codec.codec_id: codec}, page)
 
 
 def _build_tier(config: TierConfig, owned: ExitStack) -> KVTier:
@@ -114,5 +130,6 @@ def _build_valkey(
         connect_timeout_s=config.connect_timeout_s,
         operation_timeout_s=config.operation_timeout_s,
         max_connections=config.max_connections,
+        find_cuts=section_offsets,
         name=name,
     )

@@ -43,10 +43,15 @@ class PageLayout:
         return (self.num_layers, 2, self.page_tokens, self.num_kv_heads, self.head_dim)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return _DTYPE_BYTES[self.dtype]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of one raw page."""
         layers, two, tokens, heads, dim = self.shape
-        return layers * two * tokens * heads * dim * _DTYPE_BYTES[self.dtype]
+        return layers * two * tokens * heads * dim * self.itemsize
 
     def fingerprint(self) -> bytes:
         """32 bytes that differ whenever any field differs."""

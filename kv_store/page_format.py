@@ -15,7 +15,12 @@ import numpy as np
 import xxhash
 
 from kv_store.codecs.base import LayerGroup
-from kv_store.errors import LayoutMismatchError, PageCorruptError, PageUnsupportedError
+from kv_store.errors import (
+    KVStoreError,
+    LayoutMismatchError,
+    PageCorruptError,
+    PageUnsupportedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,6 +96,8 @@ def encode_page(
         LayoutMismatchError: the buffer does not have the layout's size.
     """
     _check_buffer(page, layout)
+    page = page.view()
+    page.flags.writeable = False
     token_start = key.index * layout.page_tokens
     layer_bytes = layout.nbytes // layout.num_layers
     groups = [
@@ -205,6 +212,19 @@ def decode_page(
         )
         data = blob[section.offset : section.offset + section.length]
         codec.decode(data, group, out[section.first_layer * layer_bytes :][: group.nbytes])
+
+
+def section_offsets(blob: bytes | memoryview) -> list[int]:
+    """Where each section begins, so that a tier may cut there; nothing if this is no page."""
+    try:
+        header = read_header(blob)
+    except KVStoreError:
+        return []
+    end = HEADER_BYTES + header.num_sections * _SECTION.size
+    if end > len(blob):
+        return []
+    rows = (_SECTION.unpack_from(blob, row) for row in range(HEADER_BYTES, end, _SECTION.size))
+    return [Section._make(row).offset for row in rows]
 
 
 def _check_buffer(page: NDArray[np.uint8], layout: PageLayout) -> None:

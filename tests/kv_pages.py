@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kv_store import EXACT, Namespace, PageKey, PageLayout
+from kv_store.codecs.base import LayerGroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
+
+    from kv_store.codecs.base import Codec
 
 TENANT_KEY = bytes(range(32))
 
@@ -53,6 +56,26 @@ def to_floats(page: NDArray[np.uint8], layout: PageLayout) -> NDArray[np.float32
     else:
         values = page.view(layout.dtype).astype(np.float32)
     return values.reshape(-1, layout.head_dim)
+
+
+def whole_page(layout: PageLayout, token_start: int = 0) -> LayerGroup:
+    """All layers of a page as one section."""
+    return LayerGroup(
+        layout=layout, first_layer=0, num_layers=layout.num_layers, token_start=token_start
+    )
+
+
+def round_trip(
+    codec: Codec, page: NDArray[np.uint8], layout: PageLayout, token_start: int = 0
+) -> tuple[NDArray[np.uint8], int]:
+    """A page packed and unpacked, and how many bytes it took."""
+    group = whole_page(layout, token_start)
+    raw = page.view()
+    raw.flags.writeable = False
+    stored = codec.encode(raw, group)
+    out = np.full(layout.nbytes, 0xA5, dtype=np.uint8)
+    codec.decode(memoryview(stored), group, out)
+    return out, len(stored)
 
 
 def make_chain(layout: PageLayout, num_pages: int, fidelity: str = EXACT) -> list[PageKey]:

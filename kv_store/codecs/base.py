@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from kv_store.keys import EXACT
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from kv_store.layout import PageLayout
@@ -61,8 +62,8 @@ class Codec(ABC):
         """Pack.
 
         Args:
-            raw: [group.nbytes] uint8, C order [num_layers, 2, page_tokens, num_kv_heads, head_dim]
-                of the layout's dtype; never written to.
+            raw: [group.nbytes] uint8, read-only, C order [num_layers, 2, page_tokens, num_kv_heads,
+                head_dim] of the layout's dtype.
             group: which layers these are.
 
         Returns:
@@ -81,3 +82,8 @@ class Codec(ABC):
         Raises:
             PageCorruptError: ``stored`` cannot have come from ``encode``.
         """
+
+
+def page_words(data: NDArray[np.uint8], layout: PageLayout) -> NDArray[np.unsignedinteger[Any]]:
+    """Raw bytes as one unsigned word per value; shares memory. numpy has no bfloat16."""
+    return data.view(np.uint32 if layout.itemsize == 4 else np.uint16)

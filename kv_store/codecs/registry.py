@@ -1,9 +1,9 @@
 """Codec names to codecs. A custom codec needs no registration call: its import path is its name.
 
-A configuration says ``codec: raw``, ``codec: int8`` or ``codec: my_package.my_module:MyCodec``. The
-path is resolved in every process that reads the configuration, so that each replica of a pool has
-the codec without code of its own. A store reads pages of all built-in codecs and of the one it
-writes with, as long as the fidelity is the same.
+A configuration says a built-in name, such as ``codec: int8``, or an import path, such as
+``codec: my_package.my_module:MyCodec``. The path is resolved in every process that reads the
+configuration, so that each replica of a pool has the codec without code of its own. A store reads
+pages of all built-in codecs and of the one it writes with, as long as the fidelity is the same.
 """
 
 from __future__ import annotations
@@ -14,11 +14,19 @@ from typing import Final, Literal
 
 from kv_store.codecs.base import FIRST_CUSTOM_CODEC_ID, Codec
 from kv_store.codecs.int8 import Int8Codec
+from kv_store.codecs.kivi import Int4Codec, K8V4Codec
+from kv_store.codecs.lossless import LosslessCodec
 from kv_store.codecs.raw import RawCodec
 
-BuiltinCodecName = Literal["raw", "int8"]
+BuiltinCodecName = Literal["raw", "lossless", "int8", "k8v4", "int4"]
 
-BUILTIN_CODECS: Final[dict[BuiltinCodecName, type[Codec]]] = {"raw": RawCodec, "int8": Int8Codec}
+BUILTIN_CODECS: Final[dict[BuiltinCodecName, type[Codec]]] = {
+    "raw": RawCodec,
+    "lossless": LosslessCodec,
+    "int8": Int8Codec,
+    "k8v4": K8V4Codec,
+    "int4": Int4Codec,
+}
 
 
 def load_codec(spec: str) -> Codec:

@@ -15,8 +15,12 @@
 
 Records of one file follow each other without gaps. A start reads all headers, and in each file
 stops at the first that does not hold: a torn tail is cut off. Nothing is synced, since a cache may
-lose; a blob whose bytes never reached the disk is found out by the page's own checksum. Space is
-reclaimed a whole file at a time, oldest first.
+lose; a blob whose bytes never reached the disk is found out by the page's own checksum.
+
+Space is reclaimed a whole file at a time, oldest first. Pages of that file that were read since
+they were written move to the log's end, those read most often first, up to a quarter of a file; a
+move costs a page one of its reads. So what is used stays and what was read once leaves at last,
+without the bookkeeping of an order of use (after Yang et al., S3-FIFO, SOSP 2023).
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kv_store.keys import PageKey
 from kv_store.tiers.base import Blob, TierUsage
+from kv_store.tiers.buffers import BufferPool
+from kv_store.tiers.direct_io import DirectIO
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,6 +46,8 @@ RECORD_HEADER_BYTES = 128
 
 _MAGIC = b"KVR1"
 _DELETED = 1
+_MAX_READS = 3
+_MOVED_SHARE = 4
 _HEADER = struct.Struct("<4sHHII16s32s60x")
 _CRC = struct.Struct("<I")
 
@@ -74,8 +82,11 @@ class SegmentLog:
         self._folder = folder
         self._budget_bytes = budget_bytes
         self._segment_bytes = segment_bytes
-        self._lock = threading.Lock()  # guards the three below; never held during IO
+        self._io = DirectIO()
+        self._buffers = BufferPool()
+        self._lock = threading.Lock()  # guards the four below; never held during IO
         self._index: dict[PageKey, _Location] = {}
+        self._num_reads: dict[PageKey, int] = {}  # since written, up to a bound
         self._segments: dict[int, _Segment] = {}  # in order of age
         self._num_bytes = 0
         self._active_fd: int | None = None
@@ -97,22 +108,11 @@ class SegmentLog:
         """
         with self._lock:
             location = self._index.get(key)
-            path = self._segments[location.segment].path if location else None
-        if location is None or path is None:
-            return None
-        record = bytearray(RECORD_HEADER_BYTES + location.length)
-        try:
-            # By name, not by a shared descriptor: a reclaim may remove the file at any moment.
-            with path.open("rb", buffering=0) as file:
-                file.seek(location.offset)
-                num_read = file.readinto(record)
-        except FileNotFoundError:
-            return None
-        header = _parse(record)
-        if num_read != len(record) or header is None or header[:2] != (key, False):
-            self._forget(key, location)
-            return None
-        return memoryview(record)[RECORD_HEADER_BYTES:].toreadonly()
+            if location is None:
+                return None
+            path = self._segments[location.segment].path
+            self._num_reads[key] = min(_MAX_READS, self._num_reads.get(key, 0) + 1)
+        return self._read_record(path, key, location)
 
     def append(self, key: PageKey, blob: Blob) -> bool:
         """Write a blob and then publish it. False if it can never fit.
@@ -139,6 +139,7 @@ class SegmentLog:
         with self._lock:
             if self._index.pop(key, None) is None:
                 return False
+            self._num_reads.pop(key, None)
         self._write(key, b"", flags=_DELETED)
         return True
 
@@ -153,20 +154,44 @@ class SegmentLog:
             os.close(self._active_fd)
             self._active_fd = None
 
+    def _read_record(self, path: Path, key: PageKey, location: _Location) -> Blob | None:
+        """The blob at a place; None, and forgotten, if it is not this key's."""
+        record = self._buffers.take(_record_bytes(location.length))
+        try:
+            # By name, not by a shared descriptor: a reclaim may remove the file at any moment.
+            fd = self._io.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            num_read = self._io.read(fd, record, location.offset)
+        finally:
+            os.close(fd)
+        header = _parse(record[:RECORD_HEADER_BYTES])
+        if num_read != len(record) or header is None or header[:2] != (key, False):
+            self._forget(key, location)
+            return None
+        return record[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + location.length].toreadonly()
+
     def _write(self, key: PageKey, blob: Blob, *, flags: int) -> tuple[int, int]:
-        """Append one record; returns its segment and offset."""
+        """Append one record, once there is room; returns its segment and offset."""
+        self._reclaim(_record_bytes(len(blob)))
+        return self._write_record(key, blob, flags=flags)
+
+    def _write_record(self, key: PageKey, blob: Blob, *, flags: int) -> tuple[int, int]:
         size = _record_bytes(len(blob))
-        self._reclaim(size)
         fd = self._active_fd
         if fd is None or self._segments[self._active].num_bytes + size > self._segment_bytes:
             fd = self._roll()
         segment = self._segments[self._active]
-        head = _HEADER.pack(_MAGIC, flags, 0, key.index, len(blob), *key[:2])
-        head += _CRC.pack(zlib.crc32(head))
-        padding = bytes(size - RECORD_HEADER_BYTES - len(blob))
+        end = RECORD_HEADER_BYTES + len(blob)
+        record = self._buffers.take(size)
+        _HEADER.pack_into(record, 0, _MAGIC, flags, 0, key.index, len(blob), *key[:2])
+        _CRC.pack_into(record, _HEADER.size, zlib.crc32(record[: _HEADER.size]))
+        record[RECORD_HEADER_BYTES:end] = blob
+        record[end:] = bytes(size - end)
         offset = segment.num_bytes
         try:
-            num_written = os.pwritev(fd, [head, blob, padding], offset)
+            num_written = self._io.write(fd, record, offset)
         except OSError:
             self._abandon(segment, offset)
             raise
@@ -200,8 +225,7 @@ class SegmentLog:
         """Begin a new segment file."""
         self.close()
         path = self._folder / f"segment-{self._next_segment:010}.log"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        fd = self._active_fd = os.open(path, flags, 0o600)
+        fd = self._active_fd = self._io.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         with self._lock:
             self._segments[self._next_segment] = _Segment(path)
             self._next_segment += 1
@@ -211,22 +235,58 @@ class SegmentLog:
         """Remove the oldest files until the budget has room."""
         while self._segments and self._num_bytes + num_wanted > self._budget_bytes:
             number = next(iter(self._segments))
+            segment = self._segments[number]
+            with self._lock:
+                self._num_bytes -= segment.num_bytes
             if number == self._active:
                 self.close()
-            segment = self._segments[number]
+            else:
+                self._move_read_pages(number, segment)
             segment.path.unlink(missing_ok=True)  # a reader that comes late finds a miss
             with self._lock:
                 del self._segments[number]
-                self._num_bytes -= segment.num_bytes
                 for key in segment.keys:
                     location = self._index.get(key)
                     if location is not None and location.segment == number:
                         del self._index[key]
+                        self._num_reads.pop(key, None)
+
+    def _move_read_pages(self, number: int, segment: _Segment) -> None:
+        """Append what was read of a file that is about to go."""
+        with self._lock:
+            candidates = [
+                (self._num_reads[key], key, location)
+                for key in dict.fromkeys(segment.keys)
+                if key in self._num_reads
+                and (location := self._index.get(key)) is not None
+                and location.segment == number
+            ]
+        candidates.sort(key=lambda candidate: -candidate[0])
+        room = self._segment_bytes // _MOVED_SHARE
+        for num_reads, key, location in candidates:
+            size = _record_bytes(location.length)
+            if size > room:
+                continue
+            try:
+                blob = self._read_record(segment.path, key, location)
+                if blob is None:
+                    continue
+                new_number, offset = self._write_record(key, blob, flags=0)
+            except OSError:
+                return  # a cache may lose; the write that needs the room will say what is wrong
+            room -= size
+            with self._lock:
+                self._index[key] = _Location(new_number, offset, location.length)
+                self._segments[new_number].keys.append(key)
+                self._num_reads[key] = num_reads - 1
+                if num_reads == 1:
+                    del self._num_reads[key]
 
     def _forget(self, key: PageKey, location: _Location) -> None:
         with self._lock:
             if self._index.get(key) == location:
                 del self._index[key]
+                self._num_reads.pop(key, None)
 
     def _load_segment(self, path: Path) -> None:
         """Read one file's headers; cut off its torn tail."""
@@ -263,7 +323,7 @@ def _record_bytes(blob_bytes: int) -> int:
     return -(-(RECORD_HEADER_BYTES + blob_bytes) // ALIGNMENT) * ALIGNMENT
 
 
-def _parse(record: bytes | bytearray) -> tuple[PageKey, bool, int] | None:
+def _parse(record: bytes | memoryview) -> tuple[PageKey, bool, int] | None:
     """Key, whether it was deleted here, and blob length; None if the header does not hold."""
     if len(record) < RECORD_HEADER_BYTES:
         return None

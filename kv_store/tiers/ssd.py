@@ -50,6 +50,7 @@ class SsdTier(KVTier):
         self._root = root
         self._budget_bytes = budget_bytes
         self._segment_bytes = segment_bytes
+        self._num_read_threads = num_read_threads
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-ssd-write")
         self._readers = ThreadPoolExecutor(num_read_threads, thread_name_prefix="kv-ssd-read")
         self._log: SegmentLog | None = None
@@ -64,8 +65,11 @@ class SsdTier(KVTier):
     async def get_many(self, keys: Sequence[PageKey]) -> list[Blob | None]:
         """See ``KVTier``."""
         log = await self._opened()
-        reads = [self._in_thread(self._readers, partial(log.read, key)) for key in keys]
-        return list(await asyncio.gather(*reads))
+        # A share for each thread: handing over page by page costs more than reading small ones.
+        size = max(1, -(-len(keys) // self._num_read_threads))
+        shares = [keys[start : start + size] for start in range(0, len(keys), size)]
+        reads = [self._in_thread(self._readers, partial(_read_all, log, share)) for share in shares]
+        return [blob for blobs in await asyncio.gather(*reads) for blob in blobs]
 
     async def put_many(self, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
         """See ``KVTier``; refuses a blob larger than a segment."""
@@ -125,3 +129,7 @@ class SsdTier(KVTier):
             return await asyncio.get_running_loop().run_in_executor(threads, operation)
         except OSError as exc:
             raise TierUnavailableError(f"{type(exc).__name__}: {exc}") from exc
+
+
+def _read_all(log: SegmentLog, keys: Sequence[PageKey]) -> list[Blob | None]:
+    return [log.read(key) for key in keys]

@@ -10,6 +10,7 @@ import helm_python as helm
 import pytest
 import yaml
 
+from cluster.config_loader import parse_config
 from tests.chart.config_schema import SCHEMA_PATH, with_config_schema
 from tests.chart.conftest import CHART, objects, render
 
@@ -56,6 +57,7 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("auth.tenants", [{"name": "acme"}], "tenants"),
         ("auth.tenants", [{**GOOD_TENANT, "name": "Not A Name"}], "name"),
         ("auth.tenants", [{**GOOD_TENANT, "api_key_sha256": ["abc"]}], "api_key_sha256"),
+        ("auth.clusterSecret", "my secret #1 that is really very long", "clusterSecret"),
         ("auth.valkeyPassword", "would break @ the URL", "valkeyPassword"),
         ("podDisruptionBudget.minAvailable.target", "50%", "target"),
         ("networkPolicy.clients", "everybody", "clients"),
@@ -86,6 +88,19 @@ def test_nothing_has_a_default_secret() -> None:
 def test_an_existing_secret_replaces_the_charts() -> None:
     kinds = {item["kind"] for item in objects(render({"auth": {"existingSecret": "mine"}}))}
     assert "Secret" not in kinds
+
+
+def test_a_null_kv_shares_no_pages() -> None:
+    (service,) = (
+        item for item in objects(render(_with("config.kv", None))) if item["kind"] == "RayService"
+    )
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        variables = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+        variables |= {"PACELINE_AUTH__CLUSTER_SECRET": "s" * 32, "PACELINE_AUTH__TENANTS": "[]"}
+        assert parse_config(application["args"], variables).kv is None
 
 
 def test_the_schema_knows_every_setting() -> None:

@@ -5,6 +5,7 @@ import pytest
 from deployments.engine.speculation.drafters.ask import ask
 from deployments.engine.speculation.drafters.load import load_drafter
 from deployments.engine.speculation.types import DraftOrigin, DraftTree
+from deployments.engine.torch_engine.lm_drafter import CausalLMDrafter
 from tests.fakes_speculation import (
     VOCAB_SIZE,
     ModelDrafter,
@@ -13,6 +14,7 @@ from tests.fakes_speculation import (
     random_text,
     spec_of,
 )
+from tests.unit.deployments.engine.torch_engine.tiny_models import loaded_model
 
 PERIODIC = [*([1, 2, 3, 4, 5, 6, 7, 8] * 6), 1, 2]
 CHAIN = DraftTree.chain((3, 4, 5), DraftOrigin.POOL)
@@ -22,6 +24,7 @@ DRAFTERS = {
     "suffix": lambda: load_drafter("suffix"),
     "custom": lambda: load_drafter("docs.examples.custom_drafter:build"),
     "model": lambda: ModelDrafter(ToyModel(1)),
+    "language model": lambda: CausalLMDrafter(loaded_model("llama-of-24-tokens")),
 }
 
 

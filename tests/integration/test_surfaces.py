@@ -464,7 +464,10 @@ def test_a_replica_that_is_scaled_in_finishes_what_it_began(http: httpx.Client) 
         thread.start()
     wait_until(lambda: num_running() == len(bodies), what="sequences on both replicas")
     _DEPLOY[-1](1)
-    for thread in threads:
-        thread.join(timeout=60)
-    assert [answer["choices"] for answer in answers] == expected
-    wait_until(lambda: len(replicas()) == 1, timeout_s=60, what="one target replica")
+    try:
+        for thread in threads:
+            thread.join(timeout=60)
+        assert [answer["choices"] for answer in answers] == expected
+        wait_until(lambda: len(replicas()) == 1, timeout_s=60, what="one target replica")
+    finally:
+        _DEPLOY[-1](2)  # the tests run in any order

@@ -55,6 +55,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
 {{/*
+Whether pages leave their replica. Helm deletes a default that a null overrides, so here an absent
+config.kv is a null one.
+*/}}
+{{- define "paceline.sharesPages" -}}
+{{- if kindIs "map" .Values.config.kv -}}true{{- end -}}
+{{- end -}}
+
+{{/*
 Environment of every Ray container, head included: Serve reads its switches on the node where a
 controller, proxy or replica happens to run.
 */}}
@@ -91,9 +99,11 @@ controller, proxy or replica happens to run.
       name: {{ .Values.externalValkey.existingSecret }}
       key: {{ .Values.externalValkey.urlKey }}
 {{- end }}
+{{- if include "paceline.sharesPages" . }}
 # Kubernetes puts the secret in; the rendered manifest never holds it.
 - name: PACELINE_KV__TIERS
   value: {{ include "paceline.kvTiers" . | quote }}
+{{- end }}
 {{- end -}}
 
 {{/* kv.tiers as one line of JSON, hot tier first. */}}

@@ -5,7 +5,8 @@ ingress target{{ if .Values.config.pools.draft }} draft{{ end }}
 
 {{/*
 The arguments of cluster.app:build_app: the values' configuration, bound to this release's nodes.
-An explicit null keeps build_app from giving a release without a draft pool the default one.
+Explicit nulls keep build_app from giving a release without a draft pool or shared pages the default
+ones.
 */}}
 {{- define "paceline.clusterConfig" -}}
 {{- $config := deepCopy .Values.config -}}
@@ -14,6 +15,9 @@ An explicit null keeps build_app from giving a release without a draft pool the 
 {{- end -}}
 {{- if not $config.pools.draft -}}
 {{- $_ := set $config.pools "draft" nil -}}
+{{- end -}}
+{{- if not (include "paceline.sharesPages" .) -}}
+{{- $_ := set $config "kv" nil -}}
 {{- end -}}
 {{- toYaml $config -}}
 {{- end -}}

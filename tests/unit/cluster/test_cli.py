@@ -116,3 +116,16 @@ def test_every_error_of_the_package_has_an_exit_code_of_its_own():
     codes = [error.exit_code for error in errors] + [cli.WEIGHTS_MISSING_EXIT_CODE]
     assert len(set(codes)) == len(codes)
     assert all(code > 1 for code in codes)
+
+
+def test_fetch_brings_the_draft_model_of_a_config_too(paceline, tmp_path):
+    for name in ("target", "small"):
+        (tmp_path / name).mkdir()
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"engine: {{model: {tmp_path / 'target'}}}\n"
+        f"draft: {{drafter: 'model:{tmp_path / 'small'}'}}\n"
+    )
+    code, printed, _ = paceline("fetch", "--config", str(path))
+    assert code == 0
+    assert [line.rpartition("/")[2] for line in printed.splitlines()] == ["target", "small"]

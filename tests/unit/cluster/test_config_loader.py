@@ -109,6 +109,18 @@ def test_the_environment_wins_over_the_file_and_is_read_as_yaml(tmp_path):
     assert config.server.http_port == 0
 
 
+@pytest.mark.parametrize(
+    "secret",
+    ["my secret #1 that is really long", "12345678901234567890123456789012", "[:{", "null", "'q'"],
+)
+def test_a_secret_of_the_environment_is_taken_as_it_is(tmp_path, secret):
+    config = load_text(
+        tmp_path, "", PACELINE_AUTH__CLUSTER_SECRET=secret, PACELINE_DRAFT__SECRET=secret
+    )
+    assert config.auth.cluster_secret.get_secret_value() == secret
+    assert config.draft.secret.get_secret_value() == secret
+
+
 def test_a_wrong_variable_is_named(tmp_path):
     [problem] = problems_of(tmp_path, "", PACELINE_ENGINE__MODLE="x")
     assert problem == "PACELINE_ENGINE__MODLE: engine.modle: unknown field; did you mean model?"

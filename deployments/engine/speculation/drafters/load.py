@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING, cast
 
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.errors import DrafterLoadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def load_drafter(spec: str) -> Drafter:
@@ -19,8 +23,23 @@ def load_drafter(spec: str) -> Drafter:
     Raises:
         DrafterLoadError: it cannot be imported, or what it builds is not a ``Drafter``.
     """
+    drafter = find_factory(spec)()
+    if not isinstance(drafter, Drafter):
+        raise DrafterLoadError(f"drafter {spec!r} built a {type(drafter).__name__}, not a Drafter")
+    return drafter
+
+
+def find_factory(spec: str) -> Callable[[], object]:
+    """What builds the drafter a configuration names; its module is imported, nothing is built.
+
+    Args:
+        spec: as for ``load_drafter``.
+
+    Raises:
+        DrafterLoadError: it cannot be imported, or cannot be called.
+    """
     if spec == "suffix":
-        return SuffixDrafter()
+        return SuffixDrafter
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
         raise DrafterLoadError(f'drafter {spec!r} is neither "suffix" nor "module:name"')
@@ -30,7 +49,4 @@ def load_drafter(spec: str) -> Drafter:
         raise DrafterLoadError(f"drafter {spec!r} cannot be imported: {error}") from error
     if not callable(factory):
         raise DrafterLoadError(f"drafter {spec!r} is not a class or a function")
-    drafter = factory()
-    if not isinstance(drafter, Drafter):
-        raise DrafterLoadError(f"drafter {spec!r} built a {type(drafter).__name__}, not a Drafter")
-    return drafter
+    return cast("Callable[[], object]", factory)

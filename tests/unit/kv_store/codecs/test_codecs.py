@@ -9,27 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kv_store import EXACT, PageCorruptError
-from kv_store.codecs.base import Codec, LayerGroup
+from kv_store.codecs.base import Codec
 from kv_store.codecs.int8 import Int8Codec
+from kv_store.codecs.lossless import LosslessCodec
 from kv_store.codecs.raw import RawCodec
 from kv_store.codecs.registry import BUILTIN_CODECS, load_codec, readable_codecs
-from tests.kv_pages import from_floats, make_layout, make_page, to_floats
+from tests.kv_pages import from_floats, make_layout, make_page, round_trip, to_floats, whole_page
 
 DTYPES = ["float32", "float16", "bfloat16"]
 EXAMPLE = "docs.examples.custom_codec:BytePlaneCodec"
 ROOT = Path(__file__).parents[4]
-
-
-def whole(layout):
-    return LayerGroup(layout=layout, first_layer=0, num_layers=layout.num_layers, token_start=0)
-
-
-def round_trip(codec, page, layout):
-    group = whole(layout)
-    stored = codec.encode(page, group)
-    out = np.full(layout.nbytes, 0xA5, dtype=np.uint8)
-    codec.decode(memoryview(stored), group, out)
-    return out, len(stored)
 
 
 class TakesBuiltinName(RawCodec):
@@ -40,7 +29,7 @@ class TakesBuiltinId(RawCodec):
     name = "mine"
 
 
-@pytest.mark.parametrize("spec", ["raw", EXAMPLE])
+@pytest.mark.parametrize("spec", ["raw", "lossless", EXAMPLE])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lossless_codecs_keep_every_bit(spec, dtype):
     codec = load_codec(spec)
@@ -111,28 +100,34 @@ def test_int8_is_bounded_for_any_float32(values):
     assert (np.abs(got - rows) <= largest * (1 / 253) + 2.0**-24).all()
 
 
-@pytest.mark.parametrize("spec", ["raw", "int8", EXAMPLE])
+@pytest.mark.parametrize("spec", [*BUILTIN_CODECS, EXAMPLE])
 @pytest.mark.parametrize("stored", [b"", b"\x00", b"\x01" * 9, b"\x07" * 1000])
 def test_bytes_of_another_make_are_refused(spec, stored):
     layout = make_layout()
     with pytest.raises(PageCorruptError):
         load_codec(spec).decode(
-            memoryview(stored), whole(layout), np.empty(layout.nbytes, dtype=np.uint8)
+            memoryview(stored), whole_page(layout), np.empty(layout.nbytes, dtype=np.uint8)
         )
 
 
 def test_builtin_names_ids_and_fidelities():
     codecs = [load_codec(name) for name in BUILTIN_CODECS]
     assert [codec.name for codec in codecs] == list(BUILTIN_CODECS)
-    assert [codec.codec_id for codec in codecs] == [1, 2]  # in stored pages for ever
-    assert [codec.fidelity for codec in codecs] == [EXACT, "lossy:int8"]
+    assert [codec.codec_id for codec in codecs] == [1, 3, 2, 4, 5]  # in stored pages for ever
+    assert [codec.fidelity for codec in codecs] == [
+        EXACT,
+        EXACT,
+        "lossy:int8",
+        "lossy:k8v4",
+        "lossy:int4",
+    ]
 
 
 def test_a_reader_takes_every_codec_of_its_fidelity():
     custom = load_codec(EXAMPLE)
-    assert set(readable_codecs(RawCodec())) == {RawCodec.codec_id}
+    assert set(readable_codecs(RawCodec())) == {RawCodec.codec_id, LosslessCodec.codec_id}
     assert set(readable_codecs(Int8Codec())) == {Int8Codec.codec_id}
-    assert set(readable_codecs(custom)) == {RawCodec.codec_id, custom.codec_id}
+    assert set(readable_codecs(custom)) == {1, 3, custom.codec_id}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 import errno
+import fcntl
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -101,10 +103,118 @@ def test_the_budget_is_kept_by_dropping_the_oldest_file(tmp_path):
         assert log.append(key, blob_of(key))
         on_disk = sum(path.stat().st_size for path in segments(tmp_path))
         assert on_disk == log.usage().num_bytes <= 8 * ALIGNMENT
-        assert count - 1 in held(log)
+        assert log.contains(KEYS[count - 1])
     assert held(log) == list(range(32, 40))
     log.close()
     assert held(open_log(tmp_path, budget_bytes=4 * ALIGNMENT)) == list(range(36, 40))
+
+
+def present(log):
+    return [key.index for key in KEYS if log.contains(key)]
+
+
+def test_a_page_that_is_read_outlives_those_that_are_not(tmp_path):
+    log = open_log(tmp_path, budget_bytes=12 * ALIGNMENT)
+    fill(log, KEYS[:12])
+    log.read(KEYS[1])
+    fill(log, KEYS[12:16])
+    assert present(log) == [1, *range(8, 16)]
+    log.close()
+    assert held(open_log(tmp_path, budget_bytes=12 * ALIGNMENT)) == [1, *range(8, 16)]
+
+
+def test_a_page_that_is_no_longer_read_leaves_in_the_end(tmp_path):
+    log = open_log(tmp_path, budget_bytes=12 * ALIGNMENT)
+    fill(log, KEYS[:1])
+    for _ in range(9):
+        log.read(KEYS[0])  # counts up to a bound
+    lives = []
+    for round_ in range(100):
+        key = KEYS[1 + round_ % 39]
+        log.delete(key)
+        log.append(key, blob_of(key))
+        lives.append(log.contains(KEYS[0]))
+    assert 30 < lives.index(False) < 60
+    assert lives == sorted(lives, reverse=True)
+
+
+def test_only_a_quarter_of_a_file_moves_the_most_read_first(tmp_path):
+    log = SegmentLog(tmp_path, budget_bytes=24 * ALIGNMENT, segment_bytes=8 * ALIGNMENT)
+    fill(log, KEYS[:24])
+    for index, num_reads in enumerate([1, 0, 3, 1, 2, 1, 1, 1]):
+        for _ in range(num_reads):
+            log.read(KEYS[index])
+    fill(log, KEYS[24:25])
+    assert present(log) == [2, 4, *range(8, 25)]
+    assert log.usage().num_bytes <= 24 * ALIGNMENT
+
+
+def test_a_full_disk_while_pages_move_loses_them_and_nothing_else(tmp_path, monkeypatch):
+    log = open_log(tmp_path, budget_bytes=8 * ALIGNMENT)
+    fill(log, KEYS[:8])
+    log.read(KEYS[0])
+
+    def full(fd, buffers, offset):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", full)
+    with pytest.raises(OSError, match="No space"):
+        log.append(KEYS[8], blob_of(KEYS[8]))
+    monkeypatch.undo()
+    fill(log, KEYS[8:10])
+    assert held(log) == [4, 5, 6, 7, 8, 9]
+
+
+def test_reads_and_writes_pass_the_page_cache_by_where_the_file_system_allows(tmp_path):
+    log = open_log(tmp_path)
+    fill(log, KEYS[:1])
+    assert held(log) == [0]
+    try:
+        os.close(os.open(tmp_path / "probe", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        assert not log._io.is_direct
+    else:
+        assert log._io.is_direct
+
+
+@pytest.mark.parametrize("refuses", ["open", "preadv", "pwritev"])
+def test_a_file_system_without_direct_io_is_used_through_the_cache(tmp_path, monkeypatch, refuses):
+    real = getattr(os, refuses)
+    num_refused = [0]
+
+    def refuse(target, *args):
+        flags = args[0] if refuses == "open" else fcntl.fcntl(target, fcntl.F_GETFL)
+        if flags & os.O_DIRECT:
+            num_refused[0] += 1
+            if refuses == "open" and flags & os.O_CREAT:
+                Path(target).touch()  # as Linux does
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(target, *args)
+
+    monkeypatch.setattr(os, refuses, refuse)
+    log = open_log(tmp_path)
+    fill(log, KEYS[:6])
+    assert held(log) == list(range(6))
+    assert num_refused[0] == 1
+    assert not log._io.is_direct
+    log.close()
+    assert held(open_log(tmp_path)) == list(range(6))
+
+
+def test_an_error_that_is_not_about_direct_io_is_not_tried_again(tmp_path, monkeypatch):
+    log = open_log(tmp_path)
+    fill(log, KEYS[:1])
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        log.read(KEYS[0])
+    assert len(calls) == 1
+    assert log._io.is_direct
 
 
 def test_a_page_written_again_survives_the_reclaim_of_its_first_copy(tmp_path):
@@ -137,10 +247,13 @@ def test_a_full_disk_leaves_the_log_as_it_was(
 ):
     log = open_log(tmp_path)
     fill(log, KEYS[:num_before])
-    real = os.pwritev
 
     def full(fd, buffers, offset):
-        num_written = real(fd, [buffers[0]], offset) if is_torn else 0
+        num_written = 0
+        if is_torn:  # through the cache, since direct writes are whole blocks
+            with Path(f"/proc/self/fd/{fd}").open("r+b", buffering=0) as file:
+                file.seek(offset)
+                num_written = file.write(buffers[0][:128])
         if is_raised:
             raise OSError(errno.ENOSPC, "No space left on device")
         return num_written

@@ -60,10 +60,15 @@ CONFIGS = {
 }
 
 
+TOY_CONFIGS = {
+    "llama-of-24-tokens": lambda: (LlamaForCausalLM, LlamaConfig(**{**SHAPE, "vocab_size": 24})),
+}
+
+
 @functools.cache
 def reference_model(name):
     torch.manual_seed(11)
-    cls, config = CONFIGS[name]()
+    cls, config = (CONFIGS | TOY_CONFIGS)[name]()
     model = cls(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -1,0 +1,57 @@
+"""Compiling a loop to machine code, once per machine where a cache can be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numba
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+if TYPE_CHECKING:
+    import numpy as np
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    """Compile at the first call, to run without the interpreter's lock.
+
+    Division follows IEEE, nothing is reordered or contracted. The machine code is kept beside the
+    source or in the user's cache folder; a container that can write to neither compiles anew.
+    """
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError:
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+
+
+def _to_bits(context: object, value: types.Type) -> tuple[object, object]:
+    del context, value
+
+    def generate(
+        _context: object, builder: ir.IRBuilder, _signature: object, args: Sequence[ir.Value]
+    ) -> ir.Value:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+def _float_of_bits(context: object, bits: types.Type) -> tuple[object, object]:
+    del context, bits
+
+    def generate(
+        _context: object, builder: ir.IRBuilder, _signature: object, args: Sequence[ir.Value]
+    ) -> ir.Value:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+to_bits: Callable[[np.float32], np.uint32] = intrinsic(_to_bits)
+"""The bits of a float32; inside compiled functions only."""
+float_of_bits: Callable[[np.uint32], np.float32] = intrinsic(_float_of_bits)
+"""The float32 of these bits; inside compiled functions only."""

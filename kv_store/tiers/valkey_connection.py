@@ -1,0 +1,210 @@
+"""One connection to a server: redis-py opens it, page bytes then bypass redis-py.
+
+Addresses, TLS, credentials and the handshake stay redis-py's job. Requests then leave with
+``sendmsg`` from where their bytes lie, and replies arrive with ``recv_into`` where they shall be.
+Every exchange has a deadline. One that does not end well closes the connection: a reply that was
+half read must never be taken for the next one's.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import struct
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from redis.exceptions import RedisError
+
+from kv_store.errors import TierUnavailableError
+from kv_store.tiers.resp import ProtocolError, ReplyReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kv_store.tiers.base import Blob
+
+T = TypeVar("T")
+
+_MAX_BUFFERS = 512  # of one sendmsg; the kernel takes 1024
+_TLS_RECORD_BYTES = 16 << 10
+
+
+class ValkeyConnection:
+    """Used by one thread at a time; ``abort`` may be called from any."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        """Prepare; connects at the first exchange.
+
+        Args:
+            make: gives a connection of redis-py that speaks RESP2 and is not connected yet.
+        """
+        self._make = make
+        self._connection: Any = None  # redis-py types its connections in part only
+        self._stream: _Stream | None = None
+
+    def exchange(
+        self, request: Sequence[Blob], read: Callable[[ReplyReader], T], deadline: float
+    ) -> T:
+        """Send a request and read its replies.
+
+        Args:
+            request: the pipelined commands, as buffers.
+            read: reads exactly their replies.
+            deadline: on the monotonic clock.
+
+        Raises:
+            TierUnavailableError: no answer in time, or none that makes sense; the next exchange
+                begins with a new connection.
+        """
+        try:
+            return self._exchange(request, read, deadline)
+        except BlockingIOError as exc:  # how the kernel says that a time limit has passed
+            self.close()
+            raise TierUnavailableError("the server did not answer in time") from exc
+        except (RedisError, OSError, ProtocolError) as exc:
+            self.close()
+            raise TierUnavailableError(f"{type(exc).__name__}: {exc}") from exc
+        except BaseException:
+            self.close()
+            raise
+
+    def abort(self) -> None:
+        """Wake up a thread that waits for the server; its exchange fails."""
+        stream = self._stream
+        if stream is not None:
+            stream.abort()
+
+    def close(self) -> None:
+        """Disconnect. Idempotent."""
+        connection, self._connection, self._stream = self._connection, None, None
+        if connection is not None:
+            connection.disconnect()
+
+    def _exchange(
+        self, request: Sequence[Blob], read: Callable[[ReplyReader], T], deadline: float
+    ) -> T:
+        stream = self._connected(deadline)
+        stream.deadline = deadline
+        stream.send_all(request)
+        reader = ReplyReader(stream)
+        result = read(reader)
+        if not reader.is_drained:
+            raise ProtocolError("more replies than requests")
+        return result
+
+    def _connected(self, deadline: float) -> _Stream:
+        if self._stream is not None and not self._stream.is_quiet:
+            self.close()  # the server hung up meanwhile, or says what nobody asked
+        if self._stream is None:
+            if time.monotonic() >= deadline:
+                raise TimeoutError("no time left to connect")
+            self._connection = self._make()
+            self._connection.connect()
+            sock = self._connection._sock  # noqa: SLF001 - redis-py shows its socket nowhere else
+            if not isinstance(sock, socket.socket):
+                raise ProtocolError("redis-py opened no socket")
+            self._stream = _TlsStream(sock) if isinstance(sock, ssl.SSLSocket) else _Stream(sock)
+        return self._stream
+
+
+class _Stream:
+    """Blocking transfers with the kernel's own time limits: one system call for a whole page."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.deadline = 0.0
+        sock.setblocking(True)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the peer is there and has sent nothing."""
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        return not poller.poll(0)
+
+    def send_all(self, buffers: Sequence[Blob]) -> None:
+        """Every byte of every buffer, without joining them."""
+        waiting = [memoryview(buffer) for buffer in buffers]
+        waiting.reverse()
+        while waiting:
+            self._limit(socket.SO_SNDTIMEO)
+            num_sent = self._sock.sendmsg(waiting[: -_MAX_BUFFERS - 1 : -1])
+            while waiting and num_sent >= len(waiting[-1]):
+                num_sent -= len(waiting.pop())
+            if waiting and num_sent:
+                waiting[-1] = waiting[-1][num_sent:]
+
+    def receive_some(self, target: memoryview) -> int:
+        """See ``ByteSource``."""
+        self._limit(socket.SO_RCVTIMEO)
+        return _arrived(self._sock.recv_into(target))
+
+    def receive_all(self, target: memoryview) -> None:
+        """See ``ByteSource``."""
+        while target:
+            self._limit(socket.SO_RCVTIMEO)
+            num_read = _arrived(self._sock.recv_into(target, 0, socket.MSG_WAITALL))
+            target = target[num_read:]
+
+    def abort(self) -> None:
+        """Make waiting calls return."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # closed already
+
+    def _limit(self, option: int) -> None:
+        remaining = _remaining(self.deadline)
+        seconds = int(remaining)
+        micros = max(1, int((remaining - seconds) * 1e6))  # zero would be for ever
+        self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, micros))
+
+
+class _TlsStream(_Stream):
+    """TLS has neither ``sendmsg`` nor flags, and keeps its time in Python."""
+
+    @property
+    def is_quiet(self) -> bool:
+        """See ``_Stream``; session tickets that nobody has read yet are not an answer."""
+        return True
+
+    def send_all(self, buffers: Sequence[Blob]) -> None:
+        """See ``_Stream``."""
+        small = bytearray()
+        for buffer in buffers:
+            if len(buffer) < _TLS_RECORD_BYTES:
+                small += buffer
+                continue
+            self._send(small)
+            self._send(buffer)
+            small = bytearray()
+        self._send(small)
+
+    def receive_some(self, target: memoryview) -> int:
+        """See ``ByteSource``."""
+        self._sock.settimeout(_remaining(self.deadline))
+        return _arrived(self._sock.recv_into(target))
+
+    def receive_all(self, target: memoryview) -> None:
+        """See ``ByteSource``."""
+        while target:
+            target = target[self.receive_some(target) :]
+
+    def _send(self, data: Blob | bytearray) -> None:
+        self._sock.settimeout(_remaining(self.deadline))
+        self._sock.sendall(data)
+
+
+def _arrived(num_bytes: int) -> int:
+    if num_bytes == 0:
+        raise ConnectionResetError("the server closed the connection")
+    return num_bytes
+
+
+def _remaining(deadline: float) -> float:
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError("the server did not answer in time")
+    return remaining

@@ -1,0 +1,75 @@
+"""``make bench-kv``: codecs, hot tier and SSD tier beside their peers and limits, in one run.
+
+Prints tables, writes ``build/reports/kv.json`` and ``build/reports/kv.png``. ``--quick`` leaves out
+the model, so ratio and loss on real keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.bench.kv.bars import hold_bars
+from tests.bench.kv.codec_speed import measure_codecs
+from tests.bench.kv.hot_tier import measure_hot_tier
+from tests.bench.kv.plot import draw
+from tests.bench.kv.ssd_tier import measure_ssd_tier
+
+REPORT = Path("build/reports/kv.json")
+
+
+def main() -> int:
+    """Measure, report; 1 if a bar does not hold."""
+    report: dict[str, Any] = {
+        "machine": {
+            "cpu_count": os.cpu_count(),
+            "platform": platform.platform(),
+            "load_average_at_start": os.getloadavg()[0],
+        },
+        "codecs": measure_codecs(),
+    }
+    _table("Codecs (raw GB per CPU second)", report["codecs"])
+    report["hot"], report["exists_per_s"] = measure_hot_tier()
+    _table("GET from one Valkey over loopback", report["hot"])
+    _table("EXISTS", [{"client": k, "keys_per_s": v} for k, v in report["exists_per_s"].items()])
+    report["ssd"] = measure_ssd_tier()
+    _table("SSD reads", report["ssd"])
+    report["quality"] = []
+    if "--quick" not in sys.argv:
+        from tests.bench.kv.quality import measure_quality
+
+        report["quality"] = measure_quality()
+        _table("Loss on SmolLM2-135M-Instruct", report["quality"])
+    report["bars"] = hold_bars(report)
+    _table("Bars", [{"name": name} | bar for name, bar in report["bars"].items()])
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    draw(report, REPORT.with_suffix(".png"))
+    sys.stdout.write(f"written: {REPORT} and {REPORT.with_suffix('.png')}\n")
+    return 0 if all(bar["holds"] for bar in report["bars"].values()) else 1
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    names = list(rows[0])
+    cells = [names] + [[_text(row[name]) for name in names] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    sys.stdout.write(f"\n{title}\n")
+    for line in cells:
+        sys.stdout.write(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + "\n"
+        )
+    sys.stdout.flush()
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
