@@ -28,7 +28,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration protos reference chart \
-        demo serve bench-kv fuzz-kv clean
+        demo serve bench-engine bench-kv fuzz-kv clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +101,11 @@ demo: install ## Start a cluster here, put real prompts through it, report, stop
 
 serve: install ## The same cluster, kept running until Ctrl-C
 	$(PY) -m cluster serve --prepare
+
+bench-engine: $(ENVIRONMENT) ## The embedded engine beside transformers and OpenVINO GenAI; some minutes
+	@$(PY) -c 'import matplotlib' 2>/dev/null \
+	  || $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
+	$(PY) -m tests.bench.engine
 
 bench-kv: $(ENVIRONMENT) ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
 	@$(PY) -c 'import matplotlib' 2>/dev/null \

@@ -45,13 +45,21 @@ def build_engine(
     from deployments.engine.torch_engine.weights.loader import load_model
 
     torch.set_num_threads(config.num_threads)
-    loaded = load_model(config.model, dtype=config.dtype, device=config.device, cache_dir=cache_dir)
+    loaded = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        cache_dir=cache_dir,
+        weights=config.weights,
+    )
     memory = KVCache(
         loaded.config, config.num_pages, dtype=loaded.model.dtype, device=config.device
     )
     layout = loaded.page_layout()
+    runner = ModelRunner(loaded.model, loaded.config, memory)
+    runner.warm_up()
     parts = EngineParts(
-        runner=ModelRunner(loaded.model, loaded.config, memory),
+        runner=runner,
         memory=memory,
         layout=layout,
         vocab_size=loaded.config.vocab_size,

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 NOISE_VERSION = 1
 
 _MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MUL_1 = 0xBF58476D1CE4E5B9
-_MUL_2 = 0x94D049BB133111EB
+GOLDEN = 0x9E3779B97F4A7C15
+MUL_1 = 0xBF58476D1CE4E5B9
+MUL_2 = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
@@ -42,16 +42,16 @@ def _signed(value: int) -> int:
 
 def _mix(value: int) -> int:
     value &= _MASK
-    value = ((value ^ (value >> 30)) * _MUL_1) & _MASK
-    value = ((value ^ (value >> 27)) * _MUL_2) & _MASK
+    value = ((value ^ (value >> 30)) * MUL_1) & _MASK
+    value = ((value ^ (value >> 27)) * MUL_2) & _MASK
     return value ^ (value >> 31)
 
 
 def row_key(seed: int, choice_index: int, position: int) -> int:
     """The 64-bit key of one sampled position, as an unsigned integer."""
-    key = _mix(seed + _GOLDEN)
-    key = _mix(key + choice_index + _GOLDEN)
-    return _mix(key + position + _GOLDEN)
+    key = _mix(seed + GOLDEN)
+    key = _mix(key + choice_index + GOLDEN)
+    return _mix(key + position + GOLDEN)
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
@@ -72,9 +72,9 @@ def gumbel(row_keys: Sequence[int], token_ids: Tensor) -> Tensor:
     keys_R1 = torch.tensor(
         [_signed(key) for key in row_keys], dtype=torch.int64, device=token_ids.device
     ).unsqueeze(1)
-    bits_RV = keys_R1 + (token_ids + 1) * _signed(_GOLDEN)
-    bits_RV = (bits_RV ^ _shift_right(bits_RV, 30)) * _signed(_MUL_1)
-    bits_RV = (bits_RV ^ _shift_right(bits_RV, 27)) * _signed(_MUL_2)
+    bits_RV = keys_R1 + (token_ids + 1) * _signed(GOLDEN)
+    bits_RV = (bits_RV ^ _shift_right(bits_RV, 30)) * _signed(MUL_1)
+    bits_RV = (bits_RV ^ _shift_right(bits_RV, 27)) * _signed(MUL_2)
     bits_RV = bits_RV ^ _shift_right(bits_RV, 31)
     uniform_RV = (_shift_right(bits_RV, 12).to(torch.float64) + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform_RV))

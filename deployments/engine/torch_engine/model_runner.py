@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
+from deployments.engine.torch_engine.kernels.narrow_forward import narrow_forward
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deployments.engine.torch_engine.forward_batch import ForwardBatch
     from deployments.engine.torch_engine.kv_cache import KVCache
     from deployments.engine.torch_engine.model_config import ModelConfig
     from deployments.engine.torch_engine.models.llama import ForwardOutput, Model
@@ -44,10 +46,24 @@ class ModelRunner:
         self.model = model
         self.config = config
         self.kv_cache = kv_cache
+        self._narrow = narrow_forward(model, kv_cache)
+
+    def warm_up(self) -> None:
+        """Do before the first request what its first forwards would wait for: compile.
+
+        Writes to slot 0, so no page may be in use yet.
+        """
+        zero = torch.zeros(1, dtype=torch.int64)
+        span = SequenceSpan(start=0, length=1, kv_slots=zero)
+        self.forward(
+            ForwardBatch(token_ids=zero, positions=zero, slots=zero, spans=(span,), logit_rows=zero)
+        )
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Write the batch's KV rows and score what follows its ``logit_rows``: [M, V] float32."""
+        if self._narrow is not None and batch.token_ids.shape[0] <= self._narrow.max_tokens:
+            return self._narrow.forward(batch)
         return self.forward_with_features(batch, ()).logits
 
     @torch.inference_mode()

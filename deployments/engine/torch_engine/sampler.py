@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from deployments.engine.speculation.noise import gumbel, row_key
+from deployments.engine.speculation.noise import row_key
+from deployments.engine.torch_engine.drawing import draw
 from deployments.engine.torch_engine.sampling_math import process_logits
 
 if TYPE_CHECKING:
@@ -82,18 +83,14 @@ def _sample_slow(logits_MV: Tensor, rows: SequenceOf[SampleRow], indices: list[i
         [sampling.top_p for sampling in settings],
         [sampling.min_p for sampling in settings],
     )
-    drawn = [at for at, sampling in enumerate(settings) if not sampling.is_greedy]
-    if drawn:
-        vocabulary = torch.arange(scores_RV.shape[1], device=scores_RV.device)
-        keys = [_noise_key(chosen[at]) for at in drawn]
-        noise_DV = gumbel(keys, vocabulary)
-        if len(drawn) == len(chosen):
-            scores_RV = scores_RV + noise_DV
-        else:
-            scores_RV[drawn] += noise_DV
     best_R, token_R = scores_RV.max(dim=1)
     is_valid = torch.isfinite(best_R).tolist()
     tokens: list[int] = token_R.tolist()
+    drawn = [at for at, sampling in enumerate(settings) if is_valid[at] and not sampling.is_greedy]
+    if drawn:
+        keys = [_noise_key(chosen[at]) for at in drawn]
+        for at, token in zip(drawn, draw(scores_RV[drawn], keys), strict=True):
+            tokens[at] = token
     return [
         token if valid else INVALID_TOKEN for token, valid in zip(tokens, is_valid, strict=True)
     ]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deployments.engine.torch_engine.kernels.nucleus import last_kept
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -85,13 +87,26 @@ def _keep_top_p(scores_RV: Tensor, top_p: Sequence[float]) -> Tensor:
     rows = [row for row, p in enumerate(top_p) if p < 1]
     if not rows:
         return scores_RV
-    sorted_RV = scores_RV[rows].sort(dim=1, descending=True).values
     # float64: a float32 running sum over a large vocabulary shifts the boundary by whole tokens.
-    probs_RV = sorted_RV.to(torch.float64).softmax(dim=1)
-    before_RV = probs_RV.cumsum(dim=1) - probs_RV
-    limit_R1 = _column([top_p[row] for row in rows], before_RV)
-    num_kept_R1 = (before_RV < limit_R1).sum(dim=1, keepdim=True).clamp(min=1)
-    return _drop_below(scores_RV, rows, sorted_RV.gather(1, num_kept_R1 - 1))
+    filtered_RV = scores_RV[rows].to(torch.float64)
+    total_R1 = filtered_RV.logsumexp(dim=1, keepdim=True)
+    limit_R1 = _column([top_p[row] for row in rows], filtered_RV)
+    probs_RV = (filtered_RV - total_R1).exp()
+    if filtered_RV.device.type == "cpu":
+        threshold_R1 = torch.empty_like(limit_R1)
+        last_kept(
+            filtered_RV.numpy(),
+            probs_RV.numpy(),
+            limit_R1.numpy()[:, 0],
+            threshold_R1.numpy()[:, 0],
+        )
+    else:
+        sorted_RV, order_RV = filtered_RV.sort(dim=1, descending=True)
+        probs_RV = probs_RV.gather(1, order_RV)
+        before_RV = probs_RV.cumsum(dim=1) - probs_RV
+        num_kept_R1 = (before_RV < limit_R1).sum(dim=1, keepdim=True).clamp(min=1)
+        threshold_R1 = sorted_RV.gather(1, num_kept_R1 - 1)
+    return _drop_below(scores_RV, rows, threshold_R1)
 
 
 def _keep_min_p(scores_RV: Tensor, min_p: Sequence[float]) -> Tensor:

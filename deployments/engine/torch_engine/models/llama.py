@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deployments.engine.torch_engine.attention import attend, group_spans
+from deployments.engine.torch_engine.kernels import wide
 from deployments.engine.torch_engine.rotary import inverse_frequencies, rotate, rotation_table
 
 if TYPE_CHECKING:
     from deployments.engine.torch_engine.attention import SpanGroup
     from deployments.engine.torch_engine.forward_batch import ForwardBatch
+    from deployments.engine.torch_engine.kernels.packing import PackedMatrix
     from deployments.engine.torch_engine.kv_cache import KVCache
     from deployments.engine.torch_engine.model_config import ModelConfig
 
@@ -45,7 +47,11 @@ class LayerContext:
 
 
 class Weight(nn.Module):
-    """One matrix, allocated but not filled, with an optional bias."""
+    """One matrix, allocated but not filled, with an optional bias.
+
+    Attributes:
+        packed: the same numbers as the file's quantised blocks, for narrow forwards.
+    """
 
     def __init__(self, *shape: int, has_bias: bool = False) -> None:
         super().__init__()
@@ -53,6 +59,7 @@ class Weight(nn.Module):
         bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if has_bias else None
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
+        self.packed: PackedMatrix | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``."""
@@ -69,13 +76,23 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
+        if wide.is_suited(x):
+            return wide.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with one fused projection for queries, keys and values."""
+    """Grouped-query attention with one fused projection for queries, keys and values.
+
+    Attributes:
+        has_qkv_bias: the family has biases that no setting of the checkpoint announces.
+        has_head_norms: each head's queries and keys are normalised before their rotation.
+        is_standard: these settings tell all; False where a family overrides ``forward``.
+    """
 
     has_qkv_bias: ClassVar[bool] = False
+    has_head_norms: ClassVar[bool] = False
+    is_standard: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -92,17 +109,19 @@ class Attention(nn.Module):
             config.num_heads * config.head_dim,
             has_bias=config.attention_bias,
         )
-
-    def normalise(self, q_NHD: Tensor, k_NKD: Tensor) -> tuple[Tensor, Tensor]:
-        """What a family does to queries and keys before their rotation: here nothing."""
-        return q_NHD, k_NKD
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if self.has_head_norms:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x_NE: Tensor, k_pool: Tensor, v_pool: Tensor, ctx: LayerContext) -> Tensor:
         """Write the new rows to the pools at ``ctx.slots``, then attend. [N, E]."""
         heads = self.qkv_proj(x_NE).view(x_NE.shape[0], -1, self.head_dim)
         sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         q_NHD, k_NKD, v_NKD = torch.split(heads, sizes, dim=1)
-        q_NHD, k_NKD = self.normalise(q_NHD, k_NKD)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
         q_NHD = rotate(q_NHD, ctx.rotation)
         k_pool.index_copy_(0, ctx.slots, rotate(k_NKD, ctx.rotation))
         v_pool.index_copy_(0, ctx.slots, v_NKD)
@@ -120,6 +139,9 @@ class Attention(nn.Module):
                 targets[f"{name}.{kind}"] = part
         for kind, tensor in self.o_proj.named_parameters():
             targets[f"o_proj.{kind}"] = tensor
+        if self.q_norm is not None and self.k_norm is not None:
+            targets["q_norm.weight"] = self.q_norm.weight
+            targets["k_norm.weight"] = self.k_norm.weight
         return targets
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -36,6 +36,18 @@ _LAYER_NAMES = {
 }
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _ROPE_TABLE = "rope_freqs.weight"
+
+
+class QuantizedBlocks(NamedTuple):
+    """One matrix as the file holds it.
+
+    Attributes:
+        kind: the file's name for the quantisation, such as ``Q4_1``.
+        data: [rows, bytes of a row] uint8, rows in the order of Hugging Face checkpoints.
+    """
+
+    kind: str
+    data: NDArray[np.uint8]
 
 
 class GGUFFile:
@@ -82,20 +94,32 @@ class GGUFFile:
         Raises:
             WeightsMismatchError: a tensor has no place in a Llama model.
         """
-        num_heads = int(self.number("llama.attention.head_count"))
-        num_kv_heads = int(self.number("llama.attention.head_count_kv"))
-        heads_of = {"q_proj": num_heads, "k_proj": num_kv_heads}
+        for name, tensor in self._named(is_wanted):
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            yield name, torch.from_numpy(np.ascontiguousarray(self._reordered(name, values)))
+
+    def blocks(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, QuantizedBlocks]]:
+        """The wanted quantised matrices undecoded, under their Hugging Face names."""
+        for name, tensor in self._named(is_wanted):
+            if tensor.data.dtype == np.uint8:
+                data = self._reordered(name, tensor.data)
+                yield name, QuantizedBlocks(tensor.tensor_type.name, data)
+
+    def _named(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, gguf.ReaderTensor]]:
         for tensor in self._reader.tensors:
             if tensor.name == _ROPE_TABLE:  # derived from the settings in config.json
                 continue
             name = _hugging_face_name(tensor.name)
-            if not is_wanted(name):
-                continue
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            for projection, heads in heads_of.items():
-                if f".{projection}." in name:
-                    values = _to_rotary_halves(values, heads)
-            yield name, torch.from_numpy(np.ascontiguousarray(values))
+            if is_wanted(name):
+                yield name, tensor
+
+    def _reordered(self, name: str, rows: NDArray[Any]) -> NDArray[Any]:
+        """Undo llama.cpp's order of query and key rows."""
+        if ".q_proj." in name:
+            return _to_rotary_halves(rows, int(self.number("llama.attention.head_count")))
+        if ".k_proj." in name:
+            return _to_rotary_halves(rows, int(self.number("llama.attention.head_count_kv")))
+        return rows
 
 
 def _hugging_face_name(name: str) -> str:
@@ -107,7 +131,7 @@ def _hugging_face_name(name: str) -> str:
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
 
 
-def _to_rotary_halves(rows: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
+def _to_rotary_halves(rows: NDArray[Any], num_heads: int) -> NDArray[Any]:
     """Undo the row order of llama.cpp, which rotates neighbours instead of halves."""
     paired = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
     return paired.swapaxes(1, 2).reshape(rows.shape)

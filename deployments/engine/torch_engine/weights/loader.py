@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import blake3
 import torch
@@ -17,6 +17,7 @@ from deployments.engine.errors import WeightsMismatchError, WeightsMissingError
 from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.models import model_class
 from deployments.engine.torch_engine.weights.gguf import GGUFFile
+from deployments.engine.torch_engine.weights.packed import attach_blocks
 from deployments.engine.torch_engine.weights.safetensors import read_safetensors, safetensors_files
 from kv_store.layout import PageLayout
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.models.llama import Model
     from deployments.engine.torch_engine.precision import DtypeName
 
+WeightsForm = Literal["dense", "file"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -108,8 +110,16 @@ def load_model(
     dtype: DtypeName,
     device: str = "cpu",
     cache_dir: Path,
+    weights: WeightsForm = "dense",
 ) -> LoadedModel:
     """Build a model and fill it.
+
+    Args:
+        name_or_path: the built-in model's name, a folder, or a Hugging Face id.
+        dtype: of weights, activations and KV rows.
+        device: where it runs.
+        cache_dir: Paceline's cache.
+        weights: as ``TorchEngineConfig.weights``.
 
     Raises:
         WeightsMissingError: the files are not here and cannot be had.
@@ -121,6 +131,8 @@ def load_model(
     files = weight_files(folder)
     model = model_class(config.model_type)(config, dtype=torch_dtype(dtype), device=device)
     fill_model(model, read_tensors(files))
+    if weights == "file":
+        attach_blocks(model, files)
     return LoadedModel(
         model=model,
         config=config,

@@ -73,3 +73,19 @@ def test_the_likeliest_token_survives_every_filter():
 def test_a_wrong_number_of_settings_is_refused():
     with pytest.raises(ValueError, match="2 rows"):
         process_logits(torch.zeros(2, 4), [1.0], [0, 0], [1.0, 1.0], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0, 40.0])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999, 1 - 1e-12])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_sort(spread, top_p):
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randn(3, 5000, generator=generator, dtype=torch.float64) * spread
+    logits[1, 100:4000] = -torch.inf
+    kept = process_logits(logits, [1.0] * 3, [0] * 3, [top_p] * 3, [0.0] * 3).isfinite()
+    sorted_probs, order = logits.softmax(dim=1).sort(dim=1, descending=True)
+    num_kept = ((sorted_probs.cumsum(dim=1) - sorted_probs) < top_p).sum(dim=1)
+    for row in range(3):
+        expected = set(order[row, : num_kept[row]].tolist())
+        got = set(kept[row].nonzero().squeeze(1).tolist())
+        # The order of a sum may move the boundary by a token of no weight.
+        assert sum(float(logits[row].softmax(0)[token]) for token in got ^ expected) < 1e-12

@@ -83,7 +83,8 @@ def test_a_student_that_drops_nothing_is_its_target(target):
         logit_scale=1.0,
         kept_layers=(0, 1, 2, 3, 4, 5),
     )
-    torch.testing.assert_close(logits_of(cut_student(target, whole)), logits_of(target))
+    student = logits_of(cut_student(target, whole))
+    torch.testing.assert_close(student, logits_of(target), rtol=1e-4, atol=1e-4)
 
 
 def test_a_student_guesses_only_its_draft_vocabulary(target):

@@ -24,13 +24,13 @@ from deployments.engine.torch_engine.weights.loader import LoadedModel, fill_mod
 
 SHAPE = {
     "vocab_size": 97,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "initializer_range": 0.4,
+    "initializer_range": 0.2,
     "eos_token_id": 2,
 }
 LLAMA3_ROPE = {
@@ -56,7 +56,7 @@ CONFIGS = {
         ),
     ),
     "qwen2": lambda: (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
-    "qwen3": lambda: (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=16)),
+    "qwen3": lambda: (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32)),
 }
 
 

@@ -1,0 +1,291 @@
+"""Inner products of stored weights with a few rows of float32.
+
+Each product is summed in an order of its own, which depends neither on how many rows are computed
+together nor on how the work is split between threads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llvmlite import ir
+from numba import carray, literally, types
+from numba.extending import intrinsic
+
+from deployments.engine.torch_engine.kernels.compiling import kernel
+from deployments.engine.torch_engine.kernels.memory import pointer
+from deployments.engine.torch_engine.kernels.vectors import (
+    BLOCK,
+    DENSE_BF16,
+    DENSE_F32,
+    I64,
+    LANES,
+    Q4_1,
+    Q4_1_TILE_BYTES,
+    Q8_0,
+    Q8_0_TILE_BYTES,
+    Emitter,
+    Loop,
+    Value,
+    zeros,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_HALF_BLOCK = BLOCK // 2
+_ROW_BYTES = {DENSE_F32: 4, DENSE_BF16: 2}
+_STRIP_ROWS, _STRIP_TILES = 8, 4
+"""Rows that are multiplied with all tokens before the next come: they stay in the L1 cache."""
+
+
+@intrinsic(prefer_literal=True)
+def _dense_products(
+    typing_context, kind, rows, tokens, w, w_stride, x, x_stride, y, y_stride, size
+):
+    """``y[n][r] = sum(w[r] * x[n])`` for literal counts of rows and tokens; lanes are columns.
+
+    Strides are in bytes, ``size`` is the length of a row, a multiple of sixteen.
+    """
+    num_rows, num_tokens = rows.literal_value, tokens.literal_value
+    dtype = kind.literal_value
+    row_bytes = _ROW_BYTES[dtype] * LANES
+
+    def generate(_context: Any, builder: Value, _signature: Any, args: Sequence[Value]) -> None:
+        emit = Emitter(builder)
+        _, _, _, w, w_stride, x, x_stride, y, y_stride, size = args
+        w_rows = [emit.step(w, w_stride, r) for r in range(num_rows)]
+        x_rows = [emit.step(x, x_stride, n) for n in range(num_tokens)]
+        steps = builder.sdiv(size, ir.Constant(I64, LANES))
+        loop = Loop(builder, steps, zeros(num_rows * num_tokens))
+        w_at = builder.mul(loop.index, ir.Constant(I64, row_bytes))
+        x_at = builder.mul(loop.index, ir.Constant(I64, 4 * LANES))
+        columns = [emit.load_floats(builder.add(row, x_at), DENSE_F32) for row in x_rows]
+        sums = []
+        for r, row in enumerate(w_rows):
+            weights = emit.load_floats(builder.add(row, w_at), dtype)
+            for n, column in enumerate(columns):
+                sums.append(emit.fma(weights, column, loop.carried[r * num_tokens + n]))
+        loop.close(sums)
+        for r in range(num_rows):
+            for n in range(num_tokens):
+                target = emit.at(emit.step(y, y_stride, n), 4 * r)
+                emit.store(emit.total(sums[r * num_tokens + n]), target)
+
+    signature = types.void(kind, rows, tokens, *[types.int64] * 7)
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def _tile_products(
+    typing_context,
+    kind,
+    tiles,
+    tokens,
+    w,
+    w_stride,
+    x,
+    x_stride,
+    sums,
+    sums_stride,
+    y,
+    y_stride,
+    num_blocks,
+):
+    """The same for quantised tiles of sixteen rows; lanes are rows.
+
+    ``sums`` holds the sum of each block of x, which the minimum of a block is multiplied with.
+    """
+    num_tiles, num_tokens = tiles.literal_value, tokens.literal_value
+    form = kind.literal_value
+
+    def generate(_context: Any, builder: Value, _signature: Any, args: Sequence[Value]) -> None:
+        emit = Emitter(builder)
+        _, _, _, w, w_stride, x, x_stride, sums, sums_stride, y, y_stride, num_blocks = args
+        w_rows = [emit.step(w, w_stride, t) for t in range(num_tiles)]
+        x_rows = [emit.step(x, x_stride, n) for n in range(num_tokens)]
+        s_rows = [emit.step(sums, sums_stride, n) for n in range(num_tokens)]
+        pairs = [(t, n) for t in range(num_tiles) for n in range(num_tokens)]
+        loop = Loop(builder, num_blocks, zeros(len(pairs)))
+        tile_bytes = Q4_1_TILE_BYTES if form == Q4_1 else Q8_0_TILE_BYTES
+        w_at = builder.mul(loop.index, ir.Constant(I64, tile_bytes))
+        x_at = builder.mul(loop.index, ir.Constant(I64, 4 * BLOCK))
+        blocks = [builder.add(row, w_at) for row in w_rows]
+        columns = [builder.add(row, x_at) for row in x_rows]
+        low, high = zeros(len(pairs)), zeros(len(pairs))
+        for column in range(_HALF_BLOCK):
+            for t, block in enumerate(blocks):
+                w_low, w_high = _tile_columns(emit, form, block, column)
+                for n, x_row in enumerate(columns):
+                    at = t * num_tokens + n
+                    x_low = emit.load_splat(emit.at(x_row, 4 * column))
+                    x_high = emit.load_splat(emit.at(x_row, 4 * (column + _HALF_BLOCK)))
+                    low[at] = emit.fma(w_low, x_low, low[at])
+                    high[at] = emit.fma(w_high, x_high, high[at])
+        totals = []
+        sum_at = builder.mul(loop.index, ir.Constant(I64, 4))
+        for at, (t, n) in enumerate(pairs):
+            scale = emit.load_halves(blocks[t])
+            total = emit.fma(scale, builder.fadd(low[at], high[at]), loop.carried[at])
+            if form == Q4_1:
+                minimum = emit.load_halves(emit.at(blocks[t], 2 * LANES))
+                block_sum = emit.load_splat(builder.add(s_rows[n], sum_at))
+                total = emit.fma(minimum, block_sum, total)
+            totals.append(total)
+        loop.close(totals)
+        for (t, n), total in zip(pairs, totals, strict=True):
+            emit.store(total, emit.at(emit.step(y, y_stride, n), 4 * LANES * t))
+
+    signature = types.void(kind, tiles, tokens, *[types.int64] * 9)
+    return signature, generate
+
+
+def _tile_columns(emit: Emitter, form: int, block: Value, column: int) -> tuple[Value, Value]:
+    """Weights of one column of a tile, and of the column half a block further."""
+    if form == Q4_1:
+        return emit.load_nibbles(emit.at(block, 4 * LANES + LANES * column))
+    first = emit.at(block, 2 * LANES + LANES * column)
+    return emit.load_signed(first), emit.load_signed(emit.at(first, LANES * _HALF_BLOCK))
+
+
+@kernel
+def _dense_strip(kind, rows, tokens, w, w_stride, x, stride, y, y_stride, count, size):
+    """``count`` rows, ``rows`` at once and the rest one by one, for literal ``tokens``."""
+    literally(kind)
+    literally(rows)
+    literally(tokens)
+    r = 0
+    while r + rows <= count:
+        at, to = w + r * w_stride, y + 4 * r
+        _dense_products(kind, rows, tokens, at, w_stride, x, stride, to, y_stride, size)
+        r += rows
+    while r < count:
+        at, to = w + r * w_stride, y + 4 * r
+        _dense_products(kind, 1, tokens, at, w_stride, x, stride, to, y_stride, size)
+        r += 1
+
+
+@kernel
+def _dense_rows(kind, w, x, y, y_stride, first, last, num_tokens, size):
+    """Rows ``first`` to ``last`` of a dense matrix; weights leave memory once."""
+    literally(kind)
+    w_stride = size * (4 if kind == DENSE_F32 else 2)
+    stride = 4 * size
+    for r in range(first, last, _STRIP_ROWS):
+        n, row, out = 0, w + r * w_stride, y + 4 * r
+        count = min(_STRIP_ROWS, last - r)
+        while n < num_tokens:
+            at, to = x + n * stride, out + n * y_stride
+            if n + 8 <= num_tokens:
+                _dense_strip(kind, 2, 8, row, w_stride, at, stride, to, y_stride, count, size)
+                n += 8
+            elif n + 4 <= num_tokens:
+                _dense_strip(kind, 4, 4, row, w_stride, at, stride, to, y_stride, count, size)
+                n += 4
+            elif n + 2 <= num_tokens:
+                _dense_strip(kind, 4, 2, row, w_stride, at, stride, to, y_stride, count, size)
+                n += 2
+            else:
+                _dense_strip(kind, 4, 1, row, w_stride, at, stride, to, y_stride, count, size)
+                n += 1
+
+
+@kernel
+def _tile_strip(
+    kind, tiles, tokens, w, w_stride, x, stride, sums, s_stride, y, y_stride, count, num_blocks
+):
+    """``count`` tiles, ``tiles`` at once and the rest one by one, for literal ``tokens``."""
+    literally(kind)
+    literally(tiles)
+    literally(tokens)
+    t = 0
+    while t < count:
+        at, to = w + t * w_stride, y + 4 * LANES * t
+        if t + tiles <= count:
+            _tile_products(
+                kind, tiles, tokens, at, w_stride, x, stride, sums, s_stride, to, y_stride,
+                num_blocks,
+            )  # fmt: skip
+            t += tiles
+        else:
+            _tile_products(
+                kind, 1, tokens, at, w_stride, x, stride, sums, s_stride, to, y_stride, num_blocks
+            )
+            t += 1
+
+
+@kernel
+def _tile_rows(kind, w, x, sums, y, y_stride, first, last, num_tokens, size):
+    """Tiles ``first`` to ``last`` of a quantised matrix; weights leave memory once."""
+    literally(kind)
+    num_blocks = size // BLOCK
+    w_stride = num_blocks * (Q4_1_TILE_BYTES if kind == Q4_1 else Q8_0_TILE_BYTES)
+    stride, s_stride = 4 * size, 4 * num_blocks
+    for t in range(first, last, _STRIP_TILES):
+        n, tile, out = 0, w + t * w_stride, y + 4 * LANES * t
+        count = min(_STRIP_TILES, last - t)
+        while n < num_tokens:
+            at, s_at, to = x + n * stride, sums + n * s_stride, out + n * y_stride
+            if n + 8 <= num_tokens:
+                _tile_strip(
+                    kind, 1, 8, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
+                    num_blocks,
+                )  # fmt: skip
+                n += 8
+            elif n + 4 <= num_tokens:
+                _tile_strip(
+                    kind, 2, 4, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
+                    num_blocks,
+                )  # fmt: skip
+                n += 4
+            elif n + 2 <= num_tokens:
+                _tile_strip(
+                    kind, 2, 2, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
+                    num_blocks,
+                )  # fmt: skip
+                n += 2
+            else:
+                _tile_strip(
+                    kind, 4, 1, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
+                    num_blocks,
+                )  # fmt: skip
+                n += 1
+
+
+@kernel
+def multiply(matrix, x, sums, y, y_stride, part, num_parts, num_tokens):
+    """This part's share of ``y = x @ matrix.T + bias``.
+
+    Args:
+        matrix: [5] int64: address, form, rows, columns, address of a float32 bias or 0.
+        x: address of [num_tokens, columns] float32.
+        sums: address of [num_tokens, columns / 32] float32, sums of the blocks of x; read for
+            Q4_1 only.
+        y: address of the output; rows are padded to a multiple of sixteen.
+        y_stride: bytes between two tokens of the output.
+        part: which share.
+        num_parts: shares that make the whole.
+        num_tokens: rows of x.
+
+    Returns:
+        The first and the last output row of the share.
+    """
+    w, form, rows, size = matrix[0], matrix[1], matrix[2], matrix[3]
+    num_tiles = (rows + LANES - 1) // LANES
+    first, last = num_tiles * part // num_parts, num_tiles * (part + 1) // num_parts
+    first_row, last_row = first * LANES, min(last * LANES, rows)
+    if form == Q4_1:
+        _tile_rows(Q4_1, w, x, sums, y, y_stride, first, last, num_tokens, size)
+    elif form == Q8_0:
+        _tile_rows(Q8_0, w, x, sums, y, y_stride, first, last, num_tokens, size)
+    elif form == DENSE_BF16:
+        _dense_rows(DENSE_BF16, w, x, y, y_stride, first_row, last_row, num_tokens, size)
+    else:
+        _dense_rows(DENSE_F32, w, x, y, y_stride, first_row, last_row, num_tokens, size)
+    if matrix[4]:
+        bias = carray(pointer(matrix[4]), rows)
+        for n in range(num_tokens):
+            out = carray(pointer(y + n * y_stride), rows)
+            for r in range(first_row, last_row):
+                out[r] += bias[r]
+    return first_row, last_row

@@ -1,0 +1,61 @@
+"""Products with stored weights against float64."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from deployments.engine.torch_engine.kernels.packing import matrix_row, pack_blocks
+from deployments.engine.torch_engine.kernels.products import multiply
+from deployments.engine.torch_engine.kernels.vectors import Q4_1, Q8_0
+
+TYPES = {Q4_1: gguf.GGMLQuantizationType.Q4_1, Q8_0: gguf.GGMLQuantizationType.Q8_0}
+
+
+def product(matrix, x, rows, num_parts=1):
+    matrix = np.array(matrix, dtype=np.int64)
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    sums = np.ascontiguousarray(x.reshape(len(x), -1, 32).sum(axis=2))
+    y = np.full((len(x), -(-rows // 16) * 16), 7, dtype=np.float32)
+    shares = [
+        multiply(
+            matrix, x.ctypes.data, sums.ctypes.data, y.ctypes.data, y.strides[0], part, num_parts,
+            len(x),
+        )
+        for part in range(num_parts)
+    ]  # fmt: skip
+    assert [first for first, _ in shares] == [0, *(last for _, last in shares[:-1])]
+    assert shares[-1][1] == rows
+    return y[:, :rows]
+
+
+def inputs(num_tokens, columns):
+    return np.random.default_rng(3).standard_normal((num_tokens, columns)).astype(np.float32)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 7, 8, 13])
+@pytest.mark.parametrize("form", [Q4_1, Q8_0])
+def test_blocks_are_multiplied_as_the_file_means_them(form, num_tokens):
+    values = np.random.default_rng(1).standard_normal((150, 96)).astype(np.float32)
+    blocks = gguf.quants.quantize(values, TYPES[form])
+    meant = gguf.quants.dequantize(blocks, TYPES[form]).astype(np.float64)
+    packed = pack_blocks([blocks[:40], blocks[40:]], form)
+    x = inputs(num_tokens, 96)
+    got = product(matrix_row(torch.empty(0), None, packed), x, 150, num_parts=3)
+    np.testing.assert_allclose(got, x.astype(np.float64) @ meant.T, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_rows_are_multiplied_where_they_lie(dtype, num_tokens):
+    weight = torch.randn(37, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
+    bias = np.arange(37, dtype=np.float32)
+    x = inputs(num_tokens, 48)
+    matrix = np.array(matrix_row(weight, bias, None), dtype=np.int64)
+    y = np.zeros((num_tokens, 48), dtype=np.float32)
+    for part in range(2):
+        multiply(matrix, x.ctypes.data, 0, y.ctypes.data, y.strides[0], part, 2, num_tokens)
+    expected = x.astype(np.float64) @ weight.double().numpy().T + bias
+    np.testing.assert_allclose(y[:, :37], expected, rtol=1e-5, atol=2e-5)

@@ -1,0 +1,50 @@
+"""Drawing from few candidates gives the token that drawing from all of them gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from deployments.engine.speculation.noise import gumbel, row_key
+from deployments.engine.torch_engine.drawing import draw, draw_from_all
+from deployments.engine.torch_engine.kernels.noise import smallest_bits, tokens_above
+
+KEYS = [row_key(seed, 0, 100 + seed) for seed in range(300)]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 12.0])
+def test_the_winner_is_the_same(spread):
+    generator = torch.Generator().manual_seed(4)
+    scores = torch.randn(300, 3000, generator=generator, dtype=torch.float64) * spread
+    expected = draw_from_all(scores, KEYS)
+    assert draw(scores, KEYS) == expected
+    likeliest = scores.topk(64, dim=1).indices.tolist()
+    outsiders = sum(token not in best for token, best in zip(expected, likeliest, strict=True))
+    assert (outsiders > 30) == (spread < 10)
+
+
+def test_excluded_tokens_never_win():
+    scores = torch.full((300, 500), -torch.inf, dtype=torch.float64)
+    scores[:, 7::100] = torch.arange(5, dtype=torch.float64)
+    assert draw(scores, KEYS) == draw_from_all(scores, KEYS)
+    assert {token % 100 for token in draw(scores, KEYS)} == {7}
+
+
+def test_a_vocabulary_smaller_than_the_candidates_is_drawn_from():
+    scores = torch.zeros(300, 5, dtype=torch.float64)
+    assert draw(scores, KEYS) == draw_from_all(scores, KEYS)
+    assert set(draw(scores, KEYS)) == set(range(5))
+
+
+@pytest.mark.parametrize("noise", [-800.0, -2.0, 0.0, 5.0, 9.0])
+def test_no_token_with_enough_noise_is_missed_and_few_others_come_along(noise):
+    ids = np.empty(20_000, dtype=np.int64)
+    for key in KEYS[:5]:
+        count = tokens_above(np.uint64(key), np.uint64(smallest_bits(noise)), ids)
+        enough = (gumbel([key], torch.arange(20_000))[0] >= noise).nonzero().squeeze(1).tolist()
+        assert ids[:count].tolist() == enough
+
+
+def test_the_largest_noise_there_is_is_not_missed():
+    assert smallest_bits(60.0) < 2**52
