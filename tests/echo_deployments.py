@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
@@ -17,8 +18,6 @@ from deployments.target import TargetReplica
 from tests.fakes_echo_engine import EchoEngine
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from deployments.engine.base import Engine
     from deployments.engine.speculation.speculator import Speculator
     from deployments.tokenizer import Tokenizer
@@ -43,7 +42,7 @@ class EchoTarget(TargetReplica):
             vocabulary=tokenizer.encode("abcdefghij klmnopqrs tuvwxyz "),
             decode=tokenizer.decode,
             step_s=STEP_S,
-            max_model_len=context_length(engine, cache_dir),
+            max_model_len=context_length(engine, Path(engine.model)),
             speculator=speculator,
         )
 
