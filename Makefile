@@ -82,7 +82,7 @@ test-unit: $(ENVIRONMENT) ## Unit, contract and chart tests
 	$(PYTEST) -m "not integration and not gpu" -n $(TEST_WORKERS)
 
 test-integration: $(ENVIRONMENT) ## Tests against a local Ray, a real Valkey and real weights
-	$(PYTEST) -m "integration and not gpu"
+	$(PYTEST) -m "integration and not gpu" -n $(TEST_WORKERS) --dist loadfile
 
 protos: $(ENVIRONMENT) ## Regenerate the gRPC stubs
 	PATH="$(SCRIPTS):$$PATH" $(PY) -m grpc_tools.protoc -I . \
