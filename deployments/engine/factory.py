@@ -52,6 +52,7 @@ def build_engine(
         cache_dir=cache_dir,
         weights=config.weights,
     )
+    loaded.config.check_context(config.context_length(loaded.config.max_positions))
     memory = KVCache(
         loaded.config, config.num_pages, dtype=loaded.model.dtype, device=config.device
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ class ModelConfig:
         attention_bias: the checkpoint's own setting; families may have biases without it.
         max_positions: the context length the model was trained for.
         eos_token_ids: any of them ends a text; empty if the model names none.
+        sliding_window: rows that some layer sees at most; None where all layers see all rows.
     """
 
     model_type: str
@@ -43,6 +45,21 @@ class ModelConfig:
     attention_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    sliding_window: int | None = None
+
+    def check_context(self, num_tokens: int) -> None:
+        """Make sure that texts of this length are computed as the model means them.
+
+        Raises:
+            UnsupportedModelError: they are longer than the model's window. Attention here always
+                sees the whole text, which is the same thing only as long as the window hides
+                nothing.
+        """
+        if self.sliding_window is not None and num_tokens > self.sliding_window:
+            raise UnsupportedModelError(
+                f"texts of {num_tokens} tokens with a sliding window of {self.sliding_window}; "
+                f"set max_model_len to {self.sliding_window} or less"
+            )
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -95,6 +112,7 @@ class ModelConfig:
                 attention_bias=bool(raw.get("attention_bias", False)),
                 bos_token_id=raw.get("bos_token_id"),
                 eos_token_ids=_eos_token_ids(raw, generation or {}),
+                sliding_window=_sliding_window(raw),
             )
         except KeyError as error:
             raise UnsupportedModelError(f"config.json has no {error.args[0]!r}") from error
@@ -113,16 +131,18 @@ def _refuse_what_cannot_run(raw: Mapping[str, Any]) -> None:
         raise UnsupportedModelError("biases in the feed-forward layers (mlp_bias)")
     if raw.get("quantization_config"):
         raise UnsupportedModelError("quantised checkpoints (quantization_config)")
-    if _has_sliding_window(raw):
-        raise UnsupportedModelError("sliding-window attention; only full attention is computed")
+    unknown = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UnsupportedModelError(f"layers of the kind {', '.join(sorted(unknown))}")
 
 
-def _has_sliding_window(raw: Mapping[str, Any]) -> bool:
+def _sliding_window(raw: Mapping[str, Any]) -> int | None:
     layer_types = raw.get("layer_types")
     if layer_types:
-        return any(kind != "full_attention" for kind in layer_types)
+        return int(raw["sliding_window"]) if "sliding_attention" in layer_types else None
     # Qwen checkpoints carry a width that counts only where use_sliding_window says so.
-    return raw.get("sliding_window") is not None and bool(raw.get("use_sliding_window", True))
+    width = raw.get("sliding_window")
+    return int(width) if width is not None and raw.get("use_sliding_window", True) else None
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
@@ -146,7 +166,29 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
             high_freq_factor=float(scaling["high_freq_factor"]),
             original_max_positions=int(scaling["original_max_position_embeddings"]),
         )
-    raise UnsupportedModelError(f"rotary scaling {kind!r}; known are default, linear and llama3")
+    if kind == "yarn":
+        return _yarn(scaling, theta)
+    raise UnsupportedModelError(
+        f"rotary scaling {kind!r}; known are default, linear, llama3 and yarn"
+    )
+
+
+def _yarn(scaling: Mapping[str, Any], theta: float) -> RopeConfig:
+    if not scaling.get("truncate", True) or scaling.get("mscale"):
+        raise UnsupportedModelError("yarn with mscale or without truncate")
+    factor = float(scaling["factor"])
+    amplitude = scaling.get("attention_factor")
+    if amplitude is None:
+        amplitude = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return RopeConfig(
+        theta=theta,
+        scaling="yarn",
+        factor=factor,
+        original_max_positions=int(scaling["original_max_position_embeddings"]),
+        beta_fast=float(scaling.get("beta_fast") or 32.0),
+        beta_slow=float(scaling.get("beta_slow") or 1.0),
+        amplitude=float(amplitude),
+    )
 
 
 def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -22,20 +22,27 @@ class RopeConfig:
     Attributes:
         theta: the base of the wavelengths.
         scaling: ``linear`` stretches all positions by ``factor``; ``llama3`` stretches long
-            wavelengths only, with a smooth passage (Llama 3.1).
+            wavelengths only, with a smooth passage (Llama 3.1); ``yarn`` does so with a passage
+            that is linear in the dimension, and sharpens attention (arXiv 2309.00071).
         low_freq_factor: llama3 only; wavelengths above ``original_max_positions`` divided by
             this are stretched fully.
         high_freq_factor: llama3 only; wavelengths below ``original_max_positions`` divided by
             this are left alone.
-        original_max_positions: llama3 only; the context length of the pretraining.
+        original_max_positions: llama3 and yarn; the context length of the pretraining.
+        beta_fast: yarn only; what turns more often over the pretraining's context is left alone.
+        beta_slow: yarn only; what turns less often is stretched fully.
+        amplitude: factor on all cosines and sines, hence its square on attention scores.
     """
 
     theta: float = 10_000.0
-    scaling: Literal["none", "linear", "llama3"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    amplitude: float = 1.0
 
     def canonical_text(self) -> str:
         """One line that differs whenever two settings rotate differently."""
@@ -46,6 +53,11 @@ class RopeConfig:
             text += (
                 f" low={self.low_freq_factor!r} high={self.high_freq_factor!r}"
                 f" original={self.original_max_positions}"
+            )
+        if self.scaling == "yarn":
+            text += (
+                f" fast={self.beta_fast!r} slow={self.beta_slow!r}"
+                f" original={self.original_max_positions} amplitude={self.amplitude!r}"
             )
         return text
 
@@ -58,6 +70,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
         return frequencies / rope.factor
     if rope.scaling == "llama3":
         return _stretch_long_wavelengths(frequencies, rope)
+    if rope.scaling == "yarn":
+        return _stretch_high_dimensions(frequencies, rope, head_dim)
     return frequencies
 
 
@@ -69,10 +83,26 @@ def _stretch_long_wavelengths(frequencies: Tensor, rope: RopeConfig) -> Tensor:
     return frequencies * (smooth + (1 - smooth) / rope.factor)
 
 
-def rotation_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+def _stretch_high_dimensions(frequencies: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
+    """YaRN's scaling; the ends of its passage are whole dimensions, as checkpoints expect."""
+
+    def dimension(turns: float) -> float:
+        wavelength = rope.original_max_positions / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    first = max(math.floor(dimension(rope.beta_fast)), 0)
+    last = max(min(math.ceil(dimension(rope.beta_slow)), head_dim - 1), first + 0.001)
+    at = torch.arange(head_dim // 2, dtype=torch.float32)
+    stretched = ((at - first) / (last - first)).clamp(0, 1)
+    return frequencies * (1 - stretched) + frequencies / rope.factor * stretched
+
+
+def rotation_table(
+    positions: Tensor, frequencies: Tensor, amplitude: float, dtype: torch.dtype
+) -> Tensor:
     """Cosines and sines of each token: [2, N, 1, D / 2]; angles are computed in float32."""
     angles = positions.to(torch.float32).unsqueeze(1) * frequencies
-    return torch.stack((angles.cos(), angles.sin())).to(dtype).unsqueeze(2)
+    return (torch.stack((angles.cos(), angles.sin())) * amplitude).to(dtype).unsqueeze(2)
 
 
 def rotate(heads_NHD: Tensor, table: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ class NarrowForward:
             scores = np.zeros((self._num_threads, width), dtype=np.float32)
             self._scratch = scratch = scratch._replace(scores=scores)
         frequencies: Tensor = self._model.get_buffer("rope_frequencies")
-        table = rotation_table(batch.positions, frequencies, torch.float32)
+        amplitude = self._model.config.rope.amplitude
+        table = rotation_table(batch.positions, frequencies, amplitude, torch.float32)
         tokens = Tokens(
             slots=batch.slots.contiguous().numpy(),
             seen=np.array([rows.data_ptr() for rows in seen], dtype=np.int64),

@@ -247,7 +247,12 @@ class Model(nn.Module):
         """
         frequencies: Tensor = self.get_buffer("rope_frequencies")
         ctx = LayerContext(
-            rotation=rotation_table(batch.positions.to(self.device), frequencies, self.dtype),
+            rotation=rotation_table(
+                batch.positions.to(self.device),
+                frequencies,
+                self.config.rope.amplitude,
+                self.dtype,
+            ),
             slots=batch.slots.to(self.device),
             groups=group_spans(batch, self.dtype, self.device),
         )

@@ -55,19 +55,24 @@ def test_the_layouts_text_tells_rotations_apart():
         RopeConfig(scaling="linear", factor=4.0).canonical_text(),
         RopeConfig(scaling="llama3", factor=4.0).canonical_text(),
         RopeConfig(scaling="llama3", factor=4.0, low_freq_factor=2.0).canonical_text(),
+        RopeConfig(scaling="yarn", factor=4.0).canonical_text(),
+        RopeConfig(scaling="yarn", factor=4.0, beta_slow=2.0).canonical_text(),
+        RopeConfig(scaling="yarn", factor=4.0, amplitude=1.1).canonical_text(),
     }
-    assert len(texts) == 6
+    assert len(texts) == 9
 
 
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ({"sliding_window": 4096}, "sliding-window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"layer_types": ["sliding_attention"]}, "sliding_window"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale"),
         ({"partial_rotary_factor": 0.5}, "part of each head"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
     ],
@@ -77,8 +82,32 @@ def test_what_would_give_other_text_is_refused(extra, named):
         ModelConfig.from_hf({**RAW, **extra})
 
 
-def test_a_window_that_is_switched_off_is_fine():
-    ModelConfig.from_hf({**RAW, "sliding_window": 32768, "use_sliding_window": False})
+@pytest.mark.parametrize(
+    ("extra", "window"),
+    [
+        ({"sliding_window": 4096}, 4096),
+        ({"sliding_window": None}, None),
+        ({"sliding_window": 4096, "use_sliding_window": False}, None),
+        ({"sliding_window": 4096, "layer_types": ["full_attention"]}, None),
+        ({"sliding_window": 4096, "layer_types": ["full_attention", "sliding_attention"]}, 4096),
+    ],
+)
+def test_a_window_counts_where_a_layer_has_it(extra, window):
+    assert ModelConfig.from_hf({**RAW, **extra}).sliding_window == window
+
+
+@pytest.mark.parametrize("extra", [{}, {"beta_fast": 16.0, "beta_slow": 2.0}])
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_yarn_is_that_of_transformers(extra, head_dim):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    raw = {**RAW, "head_dim": head_dim, "rope_theta": 1e6, "rope_scaling": {**scaling, **extra}}
+    rope = ModelConfig.from_hf(raw).rope
+    parameters = {**scaling, **extra, "rope_theta": 1e6}
+    frequencies, amplitude = ROPE_INIT_FUNCTIONS["yarn"](
+        LlamaConfig(**RAW, head_dim=head_dim, rope_parameters=parameters), "cpu"
+    )
+    torch.testing.assert_close(inverse_frequencies(rope, head_dim), frequencies)
+    assert rope.amplitude == pytest.approx(amplitude)
 
 
 @pytest.mark.parametrize("key", RAW)

@@ -9,12 +9,16 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
+from deployments.engine.speculation.speculator import NoSpeculation
+from deployments.engine.torch_engine.assembly import EngineParts
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
 from deployments.engine.torch_engine.kv_cache import KVCache
 from deployments.engine.torch_engine.model_config import ModelConfig
@@ -41,6 +45,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+THETA_1E6 = {"rope_type": "default", "rope_theta": 1e6}
 CONFIGS = {
     "llama": lambda: (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),
     "llama-biased-untied": lambda: (
@@ -55,8 +66,40 @@ CONFIGS = {
             rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
         ),
     ),
+    "llama-one-kv-head": lambda: (
+        LlamaForCausalLM,
+        LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}, head_dim=32, tie_word_embeddings=True),
+    ),
     "qwen2": lambda: (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
+    "qwen2-tied-yarn": lambda: (
+        Qwen2ForCausalLM,
+        Qwen2Config(
+            **SHAPE,
+            tie_word_embeddings=True,
+            rope_parameters=YARN_ROPE,
+            use_sliding_window=True,
+            sliding_window=150,
+            max_window_layers=1,
+        ),
+    ),
     "qwen3": lambda: (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32)),
+    "qwen3-biased-tied": lambda: (
+        Qwen3ForCausalLM,
+        Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True, attention_bias=True),
+    ),
+    "mistral": lambda: (
+        MistralForCausalLM,
+        MistralConfig(**SHAPE, sliding_window=None, rope_parameters=THETA_1E6),
+    ),
+    "mistral-windowed": lambda: (
+        MistralForCausalLM,
+        MistralConfig(
+            **{**SHAPE, "num_key_value_heads": 4},
+            head_dim=32,
+            sliding_window=150,
+            tie_word_embeddings=True,
+        ),
+    ),
 }
 
 
@@ -88,6 +131,22 @@ def loaded_model(name="llama", dtype="float32"):
 def runner_of(loaded, num_pages=8):
     cache = KVCache(loaded.config, num_pages, dtype=loaded.model.dtype)
     return ModelRunner(loaded.model, loaded.config, cache)
+
+
+def parts_of(loaded, config, speculator=None, store=None):
+    """What an engine needs to serve a tiny model."""
+    memory = KVCache(loaded.config, config.num_pages, dtype=loaded.model.dtype)
+    return EngineParts(
+        runner=ModelRunner(loaded.model, loaded.config, memory),
+        memory=memory,
+        layout=loaded.page_layout(),
+        vocab_size=loaded.config.vocab_size,
+        max_positions=loaded.config.max_positions,
+        eos_token_ids=frozenset(loaded.config.eos_token_ids),
+        store=store,
+        speculator=speculator or NoSpeculation(),
+        detokenize=lambda token_ids: "".join(chr(64 + token) for token in token_ids),
+    )
 
 
 def batch_of(*parts, logit_rows=None):

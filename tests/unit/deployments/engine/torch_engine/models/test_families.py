@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from deployments.engine.errors import UnsupportedModelError
+from deployments.engine.torch_engine.assembly import build_core
 from deployments.engine.torch_engine.models import model_class, supported_model_types
+from tests.fakes_engine import make_config, make_request
 from tests.unit.deployments.engine.torch_engine.tiny_models import (
     CONFIGS,
     batch_of,
     loaded_model,
+    parts_of,
     reference_logits,
     reference_model,
     runner_of,
@@ -114,6 +117,42 @@ def test_captured_features_are_the_residual_stream(name, shuffled_slots):
     assert output.logits.dtype == torch.float32
 
 
+@every_family
+@pytest.mark.parametrize("path", ["narrow", "modules"])
+def test_greedy_text_equals_transformers(name, path, monkeypatch):
+    prompts = [TEXT[:40], OTHER[:3], TEXT[:40] + OTHER[:50]]
+    with torch.inference_mode():
+        expected = [
+            reference_model(name)
+            .generate(
+                torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None
+            )[0, len(prompt) :]
+            .tolist()
+            for prompt in prompts
+        ]
+    config = make_config(max_batch_tokens=64)
+    parts = parts_of(loaded_model(name), config)
+    if path == "modules":
+        monkeypatch.setattr(parts.runner, "_narrow", None)
+    core = build_core(config, parts, wake=lambda: None)
+    texts = [[] for _ in prompts]
+    for session_id, prompt in enumerate(prompts):
+        core.add(session_id, make_request(f"r{session_id}", prompt, max_tokens=30))
+    while core.step():
+        for session_id, delta in core.take_events():
+            texts[session_id] += delta.token_ids
+    assert texts == expected
+
+
+def test_a_text_beyond_the_models_window_is_refused():
+    for name in ("mistral-windowed", "qwen2-tied-yarn"):
+        config = loaded_model(name).config
+        config.check_context(150)
+        with pytest.raises(UnsupportedModelError, match="sliding window of 150"):
+            config.check_context(151)
+    loaded_model("mistral").config.check_context(512)
+
+
 def test_bfloat16_stays_near_float32(shuffled_slots):
     batch = batch_of((TEXT[:40], range(40), shuffled_slots[:40], [], None))
     exact = runner_of(loaded_model()).forward(batch)
@@ -136,6 +175,6 @@ def test_rows_of_other_sequences_never_matter(shuffled_slots):
 
 
 def test_an_unknown_family_is_refused_by_name():
-    assert supported_model_types() == ("llama", "qwen2", "qwen3")
-    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, qwen2, qwen3"):
+    assert supported_model_types() == ("llama", "mistral", "qwen2", "qwen3")
+    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, mistral, qwen2, qwen3"):
         model_class("mamba")
