@@ -74,6 +74,9 @@ TABLE_LOOKUPS = Metric(
 RUNNING = Metric("paceline_engine_running_sequences", "Sequences decoding in this engine.")
 WAITING = Metric("paceline_engine_waiting_sequences", "Sequences queued in this engine.")
 PREEMPTIONS = Metric("paceline_engine_preemptions_total", "Sequences put back for lack of pages.")
+RECOMPUTED = Metric(
+    "paceline_engine_recomputed_tokens_total", "Tokens computed again because of preemptions."
+)
 STEPS = Metric("paceline_engine_steps_total", "Engine steps.")
 STEP_TIME = Metric("paceline_engine_step_seconds", "Moving average of one engine step.")
 PAGES = Metric("paceline_kv_pages", "KV pages of this replica, by state.", ("state",))

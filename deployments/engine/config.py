@@ -59,7 +59,8 @@ class TorchEngineConfig(_Config):
     max_batch_tokens: int = Field(default=512, ge=64)
     """Token budget of one step; longer prefills are cut into chunks of at most this."""
     max_waiting: int = Field(default=128, ge=1)
-    """Requests that may wait; one more is refused as overloaded."""
+    """Requests that may wait. When all places are taken, the tenant with the most of them loses its
+    newest one to a tenant that has fewer; otherwise the newcomer is refused as overloaded."""
     kv_load_timeout_s: float = Field(default=1.0, gt=0)
     """How long a request waits for its prefix from the KV tier before it is computed instead."""
     speculation: SpeculationConfig = SpeculationConfig()

@@ -155,6 +155,7 @@ class EngineStats:
 
     Attributes:
         num_free_pages: pages that a new request could take, cached-but-unused ones included.
+        num_recomputed_tokens: tokens computed again because their sequence had been preempted.
     """
 
     num_running: int = 0
@@ -162,6 +163,7 @@ class EngineStats:
     num_total_pages: int = 0
     num_free_pages: int = 0
     num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
     num_steps: int = 0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0

@@ -94,18 +94,21 @@ class EngineCore:
         self._speculation = SpeculationCounters()
 
     def add(self, session_id: int, request: GenerationRequest) -> None:
-        """Queue a validated request; if there is no room, its reader is told.
+        """Queue a validated request; if there is no room, somebody's reader is told.
+
+        Not always the newcomer's: see ``FairQueue.first_to_leave``.
 
         Args:
             session_id: never used before, and higher than that of every earlier request.
             request: has passed ``validate_request``.
         """
-        if self._scheduler.is_full:
-            error = EngineOverloadedError("The engine's waiting queue is full.")
-            self._events.append(Event(session_id, error))
-            return
         sequence = self._new_sequence(session_id, request)
         self._open[session_id] = sequence
+        if self._scheduler.is_full:
+            loser = self._scheduler.waiting.first_to_leave(sequence) or sequence
+            self._fail(loser, EngineOverloadedError("The engine's waiting queue is full."))
+            if loser is sequence:
+                return
         num_kept, stop = sequence.stop.cut(request.resumed_output_ids)
         if stop is not None or num_kept == sequence.stop.max_output_tokens:
             # The replica that died had just not told anybody that the output was complete.
@@ -127,9 +130,9 @@ class EngineCore:
         """
         started = self._monotonic()
         self._expire()
+        self._transfer.finish_loads()
         for sequence in self._scheduler.next_in_line():
             self._transfer.begin_load(sequence)
-        self._transfer.finish_loads()
         chunks = self._scheduler.schedule()
         if not chunks:
             return False
@@ -173,6 +176,7 @@ class EngineCore:
             num_total_pages=self._pool.num_pages,
             num_free_pages=self._pool.num_free,
             num_preemptions=self._scheduler.num_preemptions,
+            num_recomputed_tokens=self._scheduler.num_recomputed_tokens,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
@@ -263,6 +267,7 @@ class EngineCore:
         if not outcome.is_invalid:
             self._transfer.publish(sequence)
         self._num_output_tokens += len(new_token_ids)
+        self._scheduler.count_output(sequence, len(new_token_ids))
         sequence.speculation.add(outcome.draft, len(outcome.nodes))
         self._speculation.add(outcome.draft, len(outcome.nodes))
         if outcome.stop is not None:

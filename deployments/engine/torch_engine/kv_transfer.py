@@ -9,7 +9,7 @@ A waiting sequence holds no pages, so a slow tier can delay a request but never 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from kv_store.keys import EXACT, Namespace
@@ -54,6 +54,7 @@ class _Load:
     num_local_pages: int
     future: Future[LoadedPages]
     gives_up_at: float
+    followers: list[Sequence] = field(default_factory=list)
 
 
 class KVTransfer:
@@ -99,11 +100,18 @@ class KVTransfer:
         """Ask the tier for the pages of a waiting sequence that the pool lacks.
 
         Does nothing if that was done before, or while as many pages are under way as the pool has.
+        A sequence whose next page another one has asked for follows that load, and asks for the
+        rest only if that load brings all it should.
         """
-        if sequence.is_tier_asked or self._store is None:
+        if sequence.is_tier_asked or sequence.is_loading or self._store is None:
             return
         keys = sequence.reusable_keys
         num_local = self._pool.touch_prefix(keys)
+        for load in self._loads:
+            if keys[num_local:] and keys[num_local] in load.keys:
+                load.followers.append(sequence)
+                sequence.is_loading = True
+                return
         # Room for what is missing, and the prefix found just now must not be evicted for it.
         num_room = self._pool.num_free - num_local - sum(len(load.keys) for load in self._loads)
         missing = keys[num_local : num_local + max(0, num_room)]
@@ -127,14 +135,18 @@ class KVTransfer:
         now = self._monotonic()
         pending = []
         for load in self._loads:
+            num_arrived = 0
             if load.future.done():
-                self._take_in(load)
+                num_arrived = self._take_in(load)
             elif now < load.gives_up_at:
                 pending.append(load)
                 continue
             else:
                 logger.warning("the KV tier did not answer in time; computing the pages instead")
             load.sequence.is_loading = False
+            for follower in load.followers:
+                follower.is_loading = False
+                follower.is_tier_asked = num_arrived < len(load.keys)
         self._loads = pending
 
     def forget(self, sequence: Sequence) -> None:
@@ -142,6 +154,8 @@ class KVTransfer:
         for load in self._loads:
             if load.sequence is sequence:
                 load.future.cancel()
+                for follower in load.followers:
+                    follower.is_loading = False
         self._loads = [load for load in self._loads if load.sequence is not sequence]
         sequence.is_loading = False
 
@@ -163,11 +177,11 @@ class KVTransfer:
                 self._store.save(key, self._memory.read_page(page))
         sequence.num_published_pages = num_full
 
-    def _take_in(self, load: _Load) -> None:
-        """Write arrived pages into the pool as idle cached pages."""
+    def _take_in(self, load: _Load) -> int:
+        """Write arrived pages into the pool as idle cached pages; returns how many."""
         if load.future.cancelled() or load.future.exception() is not None:
             logger.warning("a KV load failed: %s", _reason(load.future))
-            return
+            return 0
         # What was found in the pool may be needed to reach what arrived: keep it for now.
         owned = self._pool.acquire_prefix(load.sequence.reusable_keys[: load.num_local_pages])
         num_arrived = 0
@@ -183,6 +197,7 @@ class KVTransfer:
         self._pool.release(owned)
         load.sequence.first_loaded_page = load.num_local_pages
         load.sequence.num_loaded_pages = load.num_local_pages + num_arrived
+        return num_arrived
 
     def _take_in_page(self, key: PageKey, data: NDArray[np.uint8]) -> int | None:
         present = self._pool.acquire_prefix([key])

@@ -1,20 +1,33 @@
 """Decides what the next step computes: who runs, how many tokens of each, and who must wait.
 
 There are no prefill and decode modes, only sequences with uncomputed tokens. A sequence with one
-such token decodes (and may verify a draft behind it); one with more is cut into chunks. Running
-sequences are served in the order (priority, arrival): first all that decode, then all that prefill,
-then newcomers, until the step's token budget is spent.
+such token decodes (and may verify a draft behind it); one with more is cut into chunks. Every
+running sequence that decodes gets its token in every step; what is left of the step's token budget
+goes to prefills and newcomers.
+
+A newcomer is admitted only if there are pages for all its tokens and one more for each running
+sequence that may still grow. When pages run out all the same, the last one admitted makes room: it
+has lost the least, and it comes back only when others have ended, so the engine does not thrash.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect, insort
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
+from deployments.engine.torch_engine.chunking import share_budget
+from deployments.engine.torch_engine.fair_queue import (
+    OUTPUT_TOKEN_COST,
+    PROMPT_TOKEN_COST,
+    FairQueue,
+)
 from deployments.engine.torch_engine.sequence import SequenceStatus
 from kv_store.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from deployments.engine.torch_engine.page_pool import PagePool
     from deployments.engine.torch_engine.sequence import Sequence
 
@@ -64,9 +77,12 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._max_waiting = max_waiting
         self.num_draft_tokens = num_draft_tokens
-        self.waiting: list[Sequence] = []
+        self.waiting: FairQueue[Sequence] = FairQueue()
         self.running: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        self._num_admissions = 0
         self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
 
     @property
     def is_full(self) -> bool:
@@ -75,18 +91,25 @@ class Scheduler:
         return num_open >= self._max_waiting + self._max_num_seqs
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind those of the same priority that came before it."""
-        insort(self.waiting, sequence, key=lambda waiting: waiting.order)
+        """Let a sequence wait; one that another replica has begun goes before newcomers."""
+        if sequence.request.resumed_output_ids:
+            self.waiting.put_back(sequence)
+        else:
+            self.waiting.push(sequence)
 
     def next_in_line(self) -> list[Sequence]:
         """The waiting sequences that could be admitted soonest."""
-        return self.waiting[: self._max_num_seqs]
+        return list(islice(self._candidates(), self._max_num_seqs))
+
+    def count_output(self, sequence: Sequence, num_tokens: int) -> None:
+        """Charge a sequence's tenant for new output."""
+        self.waiting.charge(sequence, OUTPUT_TOKEN_COST * num_tokens)
 
     def finish(self, sequence: Sequence) -> None:
         """Drop a sequence, whatever its state, and free its pages."""
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
-        elif sequence.status is SequenceStatus.WAITING and sequence in self.waiting:
+        elif sequence.status is SequenceStatus.WAITING:
             self.waiting.remove(sequence)
         self._pool.release(sequence.leave_pages(SequenceStatus.FINISHED))
 
@@ -95,18 +118,56 @@ class Scheduler:
 
         Every slot of the planned tokens, and of the draft nodes allowed, is owned afterwards.
         """
+        self._yield_to_urgent()
         decoding = self._secure_decodes()
         budget = self._max_batch_tokens - len(decoding)
         chunks = self._allow_drafts(decoding, budget)
         budget -= sum(chunk.max_draft_tokens for chunk in chunks)
-        for sequence in self.running:
-            if budget and sequence.num_uncomputed_tokens > 1:
-                chunks.append(_prefill_chunk(sequence, budget))
-                budget -= chunks[-1].num_new_tokens
-        while budget and (newcomer := self._admit()) is not None:
-            chunks.append(_prefill_chunk(newcomer, budget))
-            budget -= chunks[-1].num_new_tokens
-        return chunks
+        return chunks + self._plan_prefills(decoding, budget)
+
+    def _candidates(self) -> Iterator[Sequence]:
+        """The waiting sequences in line, less those whose next page is just being computed.
+
+        The choices of one request so share their prompt's pages, and so do requests with the same
+        system prompt that arrive together. They hold nothing while they wait, and wait only for a
+        running sequence that is not less urgent and got tokens in the latest plan: if it stops for
+        whatever reason, they compute the page themselves.
+        """
+        return (waiting for waiting in self.waiting if not self._is_under_way(waiting))
+
+    def _is_under_way(self, sequence: Sequence) -> bool:
+        computing = [
+            other
+            for other in self._prefilling
+            if other.status is SequenceStatus.RUNNING
+            and other.priority <= sequence.priority
+            and other.num_published_pages < len(other.page_keys)
+        ]
+        if not computing:
+            return False
+        keys = sequence.reusable_keys
+        index = self._pool.touch_prefix(keys)
+        return index < len(keys) and any(
+            other.num_published_pages <= index and keys[index] in other.page_keys[index : index + 1]
+            for other in computing
+        )
+
+    def _yield_to_urgent(self) -> None:
+        """Preempt less urgent sequences where that gives the first in line its place."""
+        urgent = next((waiting for waiting in self._candidates() if not waiting.is_loading), None)
+        if urgent is None:
+            return
+        staying = [running for running in self.running if running.priority <= urgent.priority]
+        leaving = self.running[len(staying) :]
+        if not leaving or len(staying) == self._max_num_seqs:
+            return
+        cached_pages = self._pool.acquire_prefix(urgent.reusable_keys)
+        num_pages = _num_pages(urgent) - len(cached_pages)
+        num_owned = sum(len(sequence.page_table) for sequence in leaving)
+        if num_pages + _num_reserved(staying) <= self._pool.num_free + num_owned:
+            while len(self.running) > len(staying) and not self._has_room(num_pages):
+                self._preempt(self.running[-1])
+        self._pool.release(cached_pages)
 
     def _secure_decodes(self) -> list[Sequence]:
         """Give every decoding sequence a slot for its next row, preempting where it must be.
@@ -137,8 +198,9 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to wait; it will compute its rows again."""
         self.running.remove(sequence)
+        sequence.num_lost_tokens = sequence.num_computed_tokens
         self._pool.release(sequence.leave_pages(SequenceStatus.WAITING))
-        self.add(sequence)
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
 
     def _allow_drafts(self, decoding: list[Sequence], budget: int) -> list[Chunk]:
@@ -162,24 +224,67 @@ class Scheduler:
             sequence.page_table.append(page)
         return min(wanted, sequence.num_slots - len(sequence.token_ids))
 
-    def _admit(self) -> Sequence | None:
-        """Start the first waiting sequence that is not loading, if its pages are to be had."""
-        if len(self.running) >= self._max_num_seqs:
-            return None
-        sequence = next((waiting for waiting in self.waiting if not waiting.is_loading), None)
-        if sequence is None:
-            return None
+    def _plan_prefills(self, decoding: list[Sequence], budget: int) -> list[Chunk]:
+        """Admit whoever would get tokens at once, and cut the prefills' chunks.
+
+        Sequences that are too long for what is left are passed over, as others before them keep
+        the step busy; one that lacks pages is not, or it might lack them for ever.
+        """
+        secured = set(decoding)
+        prefilling = [sequence for sequence in self.running if sequence not in secured]
+        self._prefilling = [other for other in self._prefilling if other in prefilling]
+        for candidate in self.next_in_line() if budget else ():
+            if candidate.is_loading or self._is_under_way(candidate):
+                continue
+            num_cached = self._pool.touch_prefix(candidate.reusable_keys) * PAGE_TOKENS
+            place = bisect(prefilling, candidate.order, key=lambda running: running.order)
+            num_uncomputed = [sequence.num_uncomputed_tokens for sequence in prefilling]
+            num_uncomputed.insert(place, len(candidate.token_ids) - num_cached)
+            if not share_budget(num_uncomputed, budget)[place]:
+                continue
+            if not self._admit(candidate):
+                break
+            prefilling.insert(place, candidate)
+            self._prefilling.append(candidate)
+        shares = share_budget([sequence.num_uncomputed_tokens for sequence in prefilling], budget)
+        chunks = [
+            Chunk(sequence, num_tokens, 0)
+            for sequence, num_tokens in zip(prefilling, shares, strict=True)
+            if num_tokens
+        ]
+        self._prefilling = [chunk.sequence for chunk in chunks]
+        return chunks
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Start a waiting sequence, if there is room for it."""
         cached_pages = self._pool.acquire_prefix(sequence.reusable_keys)
-        num_pages = -(-len(sequence.token_ids) // PAGE_TOKENS) - len(cached_pages)
-        if num_pages > self._pool.num_free:
+        num_pages = _num_pages(sequence) - len(cached_pages)
+        if not self._has_room(num_pages):
             self._pool.release(cached_pages)
-            return None
+            return False
         new_pages = [page for _ in range(num_pages) if (page := self._pool.allocate()) is not None]
         self.waiting.remove(sequence)
         sequence.begin(cached_pages, new_pages)
+        if sequence.admission is None:
+            self._num_admissions += 1
+            sequence.admission = self._num_admissions
+            self.waiting.charge(sequence, PROMPT_TOKEN_COST * sequence.num_uncomputed_tokens)
+        self.num_recomputed_tokens += max(
+            0, sequence.num_lost_tokens - sequence.num_computed_tokens
+        )
         insort(self.running, sequence, key=lambda running: running.order)
-        return sequence
+        return True
+
+    def _has_room(self, num_pages: int) -> bool:
+        """Whether one more sequence may run that needs so many new pages."""
+        is_page_room = num_pages + _num_reserved(self.running) <= self._pool.num_free
+        return len(self.running) < self._max_num_seqs and is_page_room
 
 
-def _prefill_chunk(sequence: Sequence, budget: int) -> Chunk:
-    return Chunk(sequence, min(sequence.num_uncomputed_tokens, budget), 0)
+def _num_pages(sequence: Sequence) -> int:
+    return -(-len(sequence.token_ids) // PAGE_TOKENS)
+
+
+def _num_reserved(running: list[Sequence]) -> int:
+    """Pages kept for running sequences: one for each that may need another."""
+    return sum(sequence.may_grow for sequence in running)

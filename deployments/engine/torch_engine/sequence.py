@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ class Sequence:
 
     Attributes:
         session_id: unique within the engine's life; also the order of arrival.
+        admission: counts first admissions; None before it.
+        num_lost_tokens: rows that the last preemption threw away.
         token_ids: committed tokens: prompt, resumed output, new output.
         num_computed_tokens: of these, the leading ones whose KV rows are in the pool.
         page_table: pages holding token i's row at entry i // PAGE_TOKENS.
@@ -64,6 +67,8 @@ class Sequence:
     is_speculated: bool
     token_ids: list[int]
     status: SequenceStatus = SequenceStatus.WAITING
+    admission: int | None = None
+    num_lost_tokens: int = 0
     num_computed_tokens: int = 0
     page_table: list[int] = field(default_factory=list)
     page_keys: list[PageKey] = field(default_factory=list)
@@ -79,9 +84,19 @@ class Sequence:
     _slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return self.request.tenant
+
+    @property
+    def priority(self) -> int:
+        """Lower is more urgent."""
+        return self.request.priority
+
+    @property
     def order(self) -> tuple[int, int]:
-        """Who goes first: the lower priority value, then the earlier arrival."""
-        return (self.request.priority, self.session_id)
+        """Who goes first: the more urgent, then the one admitted first; newcomers come last."""
+        return (self.request.priority, sys.maxsize if self.admission is None else self.admission)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -112,6 +127,11 @@ class Sequence:
     def num_slots(self) -> int:
         """Rows that fit into the pages held."""
         return len(self.page_table) * PAGE_TOKENS
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether the longest output allowed needs more pages; its last token needs no row."""
+        return self.num_slots < self.num_prompt_tokens + self.stop.max_output_tokens - 1
 
     def slots(self, start: int, end: int) -> Tensor:
         """The pool slots of rows ``start`` to ``end`` of this sequence, [end - start] int64."""

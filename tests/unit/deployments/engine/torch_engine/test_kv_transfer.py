@@ -205,13 +205,69 @@ def test_pages_of_bad_logits_are_not_cached():
 
 
 def test_twin_pages_are_written_once():
+    """The urgent one does not wait for pages of one that is not."""
     store = FakePageStore()
-    session = Session(make_config(max_batch_tokens=512), store=store)
-    session.add(1, make_request("a", PROMPT[:130]))
-    session.add(2, make_request("b", PROMPT[:130]))
+    session = Session(make_config(max_batch_tokens=128), store=store)
+    session.add(1, make_request("a", PROMPT, priority=1))
+    session.step()
+    session.add(2, make_request("b", PROMPT, priority=0))
     session.run()
-    assert session.ends[2].usage.num_cached_tokens == 0
-    assert store.num_saves == len(store.pages) == 2
+    assert session.ends[2].usage.num_cached_tokens == 128
+    assert store.num_saves == len(store.pages) == 4
+
+
+def test_one_load_serves_all_that_need_it():
+    store = FakePageStore()
+    run_one(Session(store=store), 1, make_request("a", PROMPT))
+    store.answer = "held"
+    session = Session(store=store)
+    for session_id in range(1, 4):
+        session.add(session_id, make_request(f"r{session_id}", PROMPT, choice_index=session_id))
+    session.add(4, make_request("longer", [*PROMPT, *PROMPT]))
+    session.step()
+    assert len(store.pending) == 1
+    store.release_loads()
+    session.run()
+    # Only the longer one has something left to ask for.
+    assert len(store.pending) == 1
+    store.release_loads()
+    session.run()
+    assert [session.ends[i].usage.num_cached_tokens for i in range(1, 5)] == [256] * 4
+    # 300 tokens less 256, and 19 outputs, each time; the tier had no more for the longer one.
+    assert num_computed(session) == 3 * (44 + 19) + 344 + 19
+
+
+@pytest.mark.parametrize("ending", ["abort", "error", "timeout"])
+def test_followers_do_not_depend_on_the_one_they_follow(ending):
+    store = FakePageStore()
+    run_one(Session(store=store), 1, make_request("a", PROMPT))
+    store.answer = "held"
+    session = Session(store=store)
+    for session_id in (1, 2, 3):
+        session.add(session_id, make_request(f"r{session_id}", PROMPT))
+    session.step()
+    if ending == "abort":
+        session.core.abort(1)
+        session.collect()
+        session.run()
+        store.release_loads()
+        num_cached = 256
+    elif ending == "error":
+        ((future, _),) = store.pending
+        future.set_exception(OSError("gone"))
+        num_cached = 0
+    else:
+        session.now = 2.0
+        num_cached = 0
+    session.run()
+    assert session.ends[3].usage.num_tier_cached_tokens == 0
+    assert session.ends[2].usage.num_tier_cached_tokens == num_cached
+    assert (
+        tuple(session.tokens[2])
+        == tuple(session.tokens[3])
+        == expected_tokens(make_request("r", PROMPT))
+    )
+    session.assert_all_free()
 
 
 def test_cached_tokens_are_prompt_tokens_only():
