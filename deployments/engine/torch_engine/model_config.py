@@ -106,7 +106,7 @@ class ModelConfig:
                 intermediate_size=int(raw["intermediate_size"]),
                 vocab_size=int(raw["vocab_size"]),
                 rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-                rope=_rope(raw),
+                rope=rope_config(raw),
                 max_positions=int(raw["max_position_embeddings"]),
                 tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
                 attention_bias=bool(raw.get("attention_bias", False)),
@@ -145,8 +145,12 @@ def _sliding_window(raw: Mapping[str, Any]) -> int | None:
     return int(width) if width is not None and raw.get("use_sliding_window", True) else None
 
 
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """Rotary settings from ``rope_parameters`` (new files) or ``rope_scaling`` (old ones)."""
+def rope_config(raw: Mapping[str, Any]) -> RopeConfig:
+    """Rotary settings from ``rope_parameters`` (new files) or ``rope_scaling`` (old ones).
+
+    Raises:
+        UnsupportedModelError: the positions are scaled in a way that is not computed.
+    """
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     partial = scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0

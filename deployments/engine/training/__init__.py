@@ -1,0 +1,1 @@
+"""Trains draft models for a target: features in, a checkpoint that engines load out."""

@@ -1,0 +1,67 @@
+"""What a human may set about the training of a draft. Frozen; read once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from deployments.engine.training.losses import LossName
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ObjectiveConfig(_Config):
+    """What is minimised."""
+
+    num_unrolls: int = Field(default=5, ge=1, le=16)
+    """Draft steps of the training-time test; SpecForge takes 7."""
+    unroll_decay: float = Field(default=0.8, gt=0, le=1)
+    """Weight of a step against the one before it; EAGLE's value."""
+    loss: LossName = "cross_entropy"
+    """How the draft's distribution is compared with the target's."""
+    hidden_weight: float = Field(default=0.1, ge=0)
+    """Weight of the distance between the head's stream and the target's; 0 is EAGLE-3's own."""
+
+
+class TrainingConfig(_Config):
+    """One training run."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is minimised."""
+    draft_vocab_size: int = Field(default=8192, ge=16)
+    """Tokens that can be drafted: the ones that the answers hold most often."""
+    start: Literal["target", "random"] = "target"
+    """``target`` takes norm and head of the target and solves for the fusion of its features."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """At its highest, after the warm-up."""
+    warmup_share: float = Field(default=0.02, ge=0, lt=1)
+    """Of all steps."""
+    decay_share: float = Field(default=0.4, ge=0, le=1)
+    """Of all steps, at the end, over which the rate falls to a hundredth."""
+    max_grad_norm: float = Field(default=0.5, gt=0)
+    """Longer gradients are shortened to this."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's."""
+    max_length: int = Field(default=1024, ge=16)
+    """Tokens of a text; the rest is cut off."""
+    batch_tokens: int = Field(default=1024, ge=64)
+    """Tokens of one forward, padding included; at least one text."""
+    accumulate: int = Field(default=1, ge=1)
+    """Forwards of one optimiser step."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the texts, each in another order."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the products; weights and sums stay in float32."""
+    seed: int = Field(default=0, ge=0)
+    """Of the order of the texts and of random weights."""
+    checkpoint_steps: int = Field(default=200, ge=1)
+    """Optimiser steps between two checkpoints."""
+    evaluate_steps: int = Field(default=200, ge=1)
+    """Optimiser steps between two evaluations on held-out texts."""
+    patience: int = Field(default=0, ge=0)
+    """Evaluations without a better one after which the run ends; 0 goes on to the end."""
+    num_draft_tokens: int = Field(default=5, ge=1, le=16)
+    """Length of the chains that evaluations draft."""

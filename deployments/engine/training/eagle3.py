@@ -1,0 +1,254 @@
+"""The EAGLE-3 draft head: one decoder layer that reads features of its target.
+
+At position t it sees the embedding of token t + 1 and a feature g: for committed text the target's
+own, fused by ``fc``; behind it the head's own output. It scores what comes at t + 2. Modules are
+named as in the ``LlamaForCausalLMEagle3`` checkpoints that SGLang loads.
+
+Source: EAGLE-3 (arXiv:2503.01840).
+
+B: sequences, T: positions, E: hidden size of the target, H: heads, K: key-value heads, D: head
+dimension, d: draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deployments.engine.torch_engine.rotary import inverse_frequencies
+
+if TYPE_CHECKING:
+    from deployments.engine.torch_engine.model_config import ModelConfig
+    from deployments.engine.torch_engine.rotary import RopeConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Eagle3Config:
+    """The shape of a head.
+
+    Attributes:
+        aux_layers: the target's layers (counted from 0) whose outputs are fused.
+        max_positions: of the target.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    vocab_size: int
+    draft_vocab_size: int
+    aux_layers: tuple[int, int, int]
+    max_positions: int
+
+    @classmethod
+    def for_target(cls, target: ModelConfig, draft_vocab_size: int) -> Eagle3Config:
+        """The head that SpecForge would build for a target: its own widths, three features.
+
+        Raises:
+            ValueError: the target has fewer than six layers, or a smaller vocabulary.
+        """
+        if target.num_layers < 6:
+            raise ValueError(f"a model of {target.num_layers} layers is no larger than its draft")
+        if not 0 < draft_vocab_size <= target.vocab_size:
+            raise ValueError(f"the target has {target.vocab_size} tokens, not {draft_vocab_size}")
+        return cls(
+            hidden_size=target.hidden_size,
+            num_heads=target.num_heads,
+            num_kv_heads=target.num_kv_heads,
+            head_dim=target.head_dim,
+            intermediate_size=target.intermediate_size,
+            rms_norm_eps=target.rms_norm_eps,
+            rope=target.rope,
+            vocab_size=target.vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            aux_layers=(1, target.num_layers // 2 - 1, target.num_layers - 4),
+            max_positions=target.max_positions,
+        )
+
+    @property
+    def capture_layers(self) -> tuple[int, ...]:
+        """The same features as ``ModelRunner.forward_with_features`` names them."""
+        return tuple(layer + 1 for layer in self.aux_layers)
+
+
+class Rows(NamedTuple):
+    """Keys (rotated) and values of one step: [B, T, K, D] each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class HeadOutput(NamedTuple):
+    """One step of the head.
+
+    Attributes:
+        hidden: [B, T, E], before the final norm: the next step's feature.
+        rows: what this step's positions are attended by later.
+    """
+
+    hidden: Tensor
+    rows: Rows
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention whose input is twice as wide as its output."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, size = 2 * config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(width, config.num_heads * size, bias=False)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.v_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias=False)
+        frequencies = inverse_frequencies(config.rope, size)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(
+        self, x_BTE: Tensor, positions_BT: Tensor, steps: tuple[Rows, ...], mask: Tensor
+    ) -> tuple[Tensor, Rows]:
+        """Attend to the first step's rows as the mask says, and to the position's own rows since.
+
+        Args:
+            x_BTE: [B, T, 2E].
+            positions_BT: of the rotation.
+            steps: rows of the steps before this one; empty at the first.
+            mask: [T, S] bool over the first step's rows.
+        """
+        B, T, _ = x_BTE.shape
+        q = self.q_proj(x_BTE).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x_BTE).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x_BTE).view(B, T, -1, self.head_dim)
+        frequencies: Tensor = self.get_buffer("frequencies")
+        angles = positions_BT.float().unsqueeze(-1) * frequencies
+        cos, sin = angles.cos().to(q.dtype).unsqueeze(2), angles.sin().to(q.dtype).unsqueeze(2)
+        q, own = _rotate(q, cos, sin), Rows(_rotate(k, cos, sin), v)
+        first, *later = (*steps, own)
+        # Counted on the tensors: under tensor parallelism a process holds a share of the heads.
+        q = q.view(B, T, k.shape[2], -1, self.head_dim) * self.head_dim**-0.5
+        shared = torch.einsum("btkgd,bskd->btkgs", q, first.keys)
+        shared = shared.masked_fill(~mask[:, None, None, :], -torch.inf)
+        diagonal = [torch.einsum("btkgd,btkd->btkg", q, rows.keys).unsqueeze(-1) for rows in later]
+        weights = torch.cat((shared, *diagonal), dim=-1).float().softmax(-1).to(q.dtype)
+        size = first.keys.shape[1]
+        mixed = torch.einsum("btkgs,bskd->btkgd", weights[..., :size], first.values)
+        for at, rows in enumerate(later):
+            mixed = mixed + weights[..., size + at, None] * rows.values.unsqueeze(3)
+        return self.o_proj(mixed.reshape(B, T, -1)), own
+
+
+class MLP(nn.Module):
+    """Gated SiLU."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        """[B, T, E]."""
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTE)) * self.up_proj(x_BTE))
+        return output
+
+
+class MidLayer(nn.Module):
+    """The decoder layer; the residual stream is the feature, not the embedding."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = SelfAttention(config)
+        self.mlp = MLP(config)
+        self.hidden_norm = nn.RMSNorm(size, eps)
+        self.input_layernorm = nn.RMSNorm(size, eps)
+        self.post_attention_layernorm = nn.RMSNorm(size, eps)
+
+    def forward(
+        self,
+        embedded_BTE: Tensor,
+        feature_BTE: Tensor,
+        positions_BT: Tensor,
+        steps: tuple[Rows, ...],
+        mask: Tensor,
+    ) -> HeadOutput:
+        """One step at every position."""
+        joined = torch.cat(
+            (self.input_layernorm(embedded_BTE), self.hidden_norm(feature_BTE)), dim=-1
+        )
+        attended, rows = self.self_attn(joined, positions_BT, steps, mask)
+        x_BTE = feature_BTE + attended
+        return HeadOutput(x_BTE + self.mlp(self.post_attention_layernorm(x_BTE)), rows)
+
+
+class Eagle3Head(nn.Module):
+    """The whole head. Embeddings are the target's own and are handed in."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        """Random weights; ``d2t`` and ``t2d`` name the first tokens until they are set."""
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.fc = nn.Linear(3 * size, size, bias=False)
+        self.midlayer = MidLayer(config)
+        self.norm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+
+    @property
+    def draft_token_ids(self) -> Tensor:
+        """[d] int64: the target's id of each token of the draft vocabulary."""
+        offsets: Tensor = self.get_buffer("d2t")
+        return torch.arange(offsets.shape[0], device=offsets.device) + offsets
+
+    def set_draft_vocabulary(self, token_ids: Tensor) -> None:
+        """Say which tokens may be drafted.
+
+        Args:
+            token_ids: [d] ascending, without repetition.
+
+        Raises:
+            ValueError: they are not that.
+        """
+        ids = token_ids.long()
+        count, vocab_size = self.config.draft_vocab_size, self.config.vocab_size
+        is_ascending = bool((ids[1:] > ids[:-1]).all())
+        if ids.shape != (count,) or not is_ascending or ids[0] < 0 or ids[-1] >= vocab_size:
+            raise ValueError(f"a draft vocabulary is {count} ascending ids below {vocab_size}")
+        self.get_buffer("d2t").copy_(ids - torch.arange(count))
+        self.get_buffer("t2d").zero_()[ids] = True
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Features [..., 3E] of the target as the layer takes them: [..., E]."""
+        fused: Tensor = self.fc(features)
+        return fused
+
+    def forward(
+        self,
+        embedded_BTE: Tensor,
+        feature_BTE: Tensor,
+        positions_BT: Tensor,
+        steps: tuple[Rows, ...],
+        mask: Tensor,
+    ) -> HeadOutput:
+        """One step; see ``SelfAttention.forward`` for ``steps`` and ``mask``."""
+        output: HeadOutput = self.midlayer(embedded_BTE, feature_BTE, positions_BT, steps, mask)
+        return output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] of a step's ``hidden``."""
+        scores: Tensor = self.lm_head(self.norm(hidden))
+        return scores
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

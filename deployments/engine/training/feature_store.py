@@ -1,0 +1,142 @@
+"""Features on disk, for training without the target: shards of texts in a folder.
+
+Shards are safetensors files; one appears whole or not at all, so a capture that was interrupted
+goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from deployments.engine.errors import WeightsMismatchError
+from deployments.engine.training.batches import FeatureText
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+_FORMAT = "paceline-features-1"
+_SHARD = re.compile(r"features-(\d{6})\.safetensors")
+_FIELDS = FeatureText._fields
+
+
+class FeatureStore:
+    """A folder of shards of one capture."""
+
+    def __init__(self, folder: Path, *, fingerprint: str) -> None:
+        """Open a folder, which is made where it is missing.
+
+        Args:
+            folder: holds nothing but this store.
+            fingerprint: of target, prompts and settings; a folder keeps features of one only.
+
+        Raises:
+            WeightsMismatchError: the folder keeps features of something else, or a damaged shard.
+        """
+        self._folder = folder
+        self._fingerprint = fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lengths = [self._read_lengths(path) for path in self._paths()]
+        self._files: dict[int, Any] = {}
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that are stored."""
+        return sum(map(len, self._lengths))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self._paths())
+
+    def extend(
+        self, texts: Iterable[FeatureText], *, texts_per_shard: int, max_bytes: int
+    ) -> Iterator[int]:
+        """Append texts, a shard at a time, until they end or the folder is full.
+
+        Args:
+            texts: those behind the ``num_texts`` first ones.
+            texts_per_shard: are held in memory.
+            max_bytes: of the folder; the shard that would exceed it is not written.
+
+        Yields:
+            The number of stored texts after each shard.
+        """
+        waiting: list[FeatureText] = []
+        for text in texts:
+            waiting.append(text)
+            if len(waiting) == texts_per_shard:
+                if not self._write(waiting, max_bytes):
+                    return
+                waiting = []
+                yield self.num_texts
+        if waiting and self._write(waiting, max_bytes):
+            yield self.num_texts
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text, in order."""
+        return [length for lengths in self._lengths for length in lengths]
+
+    def text(self, index: int) -> FeatureText:
+        """One text; nothing else is read.
+
+        Raises:
+            IndexError: there are not so many.
+        """
+        for shard, lengths in enumerate(self._lengths):
+            if index < len(lengths):
+                start = sum(lengths[:index])
+                file = self._open(shard)
+                rows = slice(start, start + lengths[index])
+                return FeatureText(*(file.get_slice(name)[rows] for name in _FIELDS))
+            index -= len(lengths)
+        raise IndexError(f"the store has {self.num_texts} texts")
+
+    def _open(self, shard: int) -> Any:  # noqa: ANN401 - the library's class has no types
+        """The shard's file, which stays open: training reads texts in random order."""
+        if shard not in self._files:
+            self._files[shard] = safe_open(self._paths()[shard], framework="pt")
+        return self._files[shard]
+
+    def _paths(self) -> list[Path]:
+        return sorted(path for path in self._folder.iterdir() if _SHARD.fullmatch(path.name))
+
+    def _read_lengths(self, path: Path) -> list[int]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                lengths: list[int] = file.get_tensor("lengths").tolist()
+        except (OSError, SafetensorError) as error:
+            raise WeightsMismatchError(f"{path} cannot be read: {error}") from error
+        if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != self._fingerprint:
+            raise WeightsMismatchError(
+                f"{path.parent} keeps features of another target, prompt set or setting; "
+                "choose another folder or remove it"
+            )
+        return lengths
+
+    def _write(self, texts: list[FeatureText], max_bytes: int) -> bool:
+        tensors = {name: torch.cat([getattr(text, name) for text in texts]) for name in _FIELDS}
+        tensors["lengths"] = torch.tensor([text.num_tokens for text in texts])
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self.num_bytes + size > max_bytes:
+            return False
+        path = self._folder / f"features-{len(self._lengths):06}.safetensors"
+        partial = path.with_suffix(".partial")
+        metadata = {"format": _FORMAT, "fingerprint": self._fingerprint}
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(path)
+        self._lengths.append([text.num_tokens for text in texts])
+        return True
+
+
+def fingerprint(**parts: object) -> str:
+    """One line that differs whenever one of the parts does."""
+    return json.dumps(parts, sort_keys=True, default=str)

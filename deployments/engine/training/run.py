@@ -1,0 +1,262 @@
+"""One training run in a folder: steps, evaluations, checkpoints, and the best draft so far.
+
+A run that was interrupted, even by SIGKILL, goes on from its last checkpoint and ends with the very
+same weights. Several processes may run together; the first one writes the files.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import distributed
+
+from deployments.engine.errors import WeightsMismatchError
+from deployments.engine.training.checkpoint import save_head
+from deployments.engine.training.eagle3 import Eagle3Head
+from deployments.engine.training.evaluation import DraftQuality, evaluate
+from deployments.engine.training.plan import plan_epoch, share
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from deployments.engine.training.batches import FeatureText
+    from deployments.engine.training.config import TrainingConfig
+    from deployments.engine.training.trainer import DraftTrainer
+
+DRAFT_FOLDER = "draft"
+CURVE_FILE = "curve.jsonl"
+_CHECKPOINT_FILE = "checkpoint.pt"
+
+
+class Texts(Protocol):
+    """Texts by index, in memory or on disk."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+
+    def text(self, index: int) -> FeatureText:
+        """One text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
+    """One evaluation.
+
+    Attributes:
+        step: optimiser steps before it.
+        num_tokens: trained on before it, padding not counted, on all processes.
+        loss: mean over the steps since the evaluation before; None at the start.
+        seconds: of training, evaluations included, in all sessions of the run.
+    """
+
+    step: int
+    num_tokens: int
+    loss: float | None
+    seconds: float
+    quality: DraftQuality
+
+    @property
+    def score(self) -> float:
+        """What makes a draft better: tokens that a round of the longest chain commits."""
+        return self.quality.mean_acceptance_length[-1]
+
+
+class DraftRun:
+    """The state of a run between its steps."""
+
+    def __init__(
+        self,
+        folder: Path,
+        trainer: DraftTrainer,
+        config: TrainingConfig,
+        texts: Texts,
+        held_out: Sequence[FeatureText],
+        progress: Callable[[str], None],
+    ) -> None:
+        """Begin a run, or go on with the one whose checkpoint the folder holds.
+
+        Args:
+            folder: made where it is missing.
+            trainer: with nothing done yet.
+            config: the same as when the run began.
+            texts: likewise.
+            held_out: for evaluations.
+            progress: gets short lines for a person to read.
+
+        Raises:
+            WeightsMismatchError: the folder's checkpoint is of another run.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._trainer = trainer
+        self._config = config
+        self._texts = texts
+        self._held_out = held_out
+        self._progress = progress
+        self._is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+        self._num_tokens = 0
+        self._seconds = 0.0
+        self._losses: list[float] = []
+        self.curve: list[CurvePoint] = []
+        self._resume()
+
+    def run(self) -> CurvePoint:
+        """Train to the end.
+
+        Returns:
+            The best evaluation; its draft is in the folder.
+        """
+        started = time.monotonic() - self._seconds
+        if not self.curve:
+            self._evaluate(0.0)
+        for batches in self._steps_ahead():
+            report = self._trainer.step(batches)
+            self._losses.append(report.loss)
+            self._num_tokens += self._total(report.num_tokens)
+            self._seconds = time.monotonic() - started
+            done = self._trainer.num_steps_done
+            if done % self._config.evaluate_steps == 0:
+                self._evaluate(self._seconds)
+            if done % self._config.checkpoint_steps == 0:
+                self._save()
+            if self._is_idle():
+                self._progress("no better draft for a while: stopping early")
+                break
+        if self._losses:
+            self._evaluate(time.monotonic() - started)
+        self._save()
+        return self.best
+
+    @property
+    def best(self) -> CurvePoint:
+        """The best evaluation so far."""
+        return max(self.curve, key=lambda point: point.score)
+
+    def _steps_ahead(self) -> Iterator[list[list[FeatureText]]]:
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        world_size = distributed.get_world_size() if distributed.is_initialized() else 1
+        done = self._trainer.num_steps_done
+        for epoch in range(self._config.epochs):
+            steps = epoch_steps(self._texts.lengths, self._config, epoch)
+            for step in steps[done:]:
+                yield [
+                    [self._texts.text(index) for index in share(batch, rank, world_size)]
+                    for batch in step
+                ]
+            done = max(0, done - len(steps))
+
+    def _evaluate(self, seconds: float) -> None:
+        objective = self._trainer.objective
+        head = _whole_head(self._trainer)
+        quality = evaluate(
+            head,
+            objective.get_buffer("embedding"),
+            self._held_out,
+            self._config.num_draft_tokens,
+        )
+        loss = sum(self._losses) / len(self._losses) if self._losses else None
+        self._losses = []
+        point = CurvePoint(
+            step=self._trainer.num_steps_done,
+            num_tokens=self._num_tokens,
+            loss=loss,
+            seconds=seconds,
+            quality=quality,
+        )
+        self.curve.append(point)
+        if self._is_first:
+            if self.best is point:
+                save_head(head, self._folder / DRAFT_FOLDER, torch.bfloat16)
+            lines = [json.dumps(asdict(each)) + "\n" for each in self.curve]
+            (self._folder / CURVE_FILE).write_text("".join(lines), encoding="utf-8")
+        shown = " ".join(f"{share:.3f}" for share in quality.acceptance)
+        taught = "" if loss is None else f", loss {loss:.3f}"
+        self._progress(
+            f"step {point.step}, {point.num_tokens} tokens{taught}: a round of "
+            f"{self._config.num_draft_tokens} commits {point.score:.3f}; acceptance {shown}"
+        )
+
+    def _is_idle(self) -> bool:
+        patience = self._config.patience
+        return bool(patience) and self.curve.index(self.best) < len(self.curve) - patience
+
+    def _total(self, number: int) -> int:
+        if not distributed.is_initialized():
+            return number
+        total = torch.tensor(number)
+        distributed.all_reduce(total)
+        return int(total)
+
+    def _save(self) -> None:
+        state = self._trainer.state()
+        if not self._is_first:
+            return
+        state |= {
+            "config": self._config.model_dump(),
+            "num_tokens": self._num_tokens,
+            "seconds": self._seconds,
+            "losses": self._losses,
+            "curve": [asdict(point) for point in self.curve],
+        }
+        partial = self._folder / f"{_CHECKPOINT_FILE}.partial"
+        torch.save(state, partial)
+        partial.replace(self._folder / _CHECKPOINT_FILE)
+
+    def _resume(self) -> None:
+        path = self._folder / _CHECKPOINT_FILE
+        if not path.is_file():
+            return
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        if state["config"] != self._config.model_dump():
+            raise WeightsMismatchError(f"{path} belongs to a run with other settings")
+        self._trainer.load_state(state)
+        self._num_tokens, self._seconds = state["num_tokens"], state["seconds"]
+        self._losses = state["losses"]
+        self.curve = [_point(raw) for raw in state["curve"]]
+        self._progress(f"going on behind step {self._trainer.num_steps_done}")
+
+
+def epoch_steps(
+    lengths: Sequence[int], config: TrainingConfig, epoch: int
+) -> list[list[list[int]]]:
+    """The optimiser steps of one pass; see ``plan_epoch``."""
+    return plan_epoch(
+        lengths,
+        batch_tokens=config.batch_tokens,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        epoch=epoch,
+    )
+
+
+def num_steps(lengths: Sequence[int], config: TrainingConfig) -> int:
+    """Optimiser steps of the whole run."""
+    return sum(len(epoch_steps(lengths, config, epoch)) for epoch in range(config.epochs))
+
+
+def _whole_head(trainer: DraftTrainer) -> Eagle3Head:
+    """A copy of the trained head, put together from all processes; every one must ask."""
+    prefix = "head."
+    weights = trainer.state()["model"]
+    head = Eagle3Head(trainer.objective.head.config)
+    head.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    return head.eval()
+
+
+def _point(raw: dict[str, Any]) -> CurvePoint:
+    quality = raw["quality"]
+    return CurvePoint(
+        **{key: value for key, value in raw.items() if key != "quality"},
+        quality=DraftQuality(
+            acceptance=tuple(quality["acceptance"]),
+            mean_acceptance_length=tuple(quality["mean_acceptance_length"]),
+            coverage=quality["coverage"],
+            num_positions=quality["num_positions"],
+        ),
+    )
