@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -29,6 +30,9 @@ class SamplingParams:
         logit_bias: (token id, bias) pairs, added to the raw logits.
         stop_strings: the output ends with the token that completes one of these.
         min_tokens: no stop token or stop string may end the output before this many tokens.
+        num_logprobs: likeliest tokens to tell beside each output token's own log probability; None
+            tells nothing.
+        num_prompt_logprobs: the same for the prompt's tokens.
     """
 
     max_tokens: int
@@ -45,6 +49,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -126,6 +132,26 @@ class GenerationUsage:
     num_tier_cached_tokens: int = 0
 
 
+class TokenLogprob(NamedTuple):
+    """How likely the model found one token at its place.
+
+    Log probabilities are those of the model itself: the log-softmax of its raw logits, before
+    biases, penalties, temperature and filters (vLLM's ``raw_logprobs``). They therefore do not
+    depend on how the token was chosen, and are the same with and without speculation, up to the
+    rounding of the model's arithmetic.
+
+    Attributes:
+        logprob: natural logarithm; ``-inf`` for a token the model excludes.
+        rank: 1 for the likeliest token; the number of likelier tokens plus one.
+        top: (token id, log probability) of the likeliest tokens, best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenDelta:
     """New output tokens of one request; the last one has a finish reason.
@@ -137,6 +163,10 @@ class TokenDelta:
         usage: on the last delta.
         speculation: on the last delta.
         replica_id: who produced it; set by the target deployment.
+        logprobs: one per token, if they were asked for.
+        prompt_logprobs: one per prompt token, None for the first, if they were asked for; on the
+            first delta with tokens (or the last, if none has any), so a request that resumes output
+            gets none.
     """
 
     request_id: str
@@ -147,6 +177,8 @@ class TokenDelta:
     usage: GenerationUsage | None = None
     speculation: SpeculationStats | None = None
     replica_id: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,6 +76,10 @@ def text(deltas):
     return tuple(token for delta in deltas for token in delta.token_ids)
 
 
+def logprobs(deltas):
+    return [entry for delta in deltas for entry in delta.logprobs]
+
+
 def long_request(name, **changes):
     return make_request(name, max_tokens=900, **changes)
 
@@ -114,6 +118,30 @@ async def test_resumed_request_delivers_only_what_is_new(running):
         rest = await collect(engine, replace(request, resumed_output_ids=whole[:11]))
         assert text(rest) == whole[11:]
         assert rest[-1].usage.num_output_tokens == 30
+
+
+async def test_logprobs_come_with_their_tokens(running):
+    prompt = [3, 1, 4, 1, 5] * 30
+    request = make_request("a", prompt, max_tokens=30, num_logprobs=2, num_prompt_logprobs=0)
+    async with running() as engine:
+        await collect(engine, make_request("same prompt", prompt))
+        deltas = await collect(engine, request)
+        told = logprobs(deltas)
+        assert [entry.token_id for entry in told] == list(text(deltas))
+        assert all(entry.logprob <= 0 and entry.rank >= 1 for entry in told)
+        assert all(entry.top[0][1] >= entry.top[1][1] for entry in told)
+        assert all(entry.top[0][1] == entry.logprob for entry in told if entry.rank == 1)
+        of_prompt = deltas[0].prompt_logprobs
+        assert of_prompt[0] is None
+        assert [entry.token_id for entry in of_prompt[1:]] == prompt[1:]
+        assert all(delta.prompt_logprobs is None for delta in deltas[1:])
+        plain = await collect(engine, replace(request, speculation=False))
+        rest = await collect(engine, replace(request, resumed_output_ids=text(deltas)[:11]))
+        assert all(delta.prompt_logprobs is None for delta in rest)
+        for other in (logprobs(plain), told[:11] + logprobs(rest)):
+            assert [entry.logprob for entry in other] == pytest.approx(
+                [entry.logprob for entry in told], abs=1e-3
+            )
 
 
 async def test_abort_ends_a_running_request(running):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
+from deployments.engine.torch_engine.logprobs import PromptRow
 from deployments.engine.torch_engine.sampler import SampleRow
 
 if TYPE_CHECKING:
@@ -28,12 +29,15 @@ class PlannedStep(NamedTuple):
     """One forward and what its logits are for.
 
     Attributes:
-        sample_rows: one per logit row; a sampled chunk's rows are those of its last committed
-            token and of its draft nodes, in order.
+        sample_rows: one per leading logit row; a sampled chunk's rows are those of its last
+            committed token and of its draft nodes, in order.
+        prompt_rows: one per logit row behind those, for prompt tokens whose log probabilities are
+            wanted.
     """
 
     batch: ForwardBatch
     sample_rows: list[SampleRow]
+    prompt_rows: list[PromptRow]
 
 
 def build_step(
@@ -52,6 +56,8 @@ def build_step(
     spans: list[SequenceSpan] = []
     logit_rows: list[int] = []
     sample_rows: list[SampleRow] = []
+    scored_rows: list[int] = []
+    prompt_rows: list[PromptRow] = []
     for chunk, tree in zip(chunks, trees, strict=True):
         sequence, start = chunk.sequence, chunk.sequence.num_computed_tokens
         end = start + chunk.num_new_tokens
@@ -74,14 +80,17 @@ def build_step(
         if chunk.is_sampled:
             logit_rows += range(first_row + chunk.num_new_tokens - 1, len(token_ids))
             sample_rows += _sample_rows(sequence, tree)
+        for position in sequence.unscored_positions(start, end):
+            scored_rows.append(first_row + position - 1 - start)
+            prompt_rows.append(PromptRow(sequence, position))
     batch = ForwardBatch(
         token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
         positions=torch.tensor(positions, dtype=torch.int64, device=device),
         slots=torch.cat(slots).to(device),
         spans=tuple(spans),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        logit_rows=torch.tensor(logit_rows + scored_rows, dtype=torch.int64, device=device),
     )
-    return PlannedStep(batch, sample_rows)
+    return PlannedStep(batch, sample_rows, prompt_rows)
 
 
 def winner_moves(

@@ -14,6 +14,12 @@ from deployments.engine.errors import (
     InvalidLogitsError,
 )
 from deployments.engine.torch_engine.batch_builder import build_step, winner_moves
+from deployments.engine.torch_engine.logprobs import (
+    are_numbers,
+    output_logprobs,
+    score_prompts,
+    wants_prompt_logprobs,
+)
 from deployments.engine.torch_engine.penalties import PenaltyState
 from deployments.engine.torch_engine.rounds import DraftRounds, verify
 from deployments.engine.torch_engine.sampler import sample
@@ -35,9 +41,10 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.rounds import Outcome
     from deployments.engine.torch_engine.scheduler import Chunk, Scheduler
     from deployments.engine.torch_engine.validation import ModelLimits
-    from deployments.engine.types import GenerationRequest
+    from deployments.engine.types import GenerationRequest, TokenLogprob
 
 _EWMA_WEIGHT = 0.1
+_INVALID_LOGITS = "The model gave logits that are not numbers."
 
 
 class Runner(Protocol):
@@ -140,8 +147,9 @@ class EngineCore:
         taken = self._rounds.begin(chunks)
         planned = build_step(chunks, [draft.tree for draft in taken], self._device)
         logits_MV = self._runner.forward(planned.batch)
-        choices = sample(logits_MV, planned.sample_rows)
-        self._commit(chunks, taken, choices)
+        choices = sample(logits_MV[: len(planned.sample_rows)], planned.sample_rows)
+        score_prompts(logits_MV[len(planned.sample_rows) :], planned.prompt_rows)
+        self._commit(chunks, taken, choices, logits_MV)
         self._num_steps += 1
         elapsed = self._monotonic() - started
         weight = _EWMA_WEIGHT if self._num_steps > 1 else 1.0
@@ -219,6 +227,7 @@ class EngineCore:
             penalties=penalties,
             is_speculated=request.speculation and self._scheduler.num_draft_tokens > 0,
             token_ids=[*request.prompt_token_ids, *request.resumed_output_ids],
+            prompt_logprobs=[None] if wants_prompt_logprobs(request) else None,
         )
 
     def _expire(self) -> None:
@@ -229,24 +238,28 @@ class EngineCore:
                 self._fail(sequence, DeadlineExceededError("The request's deadline has passed."))
 
     def _commit(
-        self, chunks: SequenceOf[Chunk], taken: SequenceOf[TakenDraft], choices: SequenceOf[int]
+        self,
+        chunks: SequenceOf[Chunk],
+        taken: SequenceOf[TakenDraft],
+        choices: SequenceOf[int],
+        logits_MV: Tensor,
     ) -> None:
         """Make the step's outcome final: tokens, KV rows, cached pages, events."""
         outcomes: list[Outcome] = []
-        next_choice = 0
+        next_row = 0
         for chunk, draft in zip(chunks, taken, strict=True):
             if chunk.is_sampled:
-                end = next_choice + 1 + len(draft.tree)
-                outcomes.append(verify(chunk.sequence, draft, choices[next_choice:end]))
-                next_choice = end
+                outcomes.append(verify(chunk.sequence, draft, choices, next_row))
+                next_row += 1 + len(draft.tree)
             else:
                 chunk.sequence.num_computed_tokens += chunk.num_new_tokens
                 self._transfer.publish(chunk.sequence)
         self._move_winners(outcomes)
         # Before the texts grow: a drafter still sees the text its draft was made for.
         self._rounds.end(outcomes)
-        for outcome in outcomes:
-            self._finish_step(outcome)
+        logprobs = output_logprobs(logits_MV, outcomes)
+        for outcome, its_logprobs in zip(outcomes, logprobs, strict=True):
+            self._finish_step(outcome, its_logprobs)
 
     def _move_winners(self, outcomes: SequenceOf[Outcome]) -> None:
         """Put the KV rows of accepted branches where their tokens stand in the text."""
@@ -260,8 +273,11 @@ class EngineCore:
             destinations = torch.cat([destination for _, destination in moves])
             self._memory.copy_rows(sources.to(self._device), destinations.to(self._device))
 
-    def _finish_step(self, outcome: Outcome) -> None:
+    def _finish_step(self, outcome: Outcome, logprobs: tuple[TokenLogprob, ...]) -> None:
         sequence, new_token_ids = outcome.sequence, outcome.new_token_ids
+        if not are_numbers(sequence.prompt_logprobs):
+            self._fail(sequence, InvalidLogitsError(_INVALID_LOGITS))
+            return
         num_computed_tokens = len(sequence.token_ids) + len(outcome.nodes)
         sequence.commit(new_token_ids, num_computed_tokens)
         if not outcome.is_invalid:
@@ -271,17 +287,19 @@ class EngineCore:
         sequence.speculation.add(outcome.draft, len(outcome.nodes))
         self._speculation.add(outcome.draft, len(outcome.nodes))
         if outcome.stop is not None:
-            self._end(sequence, new_token_ids, outcome.stop)
+            self._end(sequence, new_token_ids, outcome.stop, logprobs)
             return
         if new_token_ids:
             delta = TokenDelta(
                 request_id=sequence.request.request_id,
                 token_ids=new_token_ids,
                 choice_index=sequence.request.choice_index,
+                logprobs=logprobs,
+                prompt_logprobs=sequence.take_prompt_logprobs(),
             )
             self._events.append(Event(sequence.session_id, delta))
         if outcome.is_invalid:
-            self._fail(sequence, InvalidLogitsError("The model gave logits that are not numbers."))
+            self._fail(sequence, InvalidLogitsError(_INVALID_LOGITS))
 
     def _count_admitted(self, chunks: SequenceOf[Chunk]) -> None:
         for sequence in (chunk.sequence for chunk in chunks):
@@ -291,7 +309,13 @@ class EngineCore:
                 self._num_cached_tokens += sequence.num_cached_tokens or 0
                 self._num_tier_cached_tokens += sequence.num_tier_cached_tokens
 
-    def _end(self, sequence: Sequence, new_token_ids: tuple[int, ...], stop: Stop) -> None:
+    def _end(
+        self,
+        sequence: Sequence,
+        new_token_ids: tuple[int, ...],
+        stop: Stop,
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> None:
         delta = TokenDelta(
             request_id=sequence.request.request_id,
             token_ids=new_token_ids,
@@ -300,6 +324,8 @@ class EngineCore:
             stop_match=stop.match,
             usage=sequence.usage(),
             speculation=sequence.speculation.snapshot(),
+            logprobs=logprobs,
+            prompt_logprobs=sequence.take_prompt_logprobs(),
         )
         self._events.append(Event(sequence.session_id, delta))
         self._leave(sequence)

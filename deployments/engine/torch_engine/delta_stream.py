@@ -29,7 +29,13 @@ class DeltaStream:
         elif self._unread is None:
             self._unread = content
         else:
-            self._unread = replace(content, token_ids=self._unread.token_ids + content.token_ids)
+            unread = self._unread
+            self._unread = replace(
+                content,
+                token_ids=unread.token_ids + content.token_ids,
+                logprobs=unread.logprobs + content.logprobs,
+                prompt_logprobs=unread.prompt_logprobs or content.prompt_logprobs,
+            )
         self._changed.set()
 
     async def next(self) -> TokenDelta:

@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
         new_token_ids: what is committed.
         stop: the end of the output, if it was reached.
         is_invalid: the model's logits behind ``new_token_ids`` were not numbers.
+        first_row: the step's logit row behind the committed text; node n's row is n + 1 further.
     """
 
     sequence: Sequence
@@ -38,17 +39,27 @@ class Outcome(NamedTuple):
     new_token_ids: tuple[int, ...]
     stop: Stop | None
     is_invalid: bool
+    first_row: int
+
+    @property
+    def rows(self) -> list[int]:
+        """The step's logit rows that the new tokens were chosen from."""
+        rows = [self.first_row, *(self.first_row + 1 + node for node in self.nodes)]
+        return rows[: len(self.new_token_ids)]
 
 
-def verify(sequence: Sequence, draft: TakenDraft, choices: SequenceOf[int]) -> Outcome:
+def verify(
+    sequence: Sequence, draft: TakenDraft, choices: SequenceOf[int], first_row: int
+) -> Outcome:
     """Accept what the draft foresaw, and cut where the output ends.
 
     Args:
         sequence: its stop condition is advanced; the rest is left as it is.
         draft: what was verified, possibly empty.
-        choices: the sampler's token behind the committed text and behind each draft node.
+        choices: the sampler's token of every logit row of the step.
+        first_row: the one behind the committed text; those behind the draft's nodes follow it.
     """
-    acceptance = accept(draft.tree, choices)
+    acceptance = accept(draft.tree, choices[first_row : first_row + 1 + len(draft.tree)])
     tokens = [draft.tree.token_ids[node] for node in acceptance.nodes]
     is_invalid = acceptance.bonus_token_id == INVALID_TOKEN
     if not is_invalid:
@@ -61,6 +72,7 @@ def verify(sequence: Sequence, draft: TakenDraft, choices: SequenceOf[int]) -> O
         new_token_ids=tuple(tokens[:num_kept]),
         stop=stop,
         is_invalid=is_invalid,
+        first_row=first_row,
     )
 
 

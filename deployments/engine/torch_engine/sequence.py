@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.penalties import PenaltyState
     from deployments.engine.torch_engine.spec_counters import SpeculationCounters
     from deployments.engine.torch_engine.stopping import StopCondition
-    from deployments.engine.types import GenerationRequest, SamplingParams
+    from deployments.engine.types import GenerationRequest, SamplingParams, TokenLogprob
     from kv_store.keys import Namespace, PageKey
 
 
@@ -56,6 +56,8 @@ class Sequence:
         is_counted: the engine's counters include its prompt.
         num_cached_tokens: prompt tokens found computed at the first admission; None before it.
         num_tier_cached_tokens: those of them that came from the tier.
+        prompt_logprobs: of the leading prompt tokens, as far as they are computed; None if they
+            were not asked for or are delivered.
     """
 
     session_id: int
@@ -81,6 +83,7 @@ class Sequence:
     is_counted: bool = False
     num_cached_tokens: int | None = None
     num_tier_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
     _slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
@@ -152,10 +155,34 @@ class Sequence:
     def reusable_keys(self) -> list[PageKey]:
         """Keys of the pages that may come from a cache.
 
-        The last token is always computed anew, or there would be no logits to go on from.
+        The last token is always computed anew, or there would be no logits to go on from. So are
+        the rows before prompt tokens whose log probabilities are still wanted.
         """
         self.extend_page_keys()
-        return self.page_keys[: (len(self.token_ids) - 1) // PAGE_TOKENS]
+        num_reusable = len(self.token_ids) - 1
+        if self.prompt_logprobs is not None:
+            num_reusable = min(num_reusable, len(self.prompt_logprobs) - 1)
+        return self.page_keys[: num_reusable // PAGE_TOKENS]
+
+    def unscored_positions(self, start: int, end: int) -> range:
+        """Prompt positions whose log probabilities are wanted and follow from rows of this span.
+
+        Args:
+            start: first row; row i scores token i + 1.
+            end: behind the last row.
+        """
+        if self.prompt_logprobs is None:
+            return range(0)
+        first = max(start + 1, len(self.prompt_logprobs))
+        return range(first, min(end + 1, self.num_prompt_tokens))
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """The prompt's log probabilities for delivery, once they are complete; None ever after."""
+        taken = self.prompt_logprobs
+        if taken is None or len(taken) < self.num_prompt_tokens:
+            return None
+        self.prompt_logprobs = None
+        return tuple(taken)
 
     def begin(self, cached_pages: SequenceOf[int], new_pages: SequenceOf[int]) -> None:
         """Start running on pages that hold the leading tokens already, and empty ones."""

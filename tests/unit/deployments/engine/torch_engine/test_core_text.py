@@ -10,7 +10,7 @@ import pytest
 from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.torch_engine.assembly import build_core
 from deployments.engine.torch_engine.validation import validate_request
-from deployments.engine.types import FinishReason, TokenDelta
+from deployments.engine.types import FinishReason, TokenDelta, TokenLogprob
 from tests.fakes_engine import (
     VOCAB_SIZE,
     FakePageStore,
@@ -22,15 +22,16 @@ from tests.fakes_engine import (
     make_parts,
     make_request,
 )
+from tests.fakes_logprobs import assert_logprobs
 
 
 class Session:
     """Drives an engine core step by step and keeps what it says."""
 
-    def __init__(self, config=None, speculator=None, store=None):
+    def __init__(self, config=None, speculator=None, store=None, parts=None):
         self.config = config or make_config()
         self.speculator = speculator or NoSpeculation()
-        self.parts = make_parts(self.config, self.speculator, store)
+        self.parts = parts or make_parts(self.config, self.speculator, store)
         self.now = 0.0
         self.is_woken = False
         self.core = build_core(
@@ -41,6 +42,8 @@ class Session:
             monotonic=lambda: self.now,
         )
         self.tokens: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[TokenLogprob]] = {}
+        self.prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
         self.ends: dict[int, object] = {}
 
     def wake(self):
@@ -48,6 +51,7 @@ class Session:
 
     def add(self, session_id, request):
         self.tokens[session_id] = []
+        self.logprobs[session_id] = []
         self.core.add(session_id, request)
         self.collect()
 
@@ -61,7 +65,11 @@ class Session:
         for session_id, content in self.core.take_events():
             assert session_id not in self.ends, "an event after the terminal one"
             if isinstance(content, TokenDelta):
+                if content.prompt_logprobs is not None:
+                    assert not self.tokens[session_id]
+                    self.prompt_logprobs[session_id] = content.prompt_logprobs
                 self.tokens[session_id] += content.token_ids
+                self.logprobs[session_id] += content.logprobs
                 if content.finish_reason is None:
                     assert content.token_ids
                     continue
@@ -73,6 +81,14 @@ class Session:
             if not self.step() and not self.is_woken:
                 return
         raise AssertionError("the engine does not come to an end")
+
+    def assert_logprobs(self, session_id, request):
+        assert_logprobs(
+            request,
+            self.tokens[session_id],
+            self.logprobs[session_id],
+            self.prompt_logprobs.get(session_id),
+        )
 
     def assert_all_free(self):
         stats = self.core.stats()
@@ -112,6 +128,10 @@ def random_request(rng: random.Random, name: str):
         changes |= {"stop_token_ids": (17, 3)}
     if rng.random() < 0.3:
         changes |= {"min_tokens": rng.choice((3, 12))}
+    if rng.random() < 0.3:
+        changes |= {"num_logprobs": rng.choice((0, 3))}
+    if rng.random() < 0.2:
+        changes |= {"num_prompt_logprobs": rng.choice((0, 2))}
     return make_request(name, prompt or [1], **changes)
 
 
@@ -160,6 +180,7 @@ def test_text_does_not_depend_on_what_happens_around_it(kind, seed):
         want = expected(request, max_model_len)
         got = tuple(session.tokens[session_id])
         end = session.ends[session_id]
+        session.assert_logprobs(session_id, request)
         if end.finish_reason is FinishReason.ABORT:
             assert session_id in aborted
             assert got == want.token_ids[: len(got)]
