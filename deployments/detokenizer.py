@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from deployments.engine.types import TokenDelta
+    from deployments.engine.types import TokenDelta, TokenLogprob
 
 _REPLACEMENT = "\ufffd"
 _MAX_INCOMPLETE = 3
@@ -92,22 +93,69 @@ class StopStringCutter:
         return text if at < 0 else text[:at]
 
 
+class PlacedLogprob(NamedTuple):
+    """A token's log probability, and where its text begins.
+
+    Attributes:
+        text_offset: characters of the output before the token's own.
+    """
+
+    logprob: TokenLogprob
+    text_offset: int
+
+
+class ShownText(NamedTuple):
+    """What one delta makes visible.
+
+    Attributes:
+        logprobs: of the tokens whose text has begun to show, if they were asked for.
+    """
+
+    text: str
+    logprobs: tuple[PlacedLogprob, ...]
+
+
 class ChoiceText:
-    """The text of one choice, from its token deltas."""
+    """The text of one choice, from its token deltas.
+
+    A token's log probability is shown together with the first character of its text: not before
+    the character is complete, and never if a stop string hides it. Tokens without text (the rest
+    of a broken character, special tokens) come with the text behind them, or at the end.
+    """
 
     def __init__(
         self, decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str] = ()
     ) -> None:
         self._detokenizer = IncrementalDetokenizer(decode)
         self._cutter = StopStringCutter(stop_strings)
+        self._held: deque[PlacedLogprob] = deque()
+        self._num_decoded_chars = 0
+        self._num_shown_chars = 0
 
-    def push(self, delta: TokenDelta) -> str:
-        """Text that ``delta`` makes visible; all that is left when it is the last one."""
-        *earlier, last = ["", *(self._detokenizer.push(token) for token in delta.token_ids)]
-        shown = "".join(self._cutter.push(piece) for piece in earlier)
+    def push(self, delta: TokenDelta) -> ShownText:
+        """What ``delta`` makes visible; all that is left when it is the last one."""
+        pieces = [self._detokenizer.push(token) for token in delta.token_ids]
+        self._hold(delta, pieces)
+        *earlier, last = ["", *pieces]
+        text = "".join(self._cutter.push(piece) for piece in earlier)
         if delta.finish_reason is None:
-            return shown + self._cutter.push(last)
-        return shown + self._cutter.finish(last + self._detokenizer.flush(), delta.stop_match)
+            text += self._cutter.push(last)
+        else:
+            text += self._cutter.finish(last + self._detokenizer.flush(), delta.stop_match)
+        self._num_shown_chars += len(text)
+        return ShownText(text, tuple(self._release(delta)))
+
+    def _hold(self, delta: TokenDelta, pieces: Sequence[str]) -> None:
+        if not delta.logprobs:
+            return
+        for logprob, piece in zip(delta.logprobs, pieces, strict=True):
+            self._held.append(PlacedLogprob(logprob, self._num_decoded_chars))
+            self._num_decoded_chars += len(piece)
+
+    def _release(self, delta: TokenDelta) -> Iterator[PlacedLogprob]:
+        is_all_shown = delta.finish_reason is not None and not isinstance(delta.stop_match, str)
+        while self._held and (is_all_shown or self._held[0].text_offset < self._num_shown_chars):
+            yield self._held.popleft()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from deployments.accounting import RequestTotals
     from deployments.config import IngressConfig
-    from deployments.engine.types import FinishReason
+    from deployments.detokenizer import PlacedLogprob
+    from deployments.engine.types import FinishReason, TokenLogprob
     from deployments.metrics import IngressMetrics
     from deployments.sampling import SamplingFields
     from deployments.target_client import TargetClient
@@ -76,6 +77,8 @@ class TextDelta:
 
     Attributes:
         index: the choice's index in the answer.
+        logprobs: of the tokens whose text begins to show, if asked for; see ``ChoiceText``.
+        prompt_logprobs: on the choice's first delta with tokens, if asked for.
     """
 
     index: int
@@ -83,6 +86,8 @@ class TextDelta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     replica_id: str
+    logprobs: tuple[PlacedLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 class Generation:
@@ -239,12 +244,15 @@ class Generation:
                 if delta.finish_reason is not None:
                     prompt_index = index // plan.num_choices_per_prompt
                     totals.add_finished(prompt_index, delta.usage, delta.speculation)
+                shown = text.push(delta)
                 yield TextDelta(
                     index=index,
-                    text=text.push(delta),
+                    text=shown.text,
                     token_ids=delta.token_ids,
                     finish_reason=delta.finish_reason,
                     replica_id=delta.replica_id,
+                    logprobs=shown.logprobs,
+                    prompt_logprobs=delta.prompt_logprobs,
                 )
 
     def close(self) -> None:

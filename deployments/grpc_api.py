@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 from deployments.engine.types import FinishReason
 from deployments.errors import RequestInvalidError
 from deployments.openai_api import Message
-from deployments.sampling import SamplingFields, validate
+from deployments.sampling import NumLogprobs, SamplingFields, validate
 from deployments.tokenizer import ChatTurn
 from protos import inference_pb2 as pb
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from deployments.accounting import RequestTotals
-    from deployments.engine.types import GenerationUsage, SpeculationStats
+    from deployments.engine.types import GenerationUsage, SpeculationStats, TokenLogprob
     from deployments.generation import Plan, TextDelta
 
 _MAX_N = 8
@@ -26,6 +28,8 @@ _OPTIONAL = (
     "frequency_penalty",
     "repetition_penalty",
     "seed",
+    "logprobs",
+    "prompt_logprobs",
 )
 
 _FINISH_REASONS = {
@@ -35,7 +39,19 @@ _FINISH_REASONS = {
 }
 
 
-def sampling_fields(options: pb.SamplingOptions) -> SamplingFields:
+class GrpcSamplingFields(SamplingFields):
+    """``SamplingOptions`` as they are validated."""
+
+    logprobs: NumLogprobs | None = None
+    """Tell the log probability of each output token, and as many of the likeliest tokens."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See ``SamplingFields``."""
+        return self.logprobs
+
+
+def sampling_fields(options: pb.SamplingOptions) -> GrpcSamplingFields:
     """Sampling options, checked.
 
     Raises:
@@ -49,7 +65,7 @@ def sampling_fields(options: pb.SamplingOptions) -> SamplingFields:
     data["stop_token_ids"] = list(options.stop_token_ids)
     data["ignore_eos"] = options.ignore_eos
     data["min_tokens"] = options.min_tokens
-    return validate(SamplingFields, data)
+    return validate(GrpcSamplingFields, data)
 
 
 def max_tokens(options: pb.SamplingOptions) -> int | None:
@@ -124,14 +140,63 @@ def speculation_message(stats: SpeculationStats) -> pb.SpeculationStats:
     )
 
 
-def chunk_message(plan: Plan, delta: TextDelta, totals: RequestTotals | None) -> pb.GenerateChunk:
-    """One delta; ``totals`` only with the stream's last one."""
+def logprob_messages(
+    logprobs: Iterable[TokenLogprob], bytes_of: Callable[[int], bytes]
+) -> list[pb.TokenLogprob]:
+    """Tokens with their alternatives."""
+    return [
+        pb.TokenLogprob(
+            token_id=own.token_id,
+            token=bytes_of(own.token_id),
+            logprob=own.logprob,
+            rank=own.rank,
+            top=[
+                pb.TokenLogprob(
+                    token_id=token_id, token=bytes_of(token_id), logprob=logprob, rank=rank
+                )
+                for rank, (token_id, logprob) in enumerate(own.top, 1)
+            ],
+        )
+        for own in logprobs
+    ]
+
+
+def prompt_logprob_messages(
+    plan: Plan, delta: TextDelta, bytes_of: Callable[[int], bytes]
+) -> list[pb.TokenLogprob]:
+    """The prompt's tokens, if ``delta`` brings them; the first one has no log probability."""
+    if delta.prompt_logprobs is None:
+        return []
+    first = plan.requests[delta.index].prompt_token_ids[0]
+    rest = [logprob for logprob in delta.prompt_logprobs if logprob is not None]
+    return [
+        pb.TokenLogprob(token_id=first, token=bytes_of(first)),
+        *logprob_messages(rest, bytes_of),
+    ]
+
+
+def chunk_message(
+    plan: Plan,
+    delta: TextDelta,
+    totals: RequestTotals | None,
+    bytes_of: Callable[[int], bytes],
+) -> pb.GenerateChunk:
+    """One delta.
+
+    Args:
+        plan: of the call.
+        delta: one of its stream.
+        totals: only with the stream's last delta.
+        bytes_of: the bytes a token id stands for.
+    """
     chunk = pb.GenerateChunk(
         request_id=plan.completion_id,
         choice_index=delta.index,
         text=delta.text,
         token_ids=delta.token_ids,
         replica=delta.replica_id,
+        logprobs=logprob_messages((placed.logprob for placed in delta.logprobs), bytes_of),
+        prompt_logprobs=prompt_logprob_messages(plan, delta, bytes_of),
     )
     if delta.finish_reason is not None:
         chunk.finish_reason = _FINISH_REASONS[delta.finish_reason]
@@ -144,7 +209,9 @@ def chunk_message(plan: Plan, delta: TextDelta, totals: RequestTotals | None) ->
 class ResponseBuilder:
     """Collects a whole answer."""
 
-    def __init__(self, plan: Plan, model: str) -> None:
+    def __init__(self, plan: Plan, model: str, bytes_of: Callable[[int], bytes]) -> None:
+        self._plan = plan
+        self._bytes_of = bytes_of
         self._response = pb.GenerateResponse(request_id=plan.completion_id, model=model)
         for index in range(len(plan.requests)):
             self._response.choices.add(index=index)
@@ -154,6 +221,11 @@ class ResponseBuilder:
         choice = self._response.choices[delta.index]
         choice.text += delta.text
         choice.token_ids.extend(delta.token_ids)
+        placed = (placed.logprob for placed in delta.logprobs)
+        choice.logprobs.extend(logprob_messages(placed, self._bytes_of))
+        if not self._response.prompt_logprobs:
+            about_prompt = prompt_logprob_messages(self._plan, delta, self._bytes_of)
+            self._response.prompt_logprobs.extend(about_prompt)
         if delta.finish_reason is not None:
             choice.finish_reason = _FINISH_REASONS[delta.finish_reason]
 

@@ -158,7 +158,9 @@ class IngressReplica:
                     num_open = len(plan.requests)
                     async for delta in deltas:
                         num_open -= delta.finish_reason is not None
-                        yield grpc_api.chunk_message(plan, delta, None if num_open else totals)
+                        yield grpc_api.chunk_message(
+                            plan, delta, None if num_open else totals, self._tokenizer.token_bytes
+                        )
         except Exception as error:  # noqa: BLE001 - root of the request
             self._grpc_error(error, grpc_context)
             # Serve's Python proxy learns of a stream's status only together with a message.
@@ -172,7 +174,7 @@ class IngressReplica:
             with self._guard.call("grpc", "text_completion", _metadata(grpc_context)) as context:
                 plan = await self._plan_grpc(request, context)
                 totals = RequestTotals(plan.prompt_lengths)
-                builder = grpc_api.ResponseBuilder(plan, self._model)
+                builder = grpc_api.ResponseBuilder(plan, self._model, self._tokenizer.token_bytes)
                 async with aclosing(self._generation.stream(plan, totals)) as deltas:
                     async for delta in deltas:
                         builder.collect(delta)
@@ -229,7 +231,7 @@ class IngressReplica:
         with self._guard.call("http", _operation(body), headers) as context:
             plan = await self._plan_http(body, context)
             totals = RequestTotals(plan.prompt_lengths)
-            writer = AnswerWriter(plan, self._model, chat=_is_chat(body))
+            writer = self._writer(plan, body)
             async with aclosing(self._generation.stream(plan, totals)) as deltas:
                 async for delta in deltas:
                     writer.collect(delta)
@@ -243,11 +245,7 @@ class IngressReplica:
             with self._guard.call("http", _operation(body), headers) as context:
                 plan = await self._plan_http(body, context)
                 totals = RequestTotals(plan.prompt_lengths)
-                options = body.stream_options
-                include_usage = options is not None and options.include_usage
-                writer = AnswerWriter(
-                    plan, self._model, chat=_is_chat(body), include_usage=include_usage
-                )
+                writer = self._writer(plan, body)
                 async with aclosing(self._generation.stream(plan, totals)) as deltas:
                     async for delta in deltas:
                         events = writer.delta(delta)
@@ -260,6 +258,9 @@ class IngressReplica:
             if not begun:
                 raise
             yield sse_error(describe(self._counted("http", error)))
+
+    def _writer(self, plan: Plan, body: OpenAIRequest) -> AnswerWriter:
+        return AnswerWriter(plan, self._model, body, self._tokenizer.token_bytes)
 
     async def _plan_http(self, body: OpenAIRequest, context: CallContext) -> Plan:
         if isinstance(body, ChatCompletionRequest):
@@ -345,9 +346,5 @@ def _metadata(context: RayServegRPCContext) -> dict[str, str]:
     return {str(key): str(value) for key, value in context.invocation_metadata()}
 
 
-def _is_chat(body: OpenAIRequest) -> bool:
-    return isinstance(body, ChatCompletionRequest)
-
-
 def _operation(body: OpenAIRequest) -> str:
-    return "chat" if _is_chat(body) else "text_completion"
+    return "chat" if isinstance(body, ChatCompletionRequest) else "text_completion"

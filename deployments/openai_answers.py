@@ -7,12 +7,27 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from deployments.engine.types import FinishReason
+from deployments.openai_api import ChatCompletionRequest, CompletionRequest
+from deployments.openai_logprobs import (
+    CompletionLogprobs,
+    chat_logprobs,
+    prompt_logprobs,
+    prompt_offsets,
+    prompt_text,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from deployments.accounting import RequestTotals
-    from deployments.engine.types import GenerationUsage, SpeculationStats
+    from deployments.detokenizer import PlacedLogprob
+    from deployments.engine.types import GenerationUsage, SpeculationStats, TokenLogprob
     from deployments.errors import ApiError
     from deployments.generation import Plan, TextDelta
+    from deployments.openai_api import OpenAIRequest
+    from deployments.openai_logprobs import BytesOf
+
+    PromptLogprobs = Sequence[TokenLogprob | None]
 
 SSE_DONE = b"data: [DONE]\n\n"
 
@@ -70,16 +85,85 @@ def speculation_body(stats: SpeculationStats) -> dict[str, Any]:
     }
 
 
+class TokenReport:
+    """What one answer tells of its tokens besides their text.
+
+    Attributes:
+        echoes: the prompt's text for each choice; empty where it is not asked for.
+    """
+
+    def __init__(self, plan: Plan, body: OpenAIRequest, bytes_of: BytesOf) -> None:
+        self._num_logprobs = body.num_logprobs
+        self._num_prompt_logprobs = body.prompt_logprobs
+        self._chat = isinstance(body, ChatCompletionRequest)
+        self._prompts = [request.prompt_token_ids for request in plan.requests]
+        self._bytes_of = bytes_of
+        self.echoes = [""] * len(plan.requests)
+        if isinstance(body, CompletionRequest) and body.echo:
+            texts = [
+                prompt if isinstance(prompt, str) else prompt_text(prompt, bytes_of)
+                for prompt in body.prompts()
+            ]
+            self.echoes = [text for text in texts for _ in range(plan.num_choices_per_prompt)]
+
+    def logprobs(
+        self,
+        index: int,
+        placed: Iterable[PlacedLogprob],
+        prompt: PromptLogprobs | None = None,
+    ) -> dict[str, Any] | None:
+        """A choice's ``logprobs``; None if they were not asked for.
+
+        Args:
+            index: of the choice.
+            placed: output tokens.
+            prompt: of the prompt's tokens, where an echo is part of what they belong to.
+        """
+        if self._num_logprobs is None:
+            return None
+        if self._chat:
+            return chat_logprobs(placed, self._bytes_of)
+        lists = CompletionLogprobs(self._bytes_of)
+        echo = self.echoes[index]
+        if echo and prompt is not None:
+            token_ids = self._prompts[index]
+            offsets = prompt_offsets(token_ids, echo, self._bytes_of)
+            for token_id, logprob, offset in zip(token_ids, prompt, offsets, strict=True):
+                lists.add(token_id, logprob, offset, self._num_logprobs)
+        for logprob, offset in placed:
+            lists.add(logprob.token_id, logprob, len(echo) + offset, self._num_logprobs)
+        return lists.body()
+
+    def prompt(self, prompt: PromptLogprobs | None) -> dict[str, Any]:
+        """The field ``prompt_logprobs``; nothing if it was not asked for."""
+        if prompt is None or self._num_prompt_logprobs is None:
+            return {}
+        shown = prompt_logprobs(prompt, self._num_prompt_logprobs, self._bytes_of)
+        return {"prompt_logprobs": shown}
+
+
 class AnswerWriter:
     """Shapes one answer, streamed or whole, for chat or plain completions."""
 
-    def __init__(self, plan: Plan, model: str, *, chat: bool, include_usage: bool = False) -> None:
-        self._chat = chat
-        self._include_usage = include_usage
-        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{plan.completion_id}"
+    def __init__(self, plan: Plan, model: str, body: OpenAIRequest, bytes_of: BytesOf) -> None:
+        """Begin an answer.
+
+        Args:
+            plan: made from ``body``.
+            model: the served model's id.
+            body: says what the answer shall tell.
+            bytes_of: the bytes a token id stands for.
+        """
+        self._chat = isinstance(body, ChatCompletionRequest)
+        options = body.stream_options
+        self._include_usage = options is not None and options.include_usage
+        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{plan.completion_id}"
         self._model = model
         self._created = plan.created
-        self._texts = [""] * len(plan.requests)
+        self._report = TokenReport(plan, body, bytes_of)
+        self._texts = list(self._report.echoes)
+        self._logprobs: list[list[PlacedLogprob]] = [[] for _ in plan.requests]
+        self._prompts: dict[int, PromptLogprobs | None] = {}
         self._finish: list[str | None] = [None] * len(plan.requests)
 
     def opening(self) -> list[bytes]:
@@ -93,14 +177,32 @@ class AnswerWriter:
 
     def delta(self, delta: TextDelta) -> list[bytes]:
         """Events of one text delta; none while a character or stop string is incomplete."""
-        events = []
+        events = self._about_prompt(delta)
+        logprobs = self._report.logprobs(delta.index, delta.logprobs) if delta.logprobs else None
         if delta.text:
             shape = {"delta": {"content": delta.text}} if self._chat else {"text": delta.text}
-            events.append(self._chunk(delta.index, shape, None))
+            events.append(self._chunk(delta.index, shape, None, logprobs))
+            logprobs = None
         if delta.finish_reason is not None:
             last: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
-            events.append(self._chunk(delta.index, last, _FINISH_REASONS[delta.finish_reason]))
+            reason = _FINISH_REASONS[delta.finish_reason]
+            events.append(self._chunk(delta.index, last, reason, logprobs))
         return events
+
+    def _about_prompt(self, delta: TextDelta) -> list[bytes]:
+        """What stands before a choice's first text: the prompt, where it is told at all."""
+        index, prompt = delta.index, delta.prompt_logprobs
+        if index in self._prompts:
+            return []
+        self._prompts[index] = prompt
+        told = self._report.prompt(prompt)
+        if self._chat:
+            return [self._chunk(index, {"delta": {}}, None, **told)] if told and not index else []
+        echo = self._report.echoes[index]
+        if not echo and not told:
+            return []
+        logprobs = self._report.logprobs(index, (), prompt) if echo else None
+        return [self._chunk(index, {"text": echo} | told, None, logprobs)]
 
     def closing(self, totals: RequestTotals) -> list[bytes]:
         """Events behind the last text: usage if asked for, then the end mark."""
@@ -117,6 +219,8 @@ class AnswerWriter:
     def collect(self, delta: TextDelta) -> None:
         """Add a delta to the whole answer."""
         self._texts[delta.index] += delta.text
+        self._logprobs[delta.index] += delta.logprobs
+        self._prompts.setdefault(delta.index, delta.prompt_logprobs)
         if delta.finish_reason is not None:
             self._finish[delta.index] = _FINISH_REASONS[delta.finish_reason]
 
@@ -126,6 +230,7 @@ class AnswerWriter:
             "choices": [self._choice(index) for index in range(len(self._texts))],
             "usage": usage_body(totals.usage()),
             "metrics": metrics_body(totals),
+            **(self._report.prompt(self._prompts.get(0)) if self._chat else {}),
         }
 
     def _head(self, *, chunk: bool) -> dict[str, Any]:
@@ -134,22 +239,30 @@ class AnswerWriter:
             kind = "chat.completion.chunk" if chunk else "chat.completion"
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
-    def _chunk(self, index: int, shape: dict[str, Any], finish_reason: str | None) -> bytes:
-        choice = {"index": index, **shape, "logprobs": None, "finish_reason": finish_reason}
-        event = self._head(chunk=True) | {"choices": [choice]}
+    def _chunk(
+        self,
+        index: int,
+        shape: dict[str, Any],
+        finish_reason: str | None,
+        logprobs: dict[str, Any] | None = None,
+        **more: object,
+    ) -> bytes:
+        choice = {"index": index, **shape, "logprobs": logprobs, "finish_reason": finish_reason}
+        event = self._head(chunk=True) | {"choices": [choice]} | more
         if self._include_usage:
             event["usage"] = None
         return sse(event)
 
     def _choice(self, index: int) -> dict[str, Any]:
         text = self._texts[index]
-        shape: dict[str, Any] = {"text": text}
+        prompt = self._prompts.get(index)
+        shape: dict[str, Any] = {"text": text} | self._report.prompt(prompt)
         if self._chat:
             shape = {"message": {"role": "assistant", "content": text, "refusal": None}}
         return {
             "index": index,
             **shape,
-            "logprobs": None,
+            "logprobs": self._report.logprobs(index, self._logprobs[index], prompt),
             "finish_reason": self._finish[index],
         }
 

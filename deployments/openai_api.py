@@ -13,7 +13,7 @@ import orjson
 from pydantic import Field
 
 from deployments.errors import RequestInvalidError, UnsupportedParameterError
-from deployments.sampling import SamplingFields, TokenId, WireModel, validate
+from deployments.sampling import NumLogprobs, SamplingFields, TokenId, WireModel, validate
 
 R = TypeVar("R", bound="OpenAIRequest")
 
@@ -21,9 +21,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 MaxTokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "logprobs": (None, False),
     "top_logprobs": (None, 0),
-    "prompt_logprobs": (None,),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
@@ -107,6 +105,25 @@ class ChatCompletionRequest(OpenAIRequest):
     """The conversation so far."""
     max_completion_tokens: MaxTokens | None = None
     """Output tokens, at most; the newer name of ``max_tokens``."""
+    logprobs: bool | None = None
+    """Tell the log probability of each output token."""
+    top_logprobs: NumLogprobs | None = None
+    """And those of this many of the likeliest tokens at its place."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See ``SamplingFields``.
+
+        Raises:
+            RequestInvalidError: alternatives were asked for without log probabilities.
+        """
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise RequestInvalidError(
+                "'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs"
+            )
+        return None
 
     @property
     def output_limit(self) -> tuple[int | None, str]:
@@ -134,6 +151,21 @@ class CompletionRequest(OpenAIRequest):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
     )
     """Text or token ids, one prompt or several."""
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    """Tell the log probability of each token, and those of this many of the likeliest."""
+    echo: bool | None = None
+    """Begin the text with the prompt, whose tokens then have log probabilities as well."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See ``SamplingFields``."""
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """See ``SamplingFields``; the larger number if both ways were used."""
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((number for number in asked if number is not None), default=None)
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt, in order."""

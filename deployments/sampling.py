@@ -26,6 +26,7 @@ _MIN_TEMPERATURE = 1e-5
 TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+NumLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 
 class WireModel(BaseModel):
@@ -70,6 +71,21 @@ class SamplingFields(WireModel):
     """Go on behind the model's end-of-text token."""
     min_tokens: Annotated[int, Field(ge=0, le=_INT32_MAX)] = 0
     """Nothing may end the text before this many tokens."""
+    prompt_logprobs: NumLogprobs | None = None
+    """Tell the log probability of each prompt token, and as many of the likeliest tokens."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives wanted with each output token, None for no log probabilities at all.
+
+        Each surface has its own way to ask for them.
+        """
+        return None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives wanted with each prompt token, None for no log probabilities at all."""
+        return self.prompt_logprobs
 
 
 def build_sampling_params(
@@ -118,6 +134,8 @@ def build_sampling_params(
         stop_token_ids=stop_token_ids,
         ignore_eos=fields.ignore_eos,
         min_tokens=min(fields.min_tokens, limit),
+        num_logprobs=fields.num_logprobs,
+        num_prompt_logprobs=fields.num_prompt_logprobs,
     )
 
 

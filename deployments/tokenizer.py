@@ -9,6 +9,7 @@ import jinja2
 from transformers import AutoTokenizer
 
 from deployments.errors import RequestInvalidError
+from deployments.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,7 @@ class Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        self._token_bytes = TokenBytes(self._backend)
         self.vocab_size: int = len(tokenizer)
 
     @classmethod
@@ -86,3 +88,7 @@ class Tokenizer:
         """Text of token ids, special tokens left out; broken UTF-8 becomes U+FFFD."""
         text: str = self._backend.decode(token_ids, skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text's UTF-8; see ``TokenBytes``."""
+        return self._token_bytes.of(token_id)

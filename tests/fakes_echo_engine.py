@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deployments.engine.base import Engine
 from deployments.engine.errors import (
@@ -27,6 +27,7 @@ from deployments.engine.types import (
     GenerationUsage,
     SpeculationStats,
     TokenDelta,
+    TokenLogprob,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ class EchoEngine(Engine):
     async def _steps(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
         output = list(request.resumed_output_ids)
         sampling = request.sampling
+        told: dict[str, Any] = {}
+        if sampling.num_prompt_logprobs is not None and not output:
+            prompt, num_top = request.prompt_token_ids, sampling.num_prompt_logprobs
+            scored = (self.logprob(prompt[: i + 1], num_top) for i in range(1, len(prompt)))
+            told = {"prompt_logprobs": (None, *scored)}
         while True:
             await asyncio.sleep(self._step_s)
             if request.deadline is not None and time.time() > request.deadline:
@@ -98,18 +104,29 @@ class EchoEngine(Engine):
             token = self._next(request, output)
             output.append(token)
             self._num_output_tokens += 1
+            if sampling.num_logprobs is not None:
+                text = (*request.prompt_token_ids, *output)
+                told["logprobs"] = (self.logprob(text, sampling.num_logprobs),)
             stop = self._stop_match(request, output)
             if stop is not None:
-                yield self._last(request, (token,), output, FinishReason.STOP, stop)
+                yield self._last(request, (token,), output, FinishReason.STOP, stop, **told)
                 return
             if len(output) >= sampling.max_tokens:
-                yield self._last(request, (token,), output, FinishReason.LENGTH, None)
+                yield self._last(request, (token,), output, FinishReason.LENGTH, None, **told)
                 return
             yield TokenDelta(
                 request_id=request.request_id,
                 token_ids=(token,),
                 choice_index=request.choice_index,
+                **told,
             )
+            told = {}
+
+    def logprob(self, text: Sequence[int], num_top: int) -> TokenLogprob:
+        """Of a text's last token; no distribution, but a function of all that comes before."""
+        own = -(zlib.crc32(repr(tuple(text)).encode()) % 4096) / 512
+        top = ((token, -1.0 - rank) for rank, token in enumerate(self._vocabulary[:num_top]))
+        return TokenLogprob(text[-1], own, 1 + text[-1], tuple(top))
 
     def _next(self, request: GenerationRequest, output: list[int]) -> int:
         state = (
@@ -138,6 +155,7 @@ class EchoEngine(Engine):
         output: list[int],
         reason: FinishReason,
         stop_match: str | int | None,
+        **told: Any,
     ) -> TokenDelta:
         return TokenDelta(
             request_id=request.request_id,
@@ -162,6 +180,7 @@ class EchoEngine(Engine):
             )
             if request.speculation
             else SpeculationStats(),
+            **told,
         )
 
     def abort(self, request_id: str) -> None:

@@ -131,6 +131,13 @@ def test_the_openai_sdk_streams_the_same_text(sdk: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 6
 
 
+def test_alternatives_without_log_probabilities_are_refused(sdk: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "hi"}]
+    with pytest.raises(openai.BadRequestError, match="only allowed when 'logprobs'") as caught:
+        sdk.chat.completions.create(model=MODEL, messages=messages, top_logprobs=2)
+    assert caught.value.param == "top_logprobs"
+
+
 def test_choices_are_streamed_side_by_side(http: httpx.Client) -> None:
     body = PROMPT | {"n": 4, "max_tokens": 10}
     whole = http.post("/v1/completions", json=body).json()
@@ -181,7 +188,8 @@ def test_stop_strings_end_the_text_before_them(http: httpx.Client) -> None:
         ("/v1/completions", {"prompt": "x" * 1500}, 400, "prompt", "context_length_exceeded"),
         ("/v1/completions", {"prompt": "x" * 9000}, 400, None, "request_too_large"),
         ("/v1/completions", {"prompt": [9999]}, 400, "prompt", None),
-        ("/v1/completions", {"logprobs": 3}, 400, "logprobs", "unsupported_parameter"),
+        ("/v1/completions", {"logprobs": 6}, 400, "logprobs", None),
+        ("/v1/completions", {"top_logprobs": 1}, 400, "top_logprobs", "unsupported_parameter"),
         ("/v1/completions", {"frobnicate": 1}, 400, "frobnicate", None),
         ("/v1/chat/completions", {"messages": [], "prompt": None}, 400, None, None),
     ],
@@ -420,11 +428,10 @@ def test_a_replica_that_dies_in_the_middle_changes_nothing(
     http: httpx.Client, attempt: int
 ) -> None:
     wait_until(lambda: len(replicas()) == 2, timeout_s=60, what="two target replicas")
-    body = PROMPT | {"max_tokens": 150, "seed": 11, "n": 2}
-    expected = [
-        choice["text"] for choice in http.post("/v1/completions", json=body).json()["choices"]
-    ]
+    body = PROMPT | {"max_tokens": 150, "seed": 11, "n": 2, "logprobs": 0, "echo": True}
+    expected = http.post("/v1/completions", json=body).json()["choices"]
     texts = ["", ""]
+    logprobs: list[list[float | None]] = [[], []]
     killed = threading.Event()
     with http.stream(
         "POST",
@@ -440,14 +447,17 @@ def test_a_replica_that_dies_in_the_middle_changes_nothing(
                 assert event["usage"]["completion_tokens"] == 300
             for choice in event["choices"]:
                 texts[choice["index"]] += choice["text"]
-            if min(map(len, texts)) > 20 and not killed.is_set():
+                told = choice["logprobs"] or {"token_logprobs": []}
+                logprobs[choice["index"]] += told["token_logprobs"]
+            if min(map(len, texts)) > 27 and not killed.is_set():
                 killed.set()
                 busy = {name: pid for name, (pid, running) in replicas().items() if running}
                 assert busy
                 for pid in busy.values():
                     os.kill(pid, signal.SIGKILL)
     assert killed.is_set()
-    assert texts == expected
+    assert texts == [choice["text"] for choice in expected]
+    assert logprobs == [choice["logprobs"]["token_logprobs"] for choice in expected]
 
 
 def test_a_dead_engine_takes_no_traffic(http: httpx.Client, ports: Ports) -> None:

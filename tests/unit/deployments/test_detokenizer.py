@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.detokenizer import ChoiceText, IncrementalDetokenizer, StopStringCutter
-from deployments.engine.types import FinishReason, TokenDelta
+from deployments.engine.types import FinishReason, TokenDelta, TokenLogprob
 
 
 def decode_bytes(token_ids: object) -> str:
@@ -88,21 +88,21 @@ def delta(ids: bytes, reason: FinishReason | None = None, match: str | None = No
 
 def test_a_choice_over_several_deltas() -> None:
     text = ChoiceText(decode_bytes, ["STOP"])
-    assert text.push(delta("é".encode()[:1])) == ""
-    assert text.push(delta("é".encode()[1:] + b"xS")) == "éx"
-    assert text.push(delta(b"T")) == ""
-    assert text.push(delta(b"OP", FinishReason.STOP, "STOP")) == ""
+    assert text.push(delta("é".encode()[:1])).text == ""
+    assert text.push(delta("é".encode()[1:] + b"xS")).text == "éx"
+    assert text.push(delta(b"T")).text == ""
+    assert text.push(delta(b"OP", FinishReason.STOP, "STOP")).text == ""
 
 
 def test_what_was_held_back_comes_out_at_the_end() -> None:
     text = ChoiceText(decode_bytes, ["STOP"])
-    assert text.push(delta(b"aSTO")) == "a"
-    assert text.push(delta(b"", FinishReason.LENGTH)) == "STO"
+    assert text.push(delta(b"aSTO")).text == "a"
+    assert text.push(delta(b"", FinishReason.LENGTH)).text == "STO"
 
 
 def test_an_incomplete_character_at_the_very_end_is_marked() -> None:
     text = ChoiceText(decode_bytes)
-    assert text.push(delta(b"a\xf0\x9f", FinishReason.LENGTH)) == "a\ufffd"
+    assert text.push(delta(b"a\xf0\x9f", FinishReason.LENGTH)).text == "a\ufffd"
 
 
 @pytest.mark.parametrize("stop", ["ab", "aab", "aaab"])
@@ -110,3 +110,64 @@ def test_repeating_prefixes(stop: str) -> None:
     source = "aaaa" + stop
     pieces = list(source)
     assert cut(pieces, [stop], stop) == source[: source.index(stop)]
+
+
+def told(
+    text: ChoiceText, ids: bytes, reason: FinishReason | None = None, match: str | None = None
+) -> tuple[str, list[tuple[int, int]]]:
+    """What one delta shows: text, and (token, offset) of each log probability."""
+    logprobs = tuple(TokenLogprob(token, -1.0, 1) for token in ids)
+    shown = text.push(
+        TokenDelta(
+            request_id="r",
+            token_ids=tuple(ids),
+            finish_reason=reason,
+            stop_match=match,
+            logprobs=logprobs,
+        )
+    )
+    return shown.text, [(placed.logprob.token_id, placed.text_offset) for placed in shown.logprobs]
+
+
+def test_log_probabilities_wait_for_their_character() -> None:
+    first, second, third = "€".encode()
+    text = ChoiceText(decode_bytes)
+    assert told(text, bytes([97, first])) == ("a", [(97, 0)])
+    assert told(text, bytes([second])) == ("", [])
+    assert told(text, bytes([third, 98])) == (
+        "€b",
+        [(first, 1), (second, 1), (third, 1), (98, 2)],
+    )
+    assert told(text, bytes([first]), FinishReason.LENGTH) == ("\ufffd", [(first, 3)])
+
+
+def test_log_probabilities_wait_while_a_stop_string_may_begin() -> None:
+    text = ChoiceText(decode_bytes, ["bcd"])
+    assert told(text, b"ab") == ("a", [(97, 0)])
+    assert told(text, b"c") == ("", [])
+    assert told(text, b"a") == ("bca", [(98, 1), (99, 2), (97, 3)])
+    assert told(text, b"bcd", FinishReason.STOP, "bcd") == ("", [])
+
+
+def test_a_token_that_a_stop_string_hides_in_part_is_told() -> None:
+    def decode(token_ids: object) -> str:
+        return "".join(("ab", "cd")[token] for token in token_ids)  # type: ignore[attr-defined]
+
+    text = ChoiceText(decode, ["bc"])
+    assert told(text, bytes([0])) == ("a", [(0, 0)])
+    assert told(text, bytes([1]), FinishReason.STOP, "bc") == ("", [])
+
+
+@given(
+    st.lists(st.binary(max_size=5), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=3), max_size=2),
+)
+def test_every_token_is_told_once_and_in_order(parts: list[bytes], stops: list[str]) -> None:
+    text = ChoiceText(decode_bytes, stops)
+    shown = [told(text, part) for part in parts]
+    shown.append(told(text, b"x", FinishReason.LENGTH))
+    placed = [entry for _, entries in shown for entry in entries]
+    assert [token for token, _ in placed] == [*b"".join(parts), *b"x"]
+    offsets = [offset for _, offset in placed]
+    assert offsets == sorted(offsets)
+    assert offsets[-1] < len("".join(part for part, _ in shown))

@@ -37,6 +37,8 @@ def test_every_field_arrives() -> None:
         stop_token_ids=[9],
         ignore_eos=True,
         min_tokens=2,
+        logprobs=0,
+        prompt_logprobs=4,
     )
     fields = grpc_api.sampling_fields(options)
     assert fields.model_dump() == {
@@ -53,7 +55,10 @@ def test_every_field_arrives() -> None:
         "stop_token_ids": [9],
         "ignore_eos": True,
         "min_tokens": 2,
+        "logprobs": 0,
+        "prompt_logprobs": 4,
     }
+    assert (fields.num_logprobs, fields.num_prompt_logprobs) == (0, 4)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +71,8 @@ def test_every_field_arrives() -> None:
         (pb.SamplingOptions(stop=["a"] * 5), "stop"),
         (pb.SamplingOptions(stop=[""]), "stop[0]"),
         (pb.SamplingOptions(logit_bias={1: 200.0}), "logit_bias"),
+        (pb.SamplingOptions(logprobs=21), "logprobs"),
+        (pb.SamplingOptions(prompt_logprobs=21), "prompt_logprobs"),
     ],
 )
 def test_ranges_are_those_of_http(options: pb.SamplingOptions, param: str) -> None:

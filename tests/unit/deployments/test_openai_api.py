@@ -101,9 +101,6 @@ def test_json_that_is_no_object_is_refused(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("field", "neutral", "asking"),
     [
-        ("logprobs", False, True),
-        ("logprobs", None, 0),
-        ("top_logprobs", 0, 5),
         ("tools", [], [{"type": "function"}]),
         ("tool_choice", "auto", "required"),
         ("response_format", {"type": "text"}, {"type": "json_object"}),
@@ -122,6 +119,70 @@ def test_an_unimplemented_parameter_passes_only_at_its_default(
         parse_body(chat(**{field: asking}), ChatCompletionRequest)
     error = describe(caught.value)
     assert (error.param, error.kind.code) == (field, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "want"),
+    [
+        ({}, (None, None)),
+        ({"logprobs": False, "top_logprobs": 0}, (None, None)),
+        ({"logprobs": True}, (0, None)),
+        ({"logprobs": True, "top_logprobs": 20, "prompt_logprobs": 3}, (20, 3)),
+    ],
+)
+def test_log_probabilities_of_a_chat(
+    fields: dict[str, object], want: tuple[int | None, int | None]
+) -> None:
+    body = parse_body(chat(**fields), ChatCompletionRequest)
+    assert (body.num_logprobs, body.num_prompt_logprobs) == want
+
+
+def test_alternatives_without_log_probabilities_are_refused() -> None:
+    body = parse_body(chat(top_logprobs=2), ChatCompletionRequest)
+    with pytest.raises(RequestInvalidError, match="only allowed when 'logprobs'") as caught:
+        _ = body.num_logprobs
+    assert caught.value.param == "top_logprobs"
+
+
+@pytest.mark.parametrize(
+    ("fields", "want"),
+    [
+        ({}, (None, None)),
+        ({"logprobs": 0}, (0, None)),
+        ({"logprobs": 5, "echo": False}, (5, None)),
+        ({"echo": True}, (None, None)),
+        ({"logprobs": 2, "echo": True}, (2, 2)),
+        ({"logprobs": 2, "echo": True, "prompt_logprobs": 7}, (2, 7)),
+        ({"prompt_logprobs": 0}, (None, 0)),
+    ],
+)
+def test_log_probabilities_of_a_completion(
+    fields: dict[str, object], want: tuple[int | None, int | None]
+) -> None:
+    data = {"model": "m", "prompt": "p"} | fields
+    body = parse_body(json.dumps(data).encode(), CompletionRequest)
+    assert (body.num_logprobs, body.num_prompt_logprobs) == want
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "value"),
+    [
+        (ChatCompletionRequest, "logprobs", 1),
+        (ChatCompletionRequest, "top_logprobs", 21),
+        (ChatCompletionRequest, "prompt_logprobs", -1),
+        (CompletionRequest, "logprobs", 6),
+        (CompletionRequest, "logprobs", True),
+        (CompletionRequest, "prompt_logprobs", 21),
+    ],
+)
+def test_numbers_of_alternatives_are_checked(
+    model: type[ChatCompletionRequest | CompletionRequest], field: str, value: object
+) -> None:
+    data: dict[str, object] = {"model": "m", field: value}
+    data |= {"messages": CHAT["messages"]} if model is ChatCompletionRequest else {"prompt": "p"}
+    with pytest.raises(RequestInvalidError) as caught:
+        parse_body(json.dumps(data).encode(), model)
+    assert caught.value.param == field
 
 
 def test_labels_for_the_provider_are_accepted() -> None:

@@ -90,3 +90,8 @@ def test_prompt_ids_must_exist() -> None:
     check_prompt_token_ids([0, 49], 50, "prompt")
     with pytest.raises(RequestInvalidError):
         check_prompt_token_ids([0, 50], 50, "prompt")
+
+
+def test_log_probabilities_are_off_until_asked_for() -> None:
+    assert (build().num_logprobs, build().num_prompt_logprobs) == (None, None)
+    assert build(prompt_logprobs=0).num_prompt_logprobs == 0

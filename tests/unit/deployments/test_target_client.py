@@ -24,6 +24,7 @@ from deployments.engine.types import (
     GenerationUsage,
     SamplingParams,
     TokenDelta,
+    TokenLogprob,
 )
 from deployments.errors import TargetBusyError, TargetUnavailableError, describe
 from deployments.target_client import TargetClient
@@ -49,7 +50,10 @@ class Stream:
 
 
 class Pool:
-    """A target pool whose replicas count: output token i is i. Each may die after some tokens."""
+    """A target pool whose replicas count: output token i is i, with log probability -i.
+
+    Each may die after some tokens.
+    """
 
     def __init__(self, *lives: int | None, error: Exception = LOST) -> None:
         self._lives = list(lives)
@@ -80,6 +84,8 @@ class Pool:
                 token_ids=(at,),
                 finish_reason=FinishReason.LENGTH if is_last else None,
                 replica_id=replica,
+                logprobs=(TokenLogprob(at, -at, 1),),
+                prompt_logprobs=(None,) if at == 1 else None,
             )
             if is_last:
                 return
@@ -145,6 +151,15 @@ async def test_the_text_survives_dead_replicas(
     # Only replicas that named themselves can be avoided; the operator's wish is kept.
     died = [f"replica{n + 1}" for n, life in enumerate(lives[:-1]) if life]
     assert pool.requests[-1].avoid_replicas == ("operator", *died)
+
+
+@pytest.mark.parametrize("lives", [(None,), (2, None), (0, None), (2, 0, 1, None)])
+async def test_log_probabilities_survive_dead_replicas(lives: tuple[int | None, ...]) -> None:
+    target = client(Pool(*lives))
+    deltas = [delta async for delta in target.stream(request())]
+    told = [entry for delta in deltas for entry in delta.logprobs]
+    assert [(entry.token_id, entry.logprob) for entry in told] == [(i, -i) for i in range(1, 7)]
+    assert [delta.prompt_logprobs for delta in deltas] == [(None,), *[None] * 5]
 
 
 class NamedPool(Pool):
