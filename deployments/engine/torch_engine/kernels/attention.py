@@ -1,4 +1,12 @@
-"""Attention of one query head over rows of the KV pool, read where they lie."""
+"""Attention over rows of the KV pool, read where they lie.
+
+A context is cut into chunks of ``CHUNK`` rows. All query heads of one key-value head go through a
+chunk together, so that a row is read and widened once for them; a token's chunks are independent
+pieces of work, which are put together at the end. What is summed in which order depends on the
+place of the rows in their context only.
+
+D: head dimension.
+"""
 
 from __future__ import annotations
 
@@ -16,146 +24,234 @@ from deployments.engine.torch_engine.kernels.vectors import (
     DENSE_F32,
     F32,
     I64,
-    LANES,
     Emitter,
     Loop,
     Value,
-    zeros,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+CHUNK = 64
+"""Rows whose scores are kept at once."""
+PARTIAL_EXTRA = 2
+"""Numbers behind the D of a partial result: the highest score, and the sum of the weights."""
+
 _ROW_BYTES = {DENSE_F32: 4, DENSE_BF16: 2}
+_WIDTH = 8
+_ROWS = 4
+"""Rows that are scored at once: with three heads, twelve of AVX2's sixteen registers are sums."""
 
 
 @intrinsic(prefer_literal=True)
-def _score_keys(typing_context, kind, width, query, keys, stride, slots, count, scores):
-    """``scores[i] += query * keys[slots[i]]`` over ``width`` * 16 dimensions."""
-    num_vectors, dtype = width.literal_value, kind.literal_value
+def _score_rows(
+    typing_context, kind, heads, query, keys, stride, slots, count, size, scores, highest
+):
+    """``scores[h][i] = query[h] * keys[slots[i]]``, and the highest of each head."""
+    num_heads, form = heads.literal_value, kind.literal_value
 
     def generate(context: Any, builder: Value, _signature: Any, args: Sequence[Value]) -> Value:
-        emit = Emitter(builder)
-        _, _, query, keys, stride, slots, count, scores = args
+        emit = Emitter(builder, _WIDTH)
+        _, _, query, keys, stride, slots, count, size, scores, highest = args
+        four = ir.VectorType(F32, _ROWS)
+        lowest = ir.Constant(four, [float("-inf")] * _ROWS)
+        rounds = builder.sdiv(builder.add(count, ir.Constant(I64, _ROWS - 1)), _int(_ROWS))
+        last = builder.sub(count, _int(1))
+        over_rows = Loop(builder, rounds, [lowest] * num_heads)
+        first = builder.mul(over_rows.index, _int(_ROWS))
+        rows = []
+        for r in range(_ROWS):
+            index = builder.add(first, _int(r))
+            # The last row is scored again where there are fewer; nobody reads those scores.
+            index = builder.select(builder.icmp_signed("<", index, last), index, last)
+            rows.append(_row(emit, index, slots, keys, stride))
+        over_size = Loop(builder, builder.sdiv(size, _int(_WIDTH)), emit.zeros(_ROWS * num_heads))
+        step = builder.mul(over_size.index, _int(_WIDTH))
+        at, row_at = builder.mul(step, _int(4)), builder.mul(step, _int(_ROW_BYTES[form]))
+        query_at = builder.add(query, at)
         queries = [
-            emit.load_floats(emit.at(query, 4 * LANES * v), DENSE_F32) for v in range(num_vectors)
+            emit.load_floats(builder.add(query_at, builder.mul(size, _int(4 * h))), DENSE_F32)
+            for h in range(num_heads)
         ]
-        loop = Loop(builder, count, [])
-        row = _row(emit, loop.index, slots, keys, stride)
-        products = [
-            builder.fmul(q, emit.load_floats(emit.at(row, _ROW_BYTES[dtype] * LANES * v), dtype))
-            for v, q in enumerate(queries)
-        ]
-        while len(products) > 1:
-            products = [
-                builder.fadd(a, b) for a, b in zip(products[::2], products[1::2], strict=True)
+        sums = []
+        for r, row in enumerate(rows):
+            key = emit.load_floats(builder.add(row, row_at), form)
+            sums += [
+                emit.fma(queries[h], key, over_size.carried[r * num_heads + h])
+                for h in range(num_heads)
             ]
-        target = builder.add(scores, builder.mul(loop.index, ir.Constant(I64, 4)))
-        emit.store(builder.fadd(emit.load(target, F32, 4), emit.total(products[0])), target)
-        loop.close([])
+        over_size.close(sums)
+        best = []
+        for h in range(num_heads):
+            found = emit.total_each(sums[h::num_heads])
+            at = builder.add(builder.mul(first, _int(4)), _int(4 * h * CHUNK))
+            emit.store(found, builder.add(scores, at))
+            is_higher = builder.fcmp_ordered(">", found, over_rows.carried[h])
+            best.append(builder.select(is_higher, found, over_rows.carried[h]))
+        over_rows.close(best)
+        for h in range(num_heads):
+            emit.store(best[h], emit.at(highest, 4 * _ROWS * h))
         return context.get_dummy_value()
 
-    return types.void(kind, width, *[types.int64] * 6), generate
+    return types.void(kind, heads, *[types.int64] * 8), generate
 
 
 @intrinsic(prefer_literal=True)
-def _mix_values(typing_context, kind, width, weights, values, stride, slots, count, out):
-    """``out = sum(weights[i] * values[slots[i]])`` over ``width`` * 16 dimensions."""
-    num_vectors, dtype = width.literal_value, kind.literal_value
+def _mix_rows(
+    typing_context, kind, heads, width, weights, values, stride, slots, count, out, out_stride
+):
+    """``out[h] = sum(weights[h][i] * values[slots[i]])`` over ``width`` * 8 dimensions."""
+    num_heads, num_vectors, form = heads.literal_value, width.literal_value, kind.literal_value
 
     def generate(context: Any, builder: Value, _signature: Any, args: Sequence[Value]) -> Value:
-        emit = Emitter(builder)
-        _, _, weights, values, stride, slots, count, out = args
-        loop = Loop(builder, count, zeros(num_vectors))
+        emit = Emitter(builder, _WIDTH)
+        _, _, _, weights, values, stride, slots, count, out, out_stride = args
+        loop = Loop(builder, count, emit.zeros(num_heads * num_vectors))
         row = _row(emit, loop.index, slots, values, stride)
-        at = builder.mul(loop.index, ir.Constant(I64, 4))
-        weight = emit.load_splat(builder.add(weights, at))
-        sums = [
-            emit.fma(
-                weight,
-                emit.load_floats(emit.at(row, _ROW_BYTES[dtype] * LANES * v), dtype),
-                carried,
-            )
-            for v, carried in enumerate(loop.carried)
-        ]
+        weight_at = builder.add(weights, builder.mul(loop.index, _int(4)))
+        shares = [emit.load_splat(emit.at(weight_at, 4 * h * CHUNK)) for h in range(num_heads)]
+        sums = []
+        for v in range(num_vectors):
+            value = emit.load_floats(emit.at(row, _ROW_BYTES[form] * _WIDTH * v), form)
+            for h, share in enumerate(shares):
+                sums.append(emit.fma(share, value, loop.carried[v * num_heads + h]))
         loop.close(sums)
-        for v, total in enumerate(sums):
-            emit.store(total, emit.at(out, 4 * LANES * v))
+        for v in range(num_vectors):
+            for h in range(num_heads):
+                at = emit.step(emit.at(out, 4 * _WIDTH * v), out_stride, h)
+                emit.store(sums[v * num_heads + h], at)
         return context.get_dummy_value()
 
-    return types.void(kind, width, *[types.int64] * 6), generate
+    return types.void(kind, heads, width, *[types.int64] * 7), generate
+
+
+def _int(value: int) -> Value:
+    return ir.Constant(I64, value)
 
 
 def _row(emit: Emitter, index: Value, slots: Value, base: Value, stride: Value) -> Value:
     builder = emit.builder
-    at = builder.add(slots, builder.mul(index, ir.Constant(I64, 8)))
+    at = builder.add(slots, builder.mul(index, _int(8)))
     return builder.add(base, builder.mul(emit.load(at, I64, 8), stride))
 
 
 @kernel
-def _attend(kind, query, keys, values, stride, slots, count, size, scale, scores, scores_at, out):
+def _attend_heads(
+    kind, heads, query, keys, values, stride, slots, count, size, scale, scores, scores_at, out
+):
+    """``heads`` neighbouring query heads; ``out`` is [heads, D + PARTIAL_EXTRA]."""
     literally(kind)
+    literally(heads)
+    highest = np.empty(_ROWS * heads, dtype=np.float32)
+    _score_rows(
+        kind, heads, query, keys, stride, slots, count, size, scores_at, highest.ctypes.data
+    )
+    for h in range(heads):
+        best = highest[_ROWS * h]
+        for i in range(1, _ROWS):
+            best = max(best, highest[_ROWS * h + i])
+        total = np.float32(0)
+        for i in range(h * CHUNK, h * CHUNK + count):
+            scores[i] = exponential((scores[i] - best) * scale)
+            total += scores[i]
+        out[h, size], out[h, size + 1] = best * scale, total
     row_bytes = 4 if kind == DENSE_F32 else 2
-    scores[:count] = 0
-    start = 0
-    while start + 4 * LANES <= size:
-        _score_keys(
-            kind, 4, query + 4 * start, keys + row_bytes * start, stride, slots, count, scores_at
-        )
-        start += 4 * LANES
+    start, out_at, out_stride = 0, out.ctypes.data, 4 * (size + PARTIAL_EXTRA)
+    while start + 4 * _WIDTH <= size:
+        _mix_rows(
+            kind, heads, 4, scores_at, values + row_bytes * start, stride, slots, count,
+            out_at + 4 * start, out_stride,
+        )  # fmt: skip
+        start += 4 * _WIDTH
     while start < size:
-        _score_keys(
-            kind, 1, query + 4 * start, keys + row_bytes * start, stride, slots, count, scores_at
-        )
-        start += LANES
-    best = scores[0]
-    for i in range(1, count):
-        best = max(best, scores[i])
-    total = np.float32(0)
-    for i in range(count):
-        scores[i] = exponential((scores[i] - best) * scale)
-        total += scores[i]
-    share = np.float32(1) / total
-    for i in range(count):
-        scores[i] *= share
-    start = 0
-    while start + 4 * LANES <= size:
-        _mix_values(
-            kind, 4, scores_at, values + row_bytes * start, stride, slots, count, out + 4 * start
-        )
-        start += 4 * LANES
-    while start < size:
-        _mix_values(
-            kind, 1, scores_at, values + row_bytes * start, stride, slots, count, out + 4 * start
-        )
-        start += LANES
+        _mix_rows(
+            kind, heads, 2, scores_at, values + row_bytes * start, stride, slots, count,
+            out_at + 4 * start, out_stride,
+        )  # fmt: skip
+        start += 2 * _WIDTH
 
 
 @kernel
-def attend(form, query, keys, values, stride, slots, count, size, scale, scores, scores_at, out):
-    """Softmax attention of one head of one token.
+def _attend_group(
+    kind, num_heads, query, keys, values, stride, slots, count, size, scale, scores, scores_at, out
+):
+    literally(kind)
+    h = 0
+    while h < num_heads:
+        at, part = query + 4 * h * size, out[h:]
+        if h + 3 <= num_heads:
+            _attend_heads(
+                kind, 3, at, keys, values, stride, slots, count, size, scale, scores, scores_at,
+                part,
+            )  # fmt: skip
+            h += 3
+        elif h + 2 <= num_heads:
+            _attend_heads(
+                kind, 2, at, keys, values, stride, slots, count, size, scale, scores, scores_at,
+                part,
+            )  # fmt: skip
+            h += 2
+        else:
+            _attend_heads(
+                kind, 1, at, keys, values, stride, slots, count, size, scale, scores, scores_at,
+                part,
+            )  # fmt: skip
+            h += 1
+
+
+@kernel
+def attend(
+    form, num_heads, query, keys, values, stride, slots, count, size, scale, scores, scores_at, out
+):
+    """One token's query heads of one key-value head over at most ``CHUNK`` rows.
 
     Args:
         form: of the pool's rows.
-        query: address of [size] float32, rotated.
+        num_heads: query heads that share the key-value head.
+        query: address of [num_heads, D] float32, rotated.
         keys: address of this head's part of the row at slot 0.
         values: likewise.
         stride: bytes between two slots.
         slots: address of [count] int64, the rows that are seen.
         count: their number, at least 1.
-        size: of a head, a multiple of sixteen.
+        size: D, a multiple of sixteen.
         scale: of the scores.
-        scores: [count or more] float32, overwritten.
+        scores: [3 * CHUNK] float32, overwritten.
         scores_at: its address.
-        out: address of [size] float32.
+        out: [num_heads, D + PARTIAL_EXTRA] float32, contiguous: per head the weighted sum of the
+            values, the highest score, and the sum of the weights.
     """
     if form == DENSE_BF16:
-        _attend(
-            DENSE_BF16, query, keys, values, stride, slots, count, size, scale, scores, scores_at,
-            out,
+        _attend_group(
+            DENSE_BF16, num_heads, query, keys, values, stride, slots, count, size, scale, scores,
+            scores_at, out,
         )  # fmt: skip
     else:
-        _attend(
-            DENSE_F32, query, keys, values, stride, slots, count, size, scale, scores, scores_at,
-            out,
+        _attend_group(
+            DENSE_F32, num_heads, query, keys, values, stride, slots, count, size, scale, scores,
+            scores_at, out,
         )  # fmt: skip
+
+
+@kernel
+def join_chunks(partial, count, size, out):
+    """One head's attention from that over its chunks.
+
+    Args:
+        partial: [chunks or more, D + PARTIAL_EXTRA] float32, what ``attend`` gave.
+        count: chunks.
+        size: D.
+        out: [D] float32.
+    """
+    best = partial[0, size]
+    for c in range(1, count):
+        best = max(best, partial[c, size])
+    total = np.float32(0)
+    out[:size] = 0
+    for c in range(count):
+        share = exponential(partial[c, size] - best)
+        total += share * partial[c, size + 1]
+        for d in range(size):
+            out[d] += share * partial[c, d]
+    for d in range(size):
+        out[d] /= total

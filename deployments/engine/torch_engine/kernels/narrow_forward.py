@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from deployments.engine.torch_engine.kernels.attention import CHUNK, PARTIAL_EXTRA
 from deployments.engine.torch_engine.kernels.packing import matrix_row
 from deployments.engine.torch_engine.kernels.step import Pool, Scratch, Stack, Tokens, run_layers
 from deployments.engine.torch_engine.kernels.vectors import BLOCK, DENSE_BF16, DENSE_F32, LANES
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.kv_cache import KVCache
     from deployments.engine.torch_engine.models.llama import Model, RMSNorm
 
-_SCORES_STEP = 1024
+_CHUNKS_STEP = 16
 _MAX_TOKENS = {
     (torch.float32, False): 16,
     (torch.float32, True): 32,
@@ -71,11 +72,14 @@ class NarrowForward:
             normed=np.zeros((num_threads, max_tokens, config.hidden_size), dtype=np.float32),
             sums=np.zeros((num_threads, max_tokens * (widest // BLOCK + 1)), dtype=np.float32),
             qkv=rows(_padded(qkv_rows)),
-            attended=rows(config.num_heads * config.head_dim),
+            partial=self._partial(_CHUNKS_STEP),
+            attended=np.zeros(
+                (num_threads, max_tokens, config.num_heads * config.head_dim), dtype=np.float32
+            ),
             projected=rows(_padded(config.hidden_size)),
             gate_up=rows(_padded(2 * config.intermediate_size)),
             hidden=rows(config.intermediate_size),
-            scores=np.zeros((num_threads, _SCORES_STEP), dtype=np.float32),
+            scores=np.zeros((num_threads, 3 * CHUNK), dtype=np.float32),
             logits=rows(_padded(config.vocab_size)),
         )
 
@@ -86,11 +90,10 @@ class NarrowForward:
         embedded = F.embedding(batch.token_ids, self._model.embed_tokens.weight)
         torch.from_numpy(scratch.x)[:num_tokens] = embedded
         seen = [rows for span in batch.spans for rows in _seen_rows(span)]
-        longest = max(rows.shape[0] for rows in seen)
-        if longest > scratch.scores.shape[1]:
-            width = -(-longest // _SCORES_STEP) * _SCORES_STEP
-            scores = np.zeros((self._num_threads, width), dtype=np.float32)
-            self._scratch = scratch = scratch._replace(scores=scores)
+        num_chunks = -(-max(rows.shape[0] for rows in seen) // CHUNK)
+        if num_chunks > scratch.partial.shape[1]:
+            num_chunks = -(-num_chunks // _CHUNKS_STEP) * _CHUNKS_STEP
+            self._scratch = scratch = scratch._replace(partial=self._partial(num_chunks))
         frequencies: Tensor = self._model.get_buffer("rope_frequencies")
         amplitude = self._model.config.rope.amplitude
         table = rotation_table(batch.positions, frequencies, amplitude, torch.float32)
@@ -119,6 +122,12 @@ class NarrowForward:
         run_layers(*shared, 0, self._num_threads)
         for future in running:
             future.result()
+
+    def _partial(self, num_chunks: int) -> NDArray[np.float32]:
+        config = self._model.config
+        size = config.head_dim + PARTIAL_EXTRA
+        shape = (self.max_tokens, num_chunks, config.num_heads, size)
+        return np.zeros(shape, dtype=np.float32)
 
     def _stack_of(self, model: Model) -> Stack:
         config = model.config

@@ -27,7 +27,6 @@ from deployments.engine.torch_engine.kernels.vectors import (
     Emitter,
     Loop,
     Value,
-    zeros,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +35,11 @@ if TYPE_CHECKING:
 _HALF_BLOCK = BLOCK // 2
 _ROW_BYTES = {DENSE_F32: 4, DENSE_BF16: 2}
 _STRIP_ROWS, _STRIP_TILES = 8, 4
-"""Rows that are multiplied with all tokens before the next come: they stay in the L1 cache."""
+"""Rows that are multiplied with all tokens before the next come: they stay in the nearest caches.
+
+How many rows meet how many tokens at once is set by AVX2's sixteen registers: four pairs of
+sixteen floats take eight for their sums and leave enough for weights and inputs.
+"""
 
 
 @intrinsic(prefer_literal=True)
@@ -57,7 +60,7 @@ def _dense_products(
         w_rows = [emit.step(w, w_stride, r) for r in range(num_rows)]
         x_rows = [emit.step(x, x_stride, n) for n in range(num_tokens)]
         steps = builder.sdiv(size, ir.Constant(I64, LANES))
-        loop = Loop(builder, steps, zeros(num_rows * num_tokens))
+        loop = Loop(builder, steps, emit.zeros(num_rows * num_tokens))
         w_at = builder.mul(loop.index, ir.Constant(I64, row_bytes))
         x_at = builder.mul(loop.index, ir.Constant(I64, 4 * LANES))
         columns = [emit.load_floats(builder.add(row, x_at), DENSE_F32) for row in x_rows]
@@ -78,65 +81,46 @@ def _dense_products(
 
 @intrinsic(prefer_literal=True)
 def _tile_products(
-    typing_context,
-    kind,
-    tiles,
-    tokens,
-    w,
-    w_stride,
-    x,
-    x_stride,
-    sums,
-    sums_stride,
-    y,
-    y_stride,
-    num_blocks,
+    typing_context, kind, tokens, w, x, x_stride, sums, sums_stride, y, y_stride, num_blocks
 ):
-    """The same for quantised tiles of sixteen rows; lanes are rows.
+    """The same for one quantised tile of sixteen rows; lanes are rows.
 
     ``sums`` holds the sum of each block of x, which the minimum of a block is multiplied with.
     """
-    num_tiles, num_tokens = tiles.literal_value, tokens.literal_value
-    form = kind.literal_value
+    form, num_tokens = kind.literal_value, tokens.literal_value
 
-    def generate(_context: Any, builder: Value, _signature: Any, args: Sequence[Value]) -> None:
+    def generate(_context: Any, builder: Value, _signature: Any, args: Sequence[Value]) -> Value:
         emit = Emitter(builder)
-        _, _, _, w, w_stride, x, x_stride, sums, sums_stride, y, y_stride, num_blocks = args
-        w_rows = [emit.step(w, w_stride, t) for t in range(num_tiles)]
+        _, _, w, x, x_stride, sums, sums_stride, y, y_stride, num_blocks = args
         x_rows = [emit.step(x, x_stride, n) for n in range(num_tokens)]
         s_rows = [emit.step(sums, sums_stride, n) for n in range(num_tokens)]
-        pairs = [(t, n) for t in range(num_tiles) for n in range(num_tokens)]
-        loop = Loop(builder, num_blocks, zeros(len(pairs)))
+        loop = Loop(builder, num_blocks, emit.zeros(num_tokens))
         tile_bytes = Q4_1_TILE_BYTES if form == Q4_1 else Q8_0_TILE_BYTES
-        w_at = builder.mul(loop.index, ir.Constant(I64, tile_bytes))
+        block = builder.add(w, builder.mul(loop.index, ir.Constant(I64, tile_bytes)))
         x_at = builder.mul(loop.index, ir.Constant(I64, 4 * BLOCK))
-        blocks = [builder.add(row, w_at) for row in w_rows]
         columns = [builder.add(row, x_at) for row in x_rows]
-        low, high = zeros(len(pairs)), zeros(len(pairs))
+        products = emit.zeros(num_tokens)
         for column in range(_HALF_BLOCK):
-            for t, block in enumerate(blocks):
-                w_low, w_high = _tile_columns(emit, form, block, column)
+            pair = _tile_columns(emit, form, block, column)
+            for weights, at in zip(pair, (column, column + _HALF_BLOCK), strict=True):
                 for n, x_row in enumerate(columns):
-                    at = t * num_tokens + n
-                    x_low = emit.load_splat(emit.at(x_row, 4 * column))
-                    x_high = emit.load_splat(emit.at(x_row, 4 * (column + _HALF_BLOCK)))
-                    low[at] = emit.fma(w_low, x_low, low[at])
-                    high[at] = emit.fma(w_high, x_high, high[at])
+                    value = emit.load_splat(emit.at(x_row, 4 * at))
+                    products[n] = emit.fma(weights, value, products[n])
         totals = []
         sum_at = builder.mul(loop.index, ir.Constant(I64, 4))
-        for at, (t, n) in enumerate(pairs):
-            scale = emit.load_halves(blocks[t])
-            total = emit.fma(scale, builder.fadd(low[at], high[at]), loop.carried[at])
+        scale = emit.load_halves(block)
+        for product, s_row, carried in zip(products, s_rows, loop.carried, strict=True):
+            total = emit.fma(scale, product, carried)
             if form == Q4_1:
-                minimum = emit.load_halves(emit.at(blocks[t], 2 * LANES))
-                block_sum = emit.load_splat(builder.add(s_rows[n], sum_at))
+                minimum = emit.load_halves(emit.at(block, 2 * LANES))
+                block_sum = emit.load_splat(builder.add(s_row, sum_at))
                 total = emit.fma(minimum, block_sum, total)
             totals.append(total)
         loop.close(totals)
-        for (t, n), total in zip(pairs, totals, strict=True):
-            emit.store(total, emit.at(emit.step(y, y_stride, n), 4 * LANES * t))
+        for n, total in enumerate(totals):
+            emit.store(total, emit.step(y, y_stride, n))
 
-    signature = types.void(kind, tiles, tokens, *[types.int64] * 9)
+    signature = types.void(kind, tokens, *[types.int64] * 8)
     return signature, generate
 
 
@@ -176,14 +160,8 @@ def _dense_rows(kind, w, x, y, y_stride, first, last, num_tokens, size):
         count = min(_STRIP_ROWS, last - r)
         while n < num_tokens:
             at, to = x + n * stride, out + n * y_stride
-            if n + 8 <= num_tokens:
-                _dense_strip(kind, 2, 8, row, w_stride, at, stride, to, y_stride, count, size)
-                n += 8
-            elif n + 4 <= num_tokens:
-                _dense_strip(kind, 4, 4, row, w_stride, at, stride, to, y_stride, count, size)
-                n += 4
-            elif n + 2 <= num_tokens:
-                _dense_strip(kind, 4, 2, row, w_stride, at, stride, to, y_stride, count, size)
+            if n + 2 <= num_tokens:
+                _dense_strip(kind, 2, 2, row, w_stride, at, stride, to, y_stride, count, size)
                 n += 2
             else:
                 _dense_strip(kind, 4, 1, row, w_stride, at, stride, to, y_stride, count, size)
@@ -191,64 +169,41 @@ def _dense_rows(kind, w, x, y, y_stride, first, last, num_tokens, size):
 
 
 @kernel
-def _tile_strip(
-    kind, tiles, tokens, w, w_stride, x, stride, sums, s_stride, y, y_stride, count, num_blocks
-):
-    """``count`` tiles, ``tiles`` at once and the rest one by one, for literal ``tokens``."""
+def _tile_strip(kind, tokens, w, w_stride, x, stride, sums, s_stride, y, y_stride, count, blocks):
+    """``count`` tiles for literal ``tokens``."""
     literally(kind)
-    literally(tiles)
     literally(tokens)
-    t = 0
-    while t < count:
+    for t in range(count):
         at, to = w + t * w_stride, y + 4 * LANES * t
-        if t + tiles <= count:
-            _tile_products(
-                kind, tiles, tokens, at, w_stride, x, stride, sums, s_stride, to, y_stride,
-                num_blocks,
-            )  # fmt: skip
-            t += tiles
-        else:
-            _tile_products(
-                kind, 1, tokens, at, w_stride, x, stride, sums, s_stride, to, y_stride, num_blocks
-            )
-            t += 1
+        _tile_products(kind, tokens, at, x, stride, sums, s_stride, to, y_stride, blocks)
 
 
 @kernel
 def _tile_rows(kind, w, x, sums, y, y_stride, first, last, num_tokens, size):
     """Tiles ``first`` to ``last`` of a quantised matrix; weights leave memory once."""
     literally(kind)
-    num_blocks = size // BLOCK
-    w_stride = num_blocks * (Q4_1_TILE_BYTES if kind == Q4_1 else Q8_0_TILE_BYTES)
-    stride, s_stride = 4 * size, 4 * num_blocks
+    blocks = size // BLOCK
+    w_stride = blocks * (Q4_1_TILE_BYTES if kind == Q4_1 else Q8_0_TILE_BYTES)
+    stride, s_stride = 4 * size, 4 * blocks
     for t in range(first, last, _STRIP_TILES):
         n, tile, out = 0, w + t * w_stride, y + 4 * LANES * t
         count = min(_STRIP_TILES, last - t)
         while n < num_tokens:
             at, s_at, to = x + n * stride, sums + n * s_stride, out + n * y_stride
-            if n + 8 <= num_tokens:
+            if n + 4 <= num_tokens:
                 _tile_strip(
-                    kind, 1, 8, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
-                    num_blocks,
-                )  # fmt: skip
-                n += 8
-            elif n + 4 <= num_tokens:
-                _tile_strip(
-                    kind, 2, 4, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
-                    num_blocks,
-                )  # fmt: skip
+                    kind, 4, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count, blocks
+                )
                 n += 4
             elif n + 2 <= num_tokens:
                 _tile_strip(
-                    kind, 2, 2, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
-                    num_blocks,
-                )  # fmt: skip
+                    kind, 2, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count, blocks
+                )
                 n += 2
             else:
                 _tile_strip(
-                    kind, 4, 1, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
-                    num_blocks,
-                )  # fmt: skip
+                    kind, 1, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count, blocks
+                )
                 n += 1
 
 

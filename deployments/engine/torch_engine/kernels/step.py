@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from deployments.engine.torch_engine.kernels.attention import attend
+from deployments.engine.torch_engine.kernels.attention import CHUNK, attend, join_chunks
 from deployments.engine.torch_engine.kernels.compiling import kernel
 from deployments.engine.torch_engine.kernels.elementwise import (
     gate,
@@ -88,10 +88,15 @@ class Tokens(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Activations. The first axis of ``normed``, ``sums`` and ``scores`` is the thread.
+    """Activations. The first axis of what every thread has for itself is the thread.
 
     Attributes:
         x: [N, E], the residual stream; holds the embeddings at the start.
+        normed: per thread.
+        sums: per thread.
+        partial: [N, chunks, H, D + 2], attention over each chunk of a token's context.
+        attended: per thread.
+        scores: per thread.
         logits: [M, V or more].
     """
 
@@ -99,6 +104,7 @@ class Scratch(NamedTuple):
     normed: NDArray[np.float32]
     sums: NDArray[np.float32]
     qkv: NDArray[np.float32]
+    partial: NDArray[np.float32]
     attended: NDArray[np.float32]
     projected: NDArray[np.float32]
     gate_up: NDArray[np.float32]
@@ -168,30 +174,50 @@ def _place_heads(stack, layer, pool, tokens, qkv, part, num_parts):
 
 @kernel
 def _attend(stack, layer, pool, tokens, scratch, part, num_parts):
-    """``scratch.qkv`` and the pool to this thread's heads of ``scratch.attended``."""
+    """``scratch.qkv`` and the pool to this thread's pieces of ``scratch.partial``.
+
+    A piece is one chunk of one token's context. Neighbouring pieces read the same rows if their
+    tokens belong to one sequence. Threads take turns, because contexts differ in length.
+    """
     H, K, D = stack.num_heads, stack.num_kv_heads, stack.head_dim
-    N = tokens.slots.shape[0]
+    G, N = H // K, tokens.slots.shape[0]
     row_bytes = 2 if pool.form == DENSE_BF16 else 4
-    layer_at = layer * pool.k.shape[1] * K * D
+    layer_at = layer * pool.k.shape[1] * K * D * row_bytes
     scores = scratch.scores[part]
     scale = np.float32(1.0 / np.sqrt(D))
-    for item in range(N * H * part // num_parts, N * H * (part + 1) // num_parts):
-        n, head = item // H, item % H
-        at = (layer_at + head // (H // K) * D) * row_bytes
-        attend(
-            pool.form,
-            _address(scratch.qkv) + 4 * (n * scratch.qkv.shape[1] + head * D),
-            pool.k_at + at,
-            pool.v_at + at,
-            K * D * row_bytes,
-            tokens.seen[n],
-            tokens.num_seen[n],
-            D,
-            scale,
-            scores,
-            _address(scores),
-            _address(scratch.attended) + 4 * (n * H + head) * D,
-        )
+    for item in range(part, scratch.partial.shape[1] * N, num_parts):
+        chunk, n = item // N, item % N
+        start = chunk * CHUNK
+        if start >= tokens.num_seen[n]:
+            continue
+        for head in range(K):
+            at = layer_at + head * D * row_bytes
+            attend(
+                pool.form,
+                G,
+                _address(scratch.qkv) + 4 * (n * scratch.qkv.shape[1] + head * G * D),
+                pool.k_at + at,
+                pool.v_at + at,
+                K * D * row_bytes,
+                tokens.seen[n] + 8 * start,
+                min(CHUNK, tokens.num_seen[n] - start),
+                D,
+                scale,
+                scores,
+                _address(scores),
+                scratch.partial[n, chunk, head * G : head * G + G],
+            )
+
+
+@kernel
+def _join(stack, tokens, scratch, attended):
+    """``scratch.partial`` to every head of ``attended``."""
+    D = stack.head_dim
+    for n in range(tokens.slots.shape[0]):
+        num_chunks = (tokens.num_seen[n] + CHUNK - 1) // CHUNK
+        for head in range(stack.num_heads):
+            partial, out = scratch.partial[n, :, head], attended[n, head * D : head * D + D]
+            join_chunks(partial, num_chunks, D, out)
 
 
 @kernel
@@ -221,7 +247,7 @@ def run_layers(stack, pool, tokens, scratch, counter, part, num_parts):
         num_parts: threads that run this together.
     """
     N, E, I = tokens.slots.shape[0], stack.norm.shape[0], scratch.hidden.shape[1]
-    normed, sums = scratch.normed[part], scratch.sums[part]
+    normed, sums, attended = scratch.normed[part], scratch.sums[part], scratch.attended[part]
     met = 0
     for layer in range(stack.qkv.shape[0]):
         _normalise_rows(scratch.x, N, stack.input_norm[layer], stack.eps, normed)
@@ -231,9 +257,9 @@ def run_layers(stack, pool, tokens, scratch, counter, part, num_parts):
         wait_for_all(counter, num_parts, met + 2)
         _attend(stack, layer, pool, tokens, scratch, part, num_parts)
         wait_for_all(counter, num_parts, met + 3)
-        first, last = _apply(
-            stack.o[layer], scratch.attended, N, sums, scratch.projected, part, num_parts
-        )
+        # Every thread needs all heads: to join them again costs less than to meet once more.
+        _join(stack, tokens, scratch, attended)
+        first, last = _apply(stack.o[layer], attended, N, sums, scratch.projected, part, num_parts)
         _add(scratch.x, scratch.projected, N, first, last)
         wait_for_all(counter, num_parts, met + 4)
         _normalise_rows(scratch.x, N, stack.post_attention_norm[layer], stack.eps, normed)

@@ -17,11 +17,6 @@ Value: TypeAlias = Any
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
-FLOATS = ir.VectorType(F32, LANES)
-HALVES = ir.VectorType(ir.HalfType(), LANES)
-INTS = ir.VectorType(I32, LANES)
-SHORTS = ir.VectorType(I16, LANES)
-BYTES = ir.VectorType(I8, LANES)
 
 DENSE_F32, DENSE_BF16, Q4_1, Q8_0 = range(4)
 """How numbers lie in memory; ``packing`` tells the layout of the last two."""
@@ -34,12 +29,21 @@ Q8_0_TILE_BYTES = LANES * (2 + BLOCK)
 
 
 class Emitter:
-    """Writes instructions at a builder's position."""
+    """Writes instructions at a builder's position.
 
-    def __init__(self, builder: Value) -> None:
+    Attributes:
+        lanes: of its vectors.
+        floats: the type of a vector.
+    """
+
+    def __init__(self, builder: Value, lanes: int = LANES) -> None:
         self.builder = builder
-        signature = ir.FunctionType(FLOATS, [FLOATS] * 3)
-        self._fma = cgutils.get_or_insert_function(builder.module, signature, "llvm.fma.v16f32")
+        self.lanes = lanes
+        self.floats = ir.VectorType(F32, lanes)
+        self._ints = ir.VectorType(I32, lanes)
+        signature = ir.FunctionType(self.floats, [self.floats] * 3)
+        name = f"llvm.fma.v{lanes}f32"
+        self._fma = cgutils.get_or_insert_function(builder.module, signature, name)
 
     def at(self, address: Value, offset: int) -> Value:
         """``address + offset`` in bytes."""
@@ -65,39 +69,41 @@ class Emitter:
 
     def splat(self, scalar: Value) -> Value:
         """The same float in every lane."""
-        undefined = ir.Constant(FLOATS, ir.Undefined)
+        undefined = ir.Constant(self.floats, ir.Undefined)
         one = self.builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
-        return self.builder.shuffle_vector(one, undefined, ir.Constant(INTS, [0] * LANES))
+        return self.builder.shuffle_vector(one, undefined, self._every(0))
 
     def load_splat(self, address: Value) -> Value:
         """One float from memory in every lane."""
         return self.splat(self.load(address, F32, 4))
 
     def load_floats(self, address: Value, kind: int) -> Value:
-        """Sixteen neighbours of a dense array, as float32."""
+        """Neighbours in a dense array, as float32."""
         if kind == DENSE_F32:
-            return self.load(address, FLOATS, 4)
-        bits = self.builder.zext(self.load(address, SHORTS, 2), INTS)
-        return self.builder.bitcast(self.builder.shl(bits, _every(16)), FLOATS)
+            return self.load(address, self.floats, 4)
+        bits = self._widen(address, I16, signed=False)
+        return self.builder.bitcast(self.builder.shl(bits, self._every(16)), self.floats)
 
     def load_halves(self, address: Value) -> Value:
-        """Sixteen float16, as float32."""
-        return self.builder.fpext(self.load(address, HALVES, 2), FLOATS)
+        """Neighbours of float16, as float32."""
+        halves = ir.VectorType(ir.HalfType(), self.lanes)
+        return self.builder.fpext(self.load(address, halves, 2), self.floats)
 
     def load_signed(self, address: Value) -> Value:
-        """Sixteen int8, as float32."""
-        return self.builder.sitofp(self.builder.sext(self.load(address, BYTES, 1), INTS), FLOATS)
+        """Neighbours of int8, as float32."""
+        return self.builder.sitofp(self._widen(address, I8, signed=True), self.floats)
 
     def load_nibbles(self, address: Value) -> tuple[Value, Value]:
-        """The low and the high four bits of sixteen bytes, as float32."""
-        both = self.builder.zext(self.load(address, BYTES, 1), INTS)
-        low = self.builder.and_(both, _every(15))
-        high = self.builder.lshr(both, _every(4))
-        return self.builder.uitofp(low, FLOATS), self.builder.uitofp(high, FLOATS)
+        """The low and the high four bits of neighbouring bytes, as float32."""
+        both = self._widen(address, I8, signed=False)
+        low = self.builder.and_(both, self._every(15))
+        high = self.builder.lshr(both, self._every(4))
+        # Signed: AVX2 has no other conversion.
+        return self.builder.sitofp(low, self.floats), self.builder.sitofp(high, self.floats)
 
     def total(self, vector: Value) -> Value:
         """The sum of the lanes, in an order that is always the same."""
-        width = LANES
+        width = self.lanes
         while width > 1:
             width //= 2
             undefined = ir.Constant(vector.type, ir.Undefined)
@@ -107,6 +113,40 @@ class Emitter:
             ]
             vector = self.builder.fadd(*halves)
         return self.builder.extract_element(vector, ir.Constant(I32, 0))
+
+    def total_each(self, vectors: Sequence[Value]) -> Value:
+        """The sums of four vectors of eight lanes, as one vector of four."""
+        while len(vectors) > 1:
+            vectors = [
+                self._add_neighbours(*pair)
+                for pair in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+        undefined = ir.Constant(self.floats, ir.Undefined)
+        halves = [
+            self.builder.shuffle_vector(vectors[0], undefined, _lanes(lanes))
+            for lanes in (range(4), range(4, 8))
+        ]
+        return self.builder.fadd(*halves)
+
+    def _add_neighbours(self, a: Value, b: Value) -> Value:
+        """Sums of neighbouring lanes, in the order that stays within halves of a register."""
+        even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
+        return self.builder.fadd(
+            self.builder.shuffle_vector(a, b, _lanes(even)),
+            self.builder.shuffle_vector(a, b, _lanes(odd)),
+        )
+
+    def zeros(self, count: int) -> list[Value]:
+        """Vectors of zero to start sums with."""
+        return [ir.Constant(self.floats, [0.0] * self.lanes) for _ in range(count)]
+
+    def _widen(self, address: Value, kind: Value, *, signed: bool) -> Value:
+        numbers = self.load(address, ir.VectorType(kind, self.lanes), kind.width // 8)
+        extend = self.builder.sext if signed else self.builder.zext
+        return extend(numbers, self._ints)
+
+    def _every(self, value: int) -> Value:
+        return ir.Constant(self._ints, [value] * self.lanes)
 
 
 class Loop:
@@ -137,15 +177,6 @@ class Loop:
             phi.add_incoming(value, latch)
         builder.cbranch(builder.icmp_signed("<", following, self._count), self._body, self._end)
         builder.position_at_end(self._end)
-
-
-def zeros(count: int) -> list[Value]:
-    """Vectors of zero to start sums with."""
-    return [ir.Constant(FLOATS, [0.0] * LANES) for _ in range(count)]
-
-
-def _every(value: int) -> Value:
-    return ir.Constant(INTS, [value] * LANES)
 
 
 def _lanes(indices: Sequence[int]) -> Value:
