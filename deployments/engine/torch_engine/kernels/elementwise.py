@@ -7,13 +7,14 @@ import math
 import numpy as np
 
 from deployments.engine.torch_engine.kernels.compiling import kernel
-from deployments.engine.torch_engine.kernels.memory import float_of_bits
+from deployments.engine.torch_engine.kernels.memory import bits_of_float, float_of_bits
 from deployments.engine.torch_engine.kernels.vectors import BLOCK
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN_2_HIGH = np.float32(0.693359375)
 _LN_2_LOW = np.float32(-2.12194440e-4)
 _ONE, _HALF = np.float32(1), np.float32(0.5)
+_LARGEST_SHORT = np.float32(32767)
 _LOWEST, _HIGHEST = np.float32(-87), np.float32(88)
 # Minimax polynomial of exp on [-ln 2 / 2, ln 2 / 2], from the Cephes library's expf.
 _P0, _P1, _P2 = (
@@ -58,6 +59,35 @@ def sum_blocks(x, num_rows, size, sums):
             for i in range(block * BLOCK, block * BLOCK + BLOCK):
                 total += x[n, i]
             sums[n * (size // BLOCK) + block] = total
+
+
+@kernel
+def round_blocks(x, num_rows, size, rounded, scales):
+    """Whole numbers of sixteen bits for every block of columns: ``x`` is about number * scale.
+
+    Args:
+        x: [num_rows or more, size] float32.
+        num_rows: rows to round.
+        size: a multiple of the block.
+        rounded: [num_rows * size or more] int16, the numbers.
+        scales: [num_rows * blocks * 2 or more] float32: per block the scale and the sum of x, which
+            is not a number where one of the block is none.
+    """
+    for n in range(num_rows):
+        for block in range(size // BLOCK):
+            start = block * BLOCK
+            total, top_bits = np.float32(0), np.int32(0)
+            for i in range(start, start + BLOCK):
+                total += x[n, i]
+                # Floats without a sign are in the order of their bits, and integers need no care
+                # for what is not a number: this becomes vector code.
+                top_bits = max(top_bits, bits_of_float(x[n, i]) & np.int32(0x7FFFFFFF))
+            top = float_of_bits(top_bits)
+            scale = _LARGEST_SHORT / top if top > 0 else np.float32(0)
+            for i in range(start, start + BLOCK):
+                rounded[n * size + i] = np.int16(np.int32(np.floor(x[n, i] * scale + _HALF)))
+            at = 2 * (n * (size // BLOCK) + block)
+            scales[at], scales[at + 1] = top / _LARGEST_SHORT, total
 
 
 @kernel

@@ -70,7 +70,8 @@ class NarrowForward:
         self._scratch = Scratch(
             x=rows(config.hidden_size),
             normed=np.zeros((num_threads, max_tokens, config.hidden_size), dtype=np.float32),
-            sums=np.zeros((num_threads, max_tokens * (widest // BLOCK + 1)), dtype=np.float32),
+            sums=np.zeros((num_threads, 2 * max_tokens * (widest // BLOCK + 1)), dtype=np.float32),
+            rounded=np.zeros((num_threads, max_tokens * widest), dtype=np.int16),
             qkv=rows(_padded(qkv_rows)),
             partial=self._partial(_CHUNKS_STEP),
             attended=np.zeros(

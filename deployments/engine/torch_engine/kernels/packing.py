@@ -3,8 +3,9 @@
 Dense matrices are read where the model keeps them. Quantised ones are laid out in tiles of sixteen
 rows, so that one instruction works on sixteen rows at once. A tile holds, block after block of 32
 columns: the sixteen scales (float16), for Q4_1 the sixteen minima (float16), then the columns. For
-Q8_0 each column is sixteen int8; for Q4_1 sixteen bytes hold column i in their low and column
-i + 16 in their high halves. Rows are padded with zeros to whole tiles.
+Q8_0 each column is sixteen int8; for Q4_1 four times sixteen int32 hold eight columns of a row
+each. Their lower half has the even ones in its nibbles, their upper half the odd ones: so four
+shifts give pairs of neighbours as int16. Rows are padded with zeros to whole tiles.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from deployments.engine.torch_engine.kernels.vectors import (
     DENSE_F32,
     LANES,
     Q4_1,
+    Q4_1_SHORT,
     Q8_0,
 )
 
@@ -65,17 +67,37 @@ def pack_blocks(parts: Sequence[NDArray[np.uint8]], form: int) -> PackedMatrix:
     np.concatenate(parts, out=padded[:rows].numpy())
     tiles = padded.view(num_tiles, LANES, num_blocks, block_bytes)
     headers = tiles[..., :header].unflatten(-1, (-1, 2)).permute(0, 2, 3, 1, 4)
-    columns = tiles[..., header:].permute(0, 2, 3, 1)
+    columns = tiles[..., header:]
+    if form == Q4_1:
+        columns = _interleaved(columns).permute(0, 2, 3, 1, 4)
+    else:
+        columns = columns.permute(0, 2, 3, 1)
     packed = torch.cat((headers.flatten(2), columns.flatten(2)), dim=2)
     return PackedMatrix(packed.numpy(), form, rows, num_blocks * BLOCK)
+
+
+def _interleaved(nibbles: Tensor) -> Tensor:
+    """[..., 16] bytes of columns i and i + 16 -> [..., 4, 4] bytes of columns 8j to 8j + 7."""
+    columns = torch.cat((nibbles & 15, nibbles >> 4), dim=-1)
+    pairs = columns.unflatten(-1, (4, 2, 2, 2))  # int32, byte, nibble, even or odd
+    low, high = pairs.unbind(-2)
+    joined: Tensor = low | high << 4
+    return joined.transpose(-1, -2).flatten(-2)
 
 
 def matrix_row(
     weight: Tensor, bias: NDArray[np.float32] | None, packed: PackedMatrix | None
 ) -> list[int]:
-    """The numbers that ``products.multiply`` wants of a matrix; the caller keeps it alive."""
+    """The numbers that ``products.multiply`` wants of a matrix; the caller keeps it alive.
+
+    Where the model computes in bfloat16, inputs of quantised rows may be rounded too: to sixteen
+    bits per block, which is 64 times finer than bfloat16 and lets integer arithmetic do the work.
+    """
     bias_at = bias.ctypes.data if bias is not None else 0
     if packed is not None:
-        return [packed.data.ctypes.data, packed.form, packed.rows, packed.columns, bias_at]
+        form = packed.form
+        if form == Q4_1 and weight.dtype == torch.bfloat16:
+            form = Q4_1_SHORT
+        return [packed.data.ctypes.data, form, packed.rows, packed.columns, bias_at]
     rows, columns = weight.shape
     return [weight.data_ptr(), _DENSE_FORMS[weight.dtype], rows, columns, bias_at]

@@ -21,6 +21,7 @@ from deployments.engine.torch_engine.kernels.vectors import (
     I64,
     LANES,
     Q4_1,
+    Q4_1_SHORT,
     Q4_1_TILE_BYTES,
     Q8_0,
     Q8_0_TILE_BYTES,
@@ -30,9 +31,12 @@ from deployments.engine.torch_engine.kernels.vectors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-_HALF_BLOCK = BLOCK // 2
+_NIBBLE_COLUMNS = [
+    [first + column for column in (0, 2, 4, 6, 1, 3, 5, 7)] for first in range(0, BLOCK, 8)
+]
+_HALF_TILE = LANES // 2
 _ROW_BYTES = {DENSE_F32: 4, DENSE_BF16: 2}
 _STRIP_ROWS, _STRIP_TILES = 8, 4
 """Rows that are multiplied with all tokens before the next come: they stay in the nearest caches.
@@ -100,12 +104,10 @@ def _tile_products(
         x_at = builder.mul(loop.index, ir.Constant(I64, 4 * BLOCK))
         columns = [builder.add(row, x_at) for row in x_rows]
         products = emit.zeros(num_tokens)
-        for column in range(_HALF_BLOCK):
-            pair = _tile_columns(emit, form, block, column)
-            for weights, at in zip(pair, (column, column + _HALF_BLOCK), strict=True):
-                for n, x_row in enumerate(columns):
-                    value = emit.load_splat(emit.at(x_row, 4 * at))
-                    products[n] = emit.fma(weights, value, products[n])
+        for column, weights in _tile_columns(emit, form, block):
+            for n, x_row in enumerate(columns):
+                value = emit.load_splat(emit.at(x_row, 4 * column))
+                products[n] = emit.fma(weights, value, products[n])
         totals = []
         sum_at = builder.mul(loop.index, ir.Constant(I64, 4))
         scale = emit.load_halves(block)
@@ -124,12 +126,64 @@ def _tile_products(
     return signature, generate
 
 
-def _tile_columns(emit: Emitter, form: int, block: Value, column: int) -> tuple[Value, Value]:
-    """Weights of one column of a tile, and of the column half a block further."""
-    if form == Q4_1:
-        return emit.load_nibbles(emit.at(block, 4 * LANES + LANES * column))
-    first = emit.at(block, 2 * LANES + LANES * column)
-    return emit.load_signed(first), emit.load_signed(emit.at(first, LANES * _HALF_BLOCK))
+def _tile_columns(emit: Emitter, form: int, block: Value) -> Iterator[tuple[int, Value]]:
+    """Columns of a tile's block and their numbers."""
+    if form == Q8_0:
+        for column in range(BLOCK):
+            yield column, emit.load_signed(emit.at(block, LANES * (2 + column)))
+        return
+    for first in range(0, BLOCK, 8):
+        nibbles = emit.load_nibbles(emit.at(block, LANES * (4 + first // 2)))
+        yield from zip(_NIBBLE_COLUMNS[first // 8], nibbles, strict=True)
+
+
+@intrinsic(prefer_literal=True)
+def _short_products(
+    typing_context, tokens, w, x, x_stride, scales, scales_stride, y, y_stride, num_blocks
+):
+    """The same for Q4_1 and inputs from ``round_blocks``; sums within a block are exact.
+
+    ``scales`` holds the scale and the sum of each block of x.
+    """
+    num_tokens = tokens.literal_value
+
+    def generate(context: Any, builder: Value, _signature: Any, args: Sequence[Value]) -> Value:
+        emit = Emitter(builder, _HALF_TILE)
+        _, w, x, x_stride, scales, scales_stride, y, y_stride, num_blocks = args
+        # Eight rows after eight: for sixteen at once the inputs would leave the registers.
+        over_halves = Loop(builder, ir.Constant(I64, LANES // _HALF_TILE), [])
+        header_at = builder.mul(over_halves.index, ir.Constant(I64, 2 * _HALF_TILE))
+        rows_at = builder.mul(over_halves.index, ir.Constant(I64, 4 * _HALF_TILE))
+        loop = Loop(builder, num_blocks, emit.zeros(num_tokens))
+        block = builder.add(w, builder.mul(loop.index, ir.Constant(I64, Q4_1_TILE_BYTES)))
+        x_at = builder.mul(loop.index, ir.Constant(I64, 2 * BLOCK))
+        scale_at = builder.mul(loop.index, ir.Constant(I64, 8))
+        x_rows = [builder.add(emit.step(x, x_stride, n), x_at) for n in range(num_tokens)]
+        over_columns = Loop(builder, ir.Constant(I64, BLOCK // 8), [emit.int_zero] * num_tokens)
+        at = builder.add(block, builder.mul(over_columns.index, ir.Constant(I64, 4 * LANES)))
+        at = emit.at(builder.add(at, rows_at), 4 * LANES)
+        in_at = builder.mul(over_columns.index, ir.Constant(I64, 16))
+        sums = list(over_columns.carried)
+        for place, pairs in enumerate(emit.load_nibble_pairs(at)):
+            for n, x_row in enumerate(x_rows):
+                inputs = emit.splat_pair(emit.at(builder.add(x_row, in_at), 4 * place))
+                sums[n] = emit.add_pair_products(pairs, inputs, sums[n])
+        over_columns.close(sums)
+        w_scale = emit.load_halves(builder.add(block, header_at))
+        minimum = emit.load_halves(emit.at(builder.add(block, header_at), 2 * LANES))
+        totals = []
+        for n in range(num_tokens):
+            at = builder.add(emit.step(scales, scales_stride, n), scale_at)
+            scale = builder.fmul(w_scale, emit.load_splat(at))
+            total = emit.fma(emit.to_floats(sums[n]), scale, loop.carried[n])
+            totals.append(emit.fma(minimum, emit.load_splat(emit.at(at, 4)), total))
+        loop.close(totals)
+        for n, total in enumerate(totals):
+            emit.store(total, builder.add(emit.step(y, y_stride, n), rows_at))
+        over_halves.close([])
+        return context.get_dummy_value()
+
+    return types.void(tokens, *[types.int64] * 8), generate
 
 
 @kernel
@@ -175,7 +229,10 @@ def _tile_strip(kind, tokens, w, w_stride, x, stride, sums, s_stride, y, y_strid
     literally(tokens)
     for t in range(count):
         at, to = w + t * w_stride, y + 4 * LANES * t
-        _tile_products(kind, tokens, at, x, stride, sums, s_stride, to, y_stride, blocks)
+        if kind == Q4_1_SHORT:
+            _short_products(tokens, at, x, stride, sums, s_stride, to, y_stride, blocks)
+        else:
+            _tile_products(kind, tokens, at, x, stride, sums, s_stride, to, y_stride, blocks)
 
 
 @kernel
@@ -183,8 +240,9 @@ def _tile_rows(kind, w, x, sums, y, y_stride, first, last, num_tokens, size):
     """Tiles ``first`` to ``last`` of a quantised matrix; weights leave memory once."""
     literally(kind)
     blocks = size // BLOCK
-    w_stride = blocks * (Q4_1_TILE_BYTES if kind == Q4_1 else Q8_0_TILE_BYTES)
-    stride, s_stride = 4 * size, 4 * blocks
+    w_stride = blocks * (Q8_0_TILE_BYTES if kind == Q8_0 else Q4_1_TILE_BYTES)
+    is_short = kind == Q4_1_SHORT
+    stride, s_stride = (2 * size, 8 * blocks) if is_short else (4 * size, 4 * blocks)
     for t in range(first, last, _STRIP_TILES):
         n, tile, out = 0, w + t * w_stride, y + 4 * LANES * t
         count = min(_STRIP_TILES, last - t)
@@ -213,9 +271,9 @@ def multiply(matrix, x, sums, y, y_stride, part, num_parts, num_tokens):
 
     Args:
         matrix: [5] int64: address, form, rows, columns, address of a float32 bias or 0.
-        x: address of [num_tokens, columns] float32.
-        sums: address of [num_tokens, columns / 32] float32, sums of the blocks of x; read for
-            Q4_1 only.
+        x: address of [num_tokens, columns] float32; int16 for ``Q4_1_SHORT``.
+        sums: address of [num_tokens, columns / 32] float32, sums of the blocks of x; read for Q4_1
+            only. For ``Q4_1_SHORT`` [num_tokens, columns / 32, 2], scales and sums.
         y: address of the output; rows are padded to a multiple of sixteen.
         y_stride: bytes between two tokens of the output.
         part: which share.
@@ -231,6 +289,8 @@ def multiply(matrix, x, sums, y, y_stride, part, num_parts, num_tokens):
     first_row, last_row = first * LANES, min(last * LANES, rows)
     if form == Q4_1:
         _tile_rows(Q4_1, w, x, sums, y, y_stride, first, last, num_tokens, size)
+    elif form == Q4_1_SHORT:
+        _tile_rows(Q4_1_SHORT, w, x, sums, y, y_stride, first, last, num_tokens, size)
     elif form == Q8_0:
         _tile_rows(Q8_0, w, x, sums, y, y_stride, first, last, num_tokens, size)
     elif form == DENSE_BF16:

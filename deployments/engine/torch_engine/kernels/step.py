@@ -16,11 +16,12 @@ from deployments.engine.torch_engine.kernels.elementwise import (
     gate,
     normalise,
     rotate,
+    round_blocks,
     sum_blocks,
 )
 from deployments.engine.torch_engine.kernels.memory import bits_of_float, wait_for_all
 from deployments.engine.torch_engine.kernels.products import multiply
-from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, Q4_1
+from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, Q4_1, Q4_1_SHORT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -93,7 +94,9 @@ class Scratch(NamedTuple):
     Attributes:
         x: [N, E], the residual stream; holds the embeddings at the start.
         normed: per thread.
-        sums: per thread.
+        sums: per thread, of the blocks of a product's inputs; with their scales where they are
+            rounded.
+        rounded: per thread, a product's inputs as whole numbers.
         partial: [N, chunks, H, D + 2], attention over each chunk of a token's context.
         attended: per thread.
         scores: per thread.
@@ -103,6 +106,7 @@ class Scratch(NamedTuple):
     x: NDArray[np.float32]
     normed: NDArray[np.float32]
     sums: NDArray[np.float32]
+    rounded: NDArray[np.int16]
     qkv: NDArray[np.float32]
     partial: NDArray[np.float32]
     attended: NDArray[np.float32]
@@ -119,19 +123,18 @@ def _address(array):
 
 
 @kernel
-def _apply(matrix, x, num_tokens, sums, y, part, num_parts):
+def _apply(matrix, x, num_tokens, scratch, y, part, num_parts):
     """``y = matrix @ x`` on this thread's rows, which are returned as (first, last)."""
+    sums, rounded = scratch.sums[part], scratch.rounded[part]
+    x_at = _address(x)
     if matrix[1] == Q4_1:
         sum_blocks(x, num_tokens, matrix[3], sums)
+    elif matrix[1] == Q4_1_SHORT:
+        round_blocks(x, num_tokens, matrix[3], rounded, sums)
+        x_at = _address(rounded)
+    y_stride = y.shape[1] * 4
     return multiply(
-        matrix,
-        _address(x),
-        _address(sums),
-        _address(y),
-        y.shape[1] * 4,
-        part,
-        num_parts,
-        num_tokens,
+        matrix, x_at, _address(sums), _address(y), y_stride, part, num_parts, num_tokens
     )
 
 
@@ -247,11 +250,11 @@ def run_layers(stack, pool, tokens, scratch, counter, part, num_parts):
         num_parts: threads that run this together.
     """
     N, E, I = tokens.slots.shape[0], stack.norm.shape[0], scratch.hidden.shape[1]
-    normed, sums, attended = scratch.normed[part], scratch.sums[part], scratch.attended[part]
+    normed, attended = scratch.normed[part], scratch.attended[part]
     met = 0
     for layer in range(stack.qkv.shape[0]):
         _normalise_rows(scratch.x, N, stack.input_norm[layer], stack.eps, normed)
-        _apply(stack.qkv[layer], normed, N, sums, scratch.qkv, part, num_parts)
+        _apply(stack.qkv[layer], normed, N, scratch, scratch.qkv, part, num_parts)
         wait_for_all(counter, num_parts, met + 1)
         _place_heads(stack, layer, pool, tokens, scratch.qkv, part, num_parts)
         wait_for_all(counter, num_parts, met + 2)
@@ -259,17 +262,19 @@ def run_layers(stack, pool, tokens, scratch, counter, part, num_parts):
         wait_for_all(counter, num_parts, met + 3)
         # Every thread needs all heads: to join them again costs less than to meet once more.
         _join(stack, tokens, scratch, attended)
-        first, last = _apply(stack.o[layer], attended, N, sums, scratch.projected, part, num_parts)
+        first, last = _apply(
+            stack.o[layer], attended, N, scratch, scratch.projected, part, num_parts
+        )
         _add(scratch.x, scratch.projected, N, first, last)
         wait_for_all(counter, num_parts, met + 4)
         _normalise_rows(scratch.x, N, stack.post_attention_norm[layer], stack.eps, normed)
-        _apply(stack.gate_up[layer], normed, N, sums, scratch.gate_up, part, num_parts)
+        _apply(stack.gate_up[layer], normed, N, scratch, scratch.gate_up, part, num_parts)
         wait_for_all(counter, num_parts, met + 5)
         first, last = I * part // num_parts, I * (part + 1) // num_parts
         gate(scratch.gate_up, N, I, first, last, scratch.hidden)
         wait_for_all(counter, num_parts, met + 6)
         first, last = _apply(
-            stack.down[layer], scratch.hidden, N, sums, scratch.projected, part, num_parts
+            stack.down[layer], scratch.hidden, N, scratch, scratch.projected, part, num_parts
         )
         _add(scratch.x, scratch.projected, N, first, last)
         met += 7
@@ -277,4 +282,4 @@ def run_layers(stack, pool, tokens, scratch, counter, part, num_parts):
     M = tokens.logit_rows.shape[0]
     for m in range(M):
         normalise(scratch.x, tokens.logit_rows[m], 0, E, stack.norm, stack.eps, normed, m, 0)
-    _apply(stack.head[0], normed, M, sums, scratch.logits, part, num_parts)
+    _apply(stack.head[0], normed, M, scratch, scratch.logits, part, num_parts)

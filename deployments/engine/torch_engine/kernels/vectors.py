@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils
 
 if TYPE_CHECKING:
@@ -20,12 +21,17 @@ F32 = ir.FloatType()
 
 DENSE_F32, DENSE_BF16, Q4_1, Q8_0 = range(4)
 """How numbers lie in memory; ``packing`` tells the layout of the last two."""
+Q4_1_SHORT = 4
+"""``Q4_1``, multiplied with inputs that are rounded to sixteen bits per block."""
 
 BLOCK = 32
 """Columns that share a scale."""
 Q4_1_TILE_BYTES = LANES * (2 + 2 + BLOCK // 2)
 Q8_0_TILE_BYTES = LANES * (2 + BLOCK)
 """Bytes of one block of sixteen rows."""
+
+
+_HAS_AVX2 = bool(get_host_cpu_features().get("avx2"))
 
 
 class Emitter:
@@ -93,13 +99,55 @@ class Emitter:
         """Neighbours of int8, as float32."""
         return self.builder.sitofp(self._widen(address, I8, signed=True), self.floats)
 
-    def load_nibbles(self, address: Value) -> tuple[Value, Value]:
-        """The low and the high four bits of neighbouring bytes, as float32."""
-        both = self._widen(address, I8, signed=False)
-        low = self.builder.and_(both, self._every(15))
-        high = self.builder.lshr(both, self._every(4))
-        # Signed: AVX2 has no other conversion.
-        return self.builder.sitofp(low, self.floats), self.builder.sitofp(high, self.floats)
+    def load_nibbles(self, address: Value) -> list[Value]:
+        """The eight nibbles of neighbouring int32, the lowest first, as float32."""
+        eight = self.load(address, self._ints, 1)
+        nibbles = [self.builder.lshr(eight, self._every(4 * place)) for place in range(8)]
+        lowest = [self.builder.and_(shifted, self._every(15)) for shifted in nibbles[:-1]]
+        return [self.builder.sitofp(one, self.floats) for one in (*lowest, nibbles[-1])]
+
+    def load_nibble_pairs(self, address: Value) -> list[Value]:
+        """Per place in neighbouring int16 the nibble there, as int16; the lowest place first."""
+        shorts = ir.VectorType(I16, 2 * self.lanes)
+        four = self.load(address, shorts, 1)
+        places = [
+            self.builder.lshr(four, ir.Constant(shorts, [4 * place] * shorts.count))
+            for place in range(4)
+        ]
+        fifteen = ir.Constant(shorts, [15] * shorts.count)
+        return [*(self.builder.and_(place, fifteen) for place in places[:-1]), places[-1]]
+
+    def splat_pair(self, address: Value) -> Value:
+        """Two neighbouring int16 from memory in every pair of lanes."""
+        pair = self.load(address, I32, 2)
+        undefined = ir.Constant(self._ints, ir.Undefined)
+        one = self.builder.insert_element(undefined, pair, ir.Constant(I32, 0))
+        both = self.builder.shuffle_vector(one, undefined, self._every(0))
+        return self.builder.bitcast(both, ir.VectorType(I16, 2 * self.lanes))
+
+    def add_pair_products(self, a: Value, b: Value, c: Value) -> Value:
+        """``c + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`` of int16 in int32."""
+        if _HAS_AVX2 and self.lanes == 8:
+            signature = ir.FunctionType(self._ints, [a.type] * 2)
+            name = "llvm.x86.avx2.pmadd.wd"
+            function = cgutils.get_or_insert_function(self.builder.module, signature, name)
+            return self.builder.add(c, self.builder.call(function, [a, b]))
+        for lanes in (range(0, 2 * self.lanes, 2), range(1, 2 * self.lanes, 2)):
+            factors = [
+                self.builder.sext(self.builder.shuffle_vector(x, x, _lanes(lanes)), self._ints)
+                for x in (a, b)
+            ]
+            c = self.builder.add(c, self.builder.mul(*factors))
+        return c
+
+    @property
+    def int_zero(self) -> Value:
+        """A vector of integer zero to start a sum with."""
+        return self._every(0)
+
+    def to_floats(self, ints: Value) -> Value:
+        """int32 as float32."""
+        return self.builder.sitofp(ints, self.floats)
 
     def total(self, vector: Value) -> Value:
         """The sum of the lanes, in an order that is always the same."""

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from deployments.engine.torch_engine.kernels.elementwise import round_blocks
 from deployments.engine.torch_engine.kernels.packing import matrix_row, pack_blocks
 from deployments.engine.torch_engine.kernels.products import multiply
-from deployments.engine.torch_engine.kernels.vectors import Q4_1, Q8_0
+from deployments.engine.torch_engine.kernels.vectors import Q4_1, Q4_1_SHORT, Q8_0
 
 TYPES = {Q4_1: gguf.GGMLQuantizationType.Q4_1, Q8_0: gguf.GGMLQuantizationType.Q8_0}
 
@@ -18,6 +19,20 @@ def product(matrix, x, rows, num_parts=1):
     matrix = np.array(matrix, dtype=np.int64)
     x = np.ascontiguousarray(x, dtype=np.float32)
     sums = np.ascontiguousarray(x.reshape(len(x), -1, 32).sum(axis=2))
+    if matrix[1] == Q4_1_SHORT:
+        rounded, sums = rounded_blocks(x)
+        return multiplied(matrix, rounded, sums, rows, num_parts)
+    return multiplied(matrix, x, sums, rows, num_parts)
+
+
+def rounded_blocks(x):
+    rounded = np.zeros(x.shape, dtype=np.int16)
+    scales = np.zeros((len(x), x.shape[1] // 32, 2), dtype=np.float32)
+    round_blocks(x, len(x), x.shape[1], rounded.reshape(-1), scales.reshape(-1))
+    return rounded, scales
+
+
+def multiplied(matrix, x, sums, rows, num_parts):
     y = np.full((len(x), -(-rows // 16) * 16), 7, dtype=np.float32)
     shares = [
         multiply(
@@ -45,6 +60,33 @@ def test_blocks_are_multiplied_as_the_file_means_them(form, num_tokens):
     x = inputs(num_tokens, 96)
     got = product(matrix_row(torch.empty(0), None, packed), x, 150, num_parts=3)
     np.testing.assert_allclose(got, x.astype(np.float64) @ meant.T, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 7])
+def test_rounded_inputs_are_multiplied_as_exactly_as_they_are_rounded(num_tokens):
+    values = np.random.default_rng(1).standard_normal((150, 96)).astype(np.float32)
+    blocks = gguf.quants.quantize(values, TYPES[Q4_1])
+    meant = gguf.quants.dequantize(blocks, TYPES[Q4_1]).astype(np.float64)
+    weight = torch.empty(0, dtype=torch.bfloat16)
+    matrix = matrix_row(weight, None, packed := pack_blocks([blocks], Q4_1))
+    assert matrix[1] == Q4_1_SHORT
+    assert packed.rows == 150
+    x = inputs(num_tokens, 96) * 10.0 ** np.arange(-2, 1).repeat(32)
+    rounded, scales = rounded_blocks(x.astype(np.float32))
+    near = rounded.astype(np.float64) * scales[..., 0].astype(np.float64).repeat(32, axis=1)
+    limit = np.abs(x).reshape(num_tokens, 3, 32).max(axis=2).repeat(32, axis=1) / 65000
+    assert (np.abs(near - x) <= limit).all()
+    got = product(matrix, x, 150, num_parts=3)
+    np.testing.assert_allclose(got, x @ meant.T, rtol=1e-4, atol=2e-3)
+    alone = product(matrix, x[-1:], 150)
+    assert np.array_equal(alone[0], got[-1])
+
+
+def test_what_is_not_a_number_is_not_rounded_away():
+    x = np.zeros((3, 64), dtype=np.float32)
+    x[1, 40], x[2, 3] = np.nan, np.inf
+    _, scales = rounded_blocks(x)
+    assert np.isfinite(scales[..., 1]).tolist() == [[True, True], [True, False], [False, True]]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 9])
