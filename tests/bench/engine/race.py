@@ -1,4 +1,4 @@
-"""Asks all contestants the same questions in alternation and keeps each one's best answers."""
+"""Asks all contestants the same questions in alternation and keeps every answer."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from tests.bench.engine.protocol import prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from tests.bench.engine.environments import Entry
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 _WIDTH_CONTEXT = 512
+_LONG_TURN_S = 12.0
+"""What takes longer than this when it is asked first is not asked again: that answer counts."""
+_CALM_S = 0.05
+"""Between two contestants, so that threads of the one that has answered have gone to sleep."""
 
 
 class Load(NamedTuple):
-    """One thing to measure by answering prompts."""
+    """Prompts that come together."""
 
     name: str
     context: int
     batch: int
+    num_new_tokens: int
+
+
+class Arrivals(NamedTuple):
+    """Prompts that come one after the other."""
+
+    name: str
+    context: int
+    count: int
+    interval_s: float
     num_new_tokens: int
 
 
@@ -35,83 +50,168 @@ LOADS = (
     Load("decode, batch 32", 128, 32, 9),
     Load("prefill 4096", 4096, 1, 2),
 )
+ARRIVALS = Arrivals("TTFT under load", 256, 10, 1.0, 32)
+
+
+class DiedError(Exception):
+    """A contestant's process has ended."""
 
 
 class Runner:
-    """A contestant's process."""
+    """A contestant's process, and what is known of it."""
 
     def __init__(self, entry: Entry, log: IO[str]) -> None:
-        self.name, self.is_ours = entry.name, entry.is_ours
+        """Start it and wait until it is ready.
+
+        Raises:
+            DiedError: it did not become ready.
+        """
+        started = time.perf_counter()
         self._process = subprocess.Popen(
             entry.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | entry.variables,
         )
-        self.facts: dict[str, Any] = self._read()
+        self.row: dict[str, Any] = {
+            "name": entry.name,
+            "is_ours": entry.is_ours,
+            **self._read(),
+            "startup_s": time.perf_counter() - started,
+            "samples": {},
+        }
 
     def ask(self, **question: Any) -> Any:
-        """The contestant's answer; None if it cannot do this."""
+        """The contestant's answer; None if it cannot do this.
+
+        Raises:
+            DiedError: it died of it, now or earlier.
+        """
+        time.sleep(_CALM_S)
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise DiedError(f"status {self._process.wait()}") from error
         reply = self._read()
-        self.facts["peak_mb"] = reply["peak_mb"]
+        self.row |= {fact: reply[fact] for fact in ("peak_mb", "resident_mb")}
         return reply["answer"]
+
+    def keep(self, found: dict[str, list[float]]) -> None:
+        """Add samples to measures."""
+        for name, values in found.items():
+            self.row["samples"].setdefault(name, []).extend(values)
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.wait()
 
-    def _read(self) -> Any:
+    def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} has died with status {self._process.wait()}")
-        return json.loads(line)
+            raise DiedError(f"status {self._process.wait()}")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
 
-def race(entries: Sequence[Entry], rounds: int, log: IO[str]) -> list[dict[str, Any]]:
-    """One row per contestant: facts, tokens per second of each load, ms of each forward width."""
-    runners = [Runner(entry, log) for entry in entries]
-    rows: list[dict[str, Any]] = [
-        {"name": runner.name, "is_ours": runner.is_ours, "tok_per_s": {}, "forward_ms": {}}
-        for runner in runners
-    ]
+class Question(NamedTuple):
+    """One thing to ask.
+
+    Attributes:
+        key: of the question, whatever the turn.
+        load: what it measures; None for a forward.
+    """
+
+    key: str
+    load: Load | Arrivals | None
+    told: dict[str, Any]
+
+
+def race(
+    entries: Sequence[Entry], rounds: int, log: IO[str]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Ask everybody everything ``rounds`` times, after one round to warm up.
+
+    Returns:
+        One row per contestant: facts, and samples by measure (tokens per second, seconds, or
+        milliseconds of a forward); and the contestants that died, with the reason.
+    """
+    runners: list[Runner] = []
+    dead: dict[str, str] = {}
+    finished: set[tuple[str, str]] = set()
     try:
-        for turn in range(rounds + 1):  # the first one warms up
-            for number, load in enumerate(LOADS):
-                seeds = range(1000 * turn + 100 * number, 1000 * turn + 100 * number + load.batch)
-                prompts = [prompt(load.context, seed + 1) for seed in seeds]
-                for runner, row in zip(runners, rows, strict=True):
-                    answer = runner.ask(
-                        do="generate", prompts=prompts, num_new_tokens=load.num_new_tokens
-                    )
-                    if turn and answer is not None:
-                        _keep(row["tok_per_s"], load, *answer)
-            for width in WIDTHS:
-                for runner, row in zip(runners, rows, strict=True):
-                    answer = runner.ask(do="forward", context=_WIDTH_CONTEXT, num_tokens=width)
-                    if turn and answer is not None:
-                        best = row["forward_ms"].get(str(width), float("inf"))
-                        row["forward_ms"][str(width)] = min(best, answer * 1e3)
-            sys.stderr.write(f"round {turn} of {rounds}\n")
-        for runner, row in zip(runners, rows, strict=True):
-            row |= runner.facts
+        for entry in entries:
+            try:
+                runners.append(Runner(entry, log))
+            except DiedError as error:
+                dead[entry.name] = f"its start ended with {error}; see {log.name}"
+            _say(f"started {entry.name}")
+        for turn in range(rounds + 1):
+            for question in _questions(turn, rounds):
+                for runner in list(runners):
+                    mark = (runner.row["name"], question.key)
+                    if mark in finished:
+                        continue
+                    began = time.perf_counter()
+                    try:
+                        answer = runner.ask(**question.told)
+                    except DiedError as error:
+                        dead[runner.row["name"]] = f"{question.key} ended with {error}"
+                        runners.remove(runner)
+                        runner.close()
+                        continue
+                    is_long = time.perf_counter() - began > _LONG_TURN_S
+                    if answer is None or is_long:
+                        finished.add(mark)
+                    if answer is not None and (turn or is_long or rounds == 0):
+                        runner.keep(_samples(question, answer))
+            _say(f"round {turn} of {rounds}")
+        return [runner.row for runner in runners], dead
     finally:
         for runner in runners:
             runner.close()
-    return rows
 
 
-def _keep(best: dict[str, float], load: Load, ttft_s: float, step_s: float) -> None:
+def _questions(turn: int, rounds: int) -> Iterator[Question]:
+    for number, load in enumerate(LOADS):
+        first = 1000 * turn + 100 * number + 1
+        prompts = [prompt(load.context, first + place) for place in range(load.batch)]
+        told = {"do": "generate", "prompts": prompts, "num_new_tokens": load.num_new_tokens}
+        yield Question(load.name, load, told)
+    for width in WIDTHS:
+        told = {"do": "forward", "context": _WIDTH_CONTEXT, "num_tokens": width}
+        yield Question(f"forward {width}", None, told)
+    if turn == rounds:
+        prompts = [prompt(ARRIVALS.context, 1000 * turn + 900 + n) for n in range(ARRIVALS.count)]
+        told = {
+            "do": "arrivals",
+            "prompts": prompts,
+            "interval_s": ARRIVALS.interval_s,
+            "num_new_tokens": ARRIVALS.num_new_tokens,
+        }
+        yield Question(ARRIVALS.name, ARRIVALS, told)
+
+
+def _samples(question: Question, answer: Any) -> dict[str, list[float]]:
+    load = question.load
+    if load is None:
+        return {question.key: [answer * 1e3]}
+    if isinstance(load, Arrivals):
+        return {load.name: [ttft * 1e3 for ttft in answer]}
+    ttft_s, step_s = answer
     found = {}
     if load.name.startswith("decode"):
-        found[load.name] = load.batch / step_s
+        found[load.name] = [load.batch / step_s]
     if load.batch == 1 and load.context >= 1024:
-        found[f"prefill {load.context}"] = load.context / ttft_s
-    for name, speed in found.items():
-        best[name] = max(best.get(name, 0.0), speed)
+        found[f"prefill {load.context}"] = [load.context / ttft_s]
+    return found
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
