@@ -27,6 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
+    parser.add_argument("--minutes", type=float, default=11, help="no round that would take longer")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of contestants' names")
     parser.add_argument(
         "--quick", action="store_true", help="one round, of whom the bars are about"
@@ -43,7 +44,7 @@ def main() -> int:
     rounds = 1 if options.quick else options.rounds
     _FOLDER.mkdir(parents=True, exist_ok=True)
     with (_FOLDER / "engine.log").open("w", encoding="utf-8") as log:
-        rows, dead = race(chosen, rounds, log)
+        rows, dead = race(chosen, rounds, options.minutes * 60, log)
     absent = field.absent | dead
     bars = hold_bars(rows, absent)
     report = {

@@ -133,9 +133,15 @@ class Question(NamedTuple):
 
 
 def race(
-    entries: Sequence[Entry], rounds: int, log: IO[str]
+    entries: Sequence[Entry], rounds: int, limit_s: float, log: IO[str]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Ask everybody everything ``rounds`` times, after one round to warm up.
+
+    Args:
+        entries: who takes part; all are started before the first question.
+        rounds: at least 1, of which later ones are left out if they would not end in time.
+        limit_s: when the last round should have ended.
+        log: what the contestants write.
 
     Returns:
         One row per contestant: facts, and samples by measure (tokens per second, seconds, or
@@ -144,6 +150,7 @@ def race(
     runners: list[Runner] = []
     dead: dict[str, str] = {}
     finished: set[tuple[str, str]] = set()
+    started = time.perf_counter()
     try:
         for entry in entries:
             try:
@@ -152,7 +159,8 @@ def race(
                 dead[entry.name] = f"its start ended with {error}; see {log.name}"
             _say(f"started {entry.name}")
         for turn in range(rounds + 1):
-            for question in _questions(turn, rounds):
+            turn_began = time.perf_counter()
+            for question in _questions(turn):
                 for runner in list(runners):
                     mark = (runner.row["name"], question.key)
                     if mark in finished:
@@ -168,16 +176,19 @@ def race(
                     is_long = time.perf_counter() - began > _LONG_TURN_S
                     if answer is None or is_long:
                         finished.add(mark)
-                    if answer is not None and (turn or is_long or rounds == 0):
+                    if answer is not None and (turn or is_long):
                         runner.keep(_samples(question, answer))
-            _say(f"round {turn} of {rounds}")
+            now = time.perf_counter()
+            _say(f"round {turn} of {rounds}: {now - turn_began:.0f} s")
+            if turn and now + (now - turn_began) - started > limit_s:
+                break
         return [runner.row for runner in runners], dead
     finally:
         for runner in runners:
             runner.close()
 
 
-def _questions(turn: int, rounds: int) -> Iterator[Question]:
+def _questions(turn: int) -> Iterator[Question]:
     for number, load in enumerate(LOADS):
         first = 1000 * turn + 100 * number + 1
         prompts = [prompt(load.context, first + place) for place in range(load.batch)]
@@ -186,7 +197,7 @@ def _questions(turn: int, rounds: int) -> Iterator[Question]:
     for width in WIDTHS:
         told = {"do": "forward", "context": _WIDTH_CONTEXT, "num_tokens": width}
         yield Question(f"forward {width}", None, told)
-    if turn == rounds:
+    if turn == 1:
         prompts = [prompt(ARRIVALS.context, 1000 * turn + 900 + n) for n in range(ARRIVALS.count)]
         told = {
             "do": "arrivals",
