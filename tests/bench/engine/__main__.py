@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def main() -> int:
         "--quick", action="store_true", help="one round, of whom the bars are about"
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     field = find_field(options.threads)
     chosen = [
@@ -44,7 +46,7 @@ def main() -> int:
     rounds = 1 if options.quick else options.rounds
     _FOLDER.mkdir(parents=True, exist_ok=True)
     with (_FOLDER / "engine.log").open("w", encoding="utf-8") as log:
-        rows, dead = race(chosen, rounds, options.minutes * 60, log)
+        rows, dead = race(chosen, options.loads, rounds, options.minutes * 60, log)
     absent = field.absent | dead
     bars = hold_bars(rows, absent)
     report = {

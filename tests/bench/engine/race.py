@@ -82,6 +82,7 @@ class Runner:
             "startup_s": time.perf_counter() - started,
             "samples": {},
         }
+        self.finished: set[str] = set()  # questions that need not be asked again
 
     def ask(self, **question: Any) -> Any:
         """The contestant's answer; None if it cannot do this.
@@ -133,12 +134,13 @@ class Question(NamedTuple):
 
 
 def race(
-    entries: Sequence[Entry], rounds: int, limit_s: float, log: IO[str]
+    entries: Sequence[Entry], loads: Sequence[str], rounds: int, limit_s: float, log: IO[str]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Ask everybody everything ``rounds`` times, after one round to warm up.
 
     Args:
         entries: who takes part; all are started before the first question.
+        loads: parts of the names of the questions to ask.
         rounds: at least 1, of which later ones are left out if they would not end in time.
         limit_s: when the last round should have ended.
         log: what the contestants write.
@@ -149,7 +151,6 @@ def race(
     """
     runners: list[Runner] = []
     dead: dict[str, str] = {}
-    finished: set[tuple[str, str]] = set()
     started = time.perf_counter()
     try:
         for entry in entries:
@@ -161,31 +162,35 @@ def race(
         for turn in range(rounds + 1):
             turn_began = time.perf_counter()
             for question in _questions(turn):
-                for runner in list(runners):
-                    mark = (runner.row["name"], question.key)
-                    if mark in finished:
-                        continue
-                    began = time.perf_counter()
+                if not any(part in question.key for part in loads):
+                    continue
+                for runner in [each for each in runners if each.row["name"] not in dead]:
                     try:
-                        answer = runner.ask(**question.told)
+                        _ask(runner, question, is_warm=turn > 0)
                     except DiedError as error:
                         dead[runner.row["name"]] = f"{question.key} ended with {error}"
-                        runners.remove(runner)
-                        runner.close()
-                        continue
-                    is_long = time.perf_counter() - began > _LONG_TURN_S
-                    if answer is None or is_long:
-                        finished.add(mark)
-                    if answer is not None and (turn or is_long):
-                        runner.keep(_samples(question, answer))
             now = time.perf_counter()
             _say(f"round {turn} of {rounds}: {now - turn_began:.0f} s")
             if turn and now + (now - turn_began) - started > limit_s:
                 break
-        return [runner.row for runner in runners], dead
+    except KeyboardInterrupt:
+        _say("ended early; what was measured is reported")
     finally:
         for runner in runners:
             runner.close()
+    return [runner.row for runner in runners], dead
+
+
+def _ask(runner: Runner, question: Question, *, is_warm: bool) -> None:
+    if question.key in runner.finished:
+        return
+    began = time.perf_counter()
+    answer = runner.ask(**question.told)
+    is_long = time.perf_counter() - began > _LONG_TURN_S
+    if answer is None or is_long:
+        runner.finished.add(question.key)
+    if answer is not None and (is_warm or is_long):
+        runner.keep(_samples(question, answer))
 
 
 def _questions(turn: int) -> Iterator[Question]:
