@@ -27,7 +27,7 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=11, help="no round that would take longer")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of contestants' names")
     parser.add_argument(

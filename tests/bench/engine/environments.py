@@ -82,7 +82,8 @@ def find_field(num_threads: int) -> Field:
             for mode in ("eager", "compiled"):
                 command = [str(python), "-m", f"{_HOME}.vllm_peer", copy, dtype, mode]
                 name = f"vLLM-CPU {dtype}, {mode}"
-                entries.append(Entry(name, command, _vllm_variables(python), False, True))
+                variables, is_essential = _vllm_variables(python), mode == "eager"
+                entries.append(Entry(name, command, variables, False, is_essential))
     try:
         python = _environment("openvino", " ".join(_OPENVINO), lambda pip: pip(*_OPENVINO))
     except subprocess.CalledProcessError as error:

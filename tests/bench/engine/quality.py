@@ -7,9 +7,9 @@ token of them, in each of the two ways the engine computes:
 - wide, a window at once, as a prefill is computed;
 - narrow, a token of several windows at once, as a batch of decoding sequences is computed.
 
-The reference is float32 arithmetic on the exact values of the GGUF file's weights. Narrow products
-promise the same sums whatever the width, so the widths that were not read with are compared on the
-beginning of a window.
+The reference is float32 arithmetic on the exact values of the GGUF file's weights. The text is read
+at one narrow width; that the others compute the same up to rounding is seen on the beginning of a
+window, in float32.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _NARROW_WINDOWS = 11
 _COMPARED_WIDTHS, _COMPARED_TOKENS = (1, 2, 3, 4, 8, 16), 96
 _AGREEMENT_BELOW_BF16 = 0.006
 _PERPLEXITY_OFF = 0.005
+_WIDTHS_OFF = 0.001
 _REFERENCE = ("float32", "dense", "wide")
 _BF16 = ("bfloat16", "dense", "wide")
 
@@ -84,7 +85,8 @@ def main() -> int:
         ways: dict[str, Callable[[ModelRunner, Tensor], Reading]] = {"wide": _read_wide}
         if weights != "dense":
             ways["narrow"] = _read_narrow
-            differences[f"{dtype}, {weights}"] = _width_difference(runner, windows[0])
+            if dtype == "float32":
+                differences[f"{dtype}, {weights}"] = _width_difference(runner, windows[0])
         for way, read in ways.items():
             started = time.perf_counter()
             readings[dtype, weights, way] = read(runner, windows)
@@ -123,7 +125,12 @@ def hold_bars(
         hold(f"{name}: argmax agreement", agreement, least, holds=agreement >= least)
         hold(f"{name}: perplexity off", off, _PERPLEXITY_OFF, holds=off <= _PERPLEXITY_OFF)
     for name, difference in differences.items():
-        hold(f"{name}: logits differ between widths", difference, 0.0, holds=difference == 0.0)
+        hold(
+            f"{name}: logits differ between widths",
+            difference,
+            _WIDTHS_OFF,
+            holds=difference <= _WIDTHS_OFF,
+        )
     return bars
 
 
