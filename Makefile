@@ -28,7 +28,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration protos reference chart \
-        demo serve bench-engine bench-quality bench-kv fuzz-kv clean
+        demo serve bench-engine bench-quality bench-kv fuzz-kv soak-engine clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -114,6 +114,11 @@ bench-kv: $(ENVIRONMENT) ## Codecs, Valkey and SSD beside their peers and limits
 	@$(PY) -c 'import matplotlib' 2>/dev/null \
 	  || $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
 	$(PY) -m tests.bench.kv
+
+SOAK_MINUTES ?= 20
+
+soak-engine: $(ENVIRONMENT) ## The default model at twice its capacity with random aborts; 25 minutes
+	$(PY) -m tests.soak.engine --minutes $(SOAK_MINUTES)
 
 FUZZ_INPUTS ?= 1000000
 
