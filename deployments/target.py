@@ -206,6 +206,7 @@ class TargetReplica:
             page_store_factory=page_store if kv is not None else None,
             speculator=speculator,
             detokenize=tokenizer.decode,
+            tokenizer_json=tokenizer.to_json,
         )
 
     async def _report(self) -> None:

@@ -57,6 +57,11 @@ class Tokenizer:
             digest.update(f"{token_id}\0{token}\0".encode())
         return digest.hexdigest(length=16)
 
+    def to_json(self) -> str:
+        """The tokenizer as a ``tokenizer.json``."""
+        text: str = self._backend.to_str()
+        return text
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens the model expects around it."""
         return list(self._backend.encode(text, add_special_tokens=True).ids)

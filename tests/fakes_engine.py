@@ -131,28 +131,36 @@ class FakeRunner:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a request must give."""
+    """What a request must give; without a finish reason it ends in an error."""
 
     token_ids: tuple[int, ...]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     stop_match: str | int | None = None
 
 
-def expected(request: GenerationRequest, max_model_len: int = 4096) -> Expected:
+def expected(
+    request: GenerationRequest, max_model_len: int = 4096, form: Form | None = None
+) -> Expected:
     """Generate the plainest way there is: one token at a time, everything computed from scratch."""
+    form = form or Form()
     sampling = request.sampling
     prompt = list(request.prompt_token_ids)
     output: list[int] = []
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
     limit = min(sampling.max_tokens, max_model_len - len(prompt))
     while True:
-        token = _choose(request, prompt, output, stops)
-        text_before = detokenize(output)
+        banned = _banned(request, output) | form.forbidden(output)
+        if form.can_end(output):
+            banned -= stops & {EOS}
+        token = _choose(request, prompt, output, stops, banned)
+        if token is None:
+            return Expected(tuple(output), FinishReason.STOP if form.can_end(output) else None)
+        text_before = form.detokenize(output)
         output.append(token)
         if len(output) >= sampling.min_tokens:
             if token in stops:
                 return Expected(tuple(output), FinishReason.STOP, token)
-            text = detokenize(output)
+            text = form.detokenize(output)
             ends = [
                 (text.find(s, max(0, len(text_before) - len(s) + 1)), -len(s), s)
                 for s in sampling.stop_strings
@@ -160,13 +168,45 @@ def expected(request: GenerationRequest, max_model_len: int = 4096) -> Expected:
             found = [end for end in ends if end[0] >= 0]
             if found:
                 return Expected(tuple(output), FinishReason.STOP, min(found)[2])
+        if form.is_whole(output):
+            return Expected(tuple(output), FinishReason.STOP)
         if len(output) >= limit:
             return Expected(tuple(output), FinishReason.LENGTH)
 
 
+class Form:
+    """What an output may look like; this one allows everything."""
+
+    detokenize = staticmethod(detokenize)
+
+    def forbidden(self, output: list[int]) -> set[int]:
+        """Tokens that may not follow; the end of text is one of them, or none is."""
+        return set()
+
+    def can_end(self, output: list[int]) -> bool:
+        """Whether it may end here because of its form."""
+        return False
+
+    def is_whole(self, output: list[int]) -> bool:
+        """Whether nothing can follow."""
+        return False
+
+
+def _banned(request: GenerationRequest, output: list[int]) -> set[int]:
+    return {
+        bad[-1]
+        for bad in request.sampling.bad_token_sequences
+        if output[len(output) - len(bad) + 1 :] == list(bad[:-1]) or len(bad) == 1
+    }
+
+
 def _choose(
-    request: GenerationRequest, prompt: list[int], output: list[int], stops: set[int]
-) -> int:
+    request: GenerationRequest,
+    prompt: list[int],
+    output: list[int],
+    stops: set[int],
+    banned: set[int],
+) -> int | None:
     sampling = request.sampling
     scores = logits_after(prompt + output).astype(np.float64)
     for token, bias in sampling.logit_bias:
@@ -181,6 +221,9 @@ def _choose(
         scores[token] -= sampling.presence_penalty
     if len(output) < sampling.min_tokens:
         scores[list(stops)] = -np.inf
+    scores[list(banned)] = -np.inf
+    if np.isneginf(scores).all():
+        return None
     if sampling.temperature == 0:
         return int(scores.argmax())
     processed = process_logits(

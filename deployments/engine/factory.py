@@ -22,6 +22,7 @@ def build_engine(
     page_store_factory: Callable[[PageLayout], PageStore] | None,
     speculator: Speculator,
     detokenize: Callable[[Sequence[int]], str],
+    tokenizer_json: Callable[[], str] | None = None,
 ) -> Engine:
     """Load the model and start the engine; takes seconds, blocks.
 
@@ -32,6 +33,8 @@ def build_engine(
             engine closes it. None keeps pages in this replica.
         speculator: where drafts come from; the engine shuts it down.
         detokenize: text of output tokens, for stop strings; called from the engine thread.
+        tokenizer_json: the tokenizer as a ``tokenizer.json``, for structured output; called from
+            any thread. Without it such requests are refused.
 
     Raises:
         WeightsMissingError: the model is not here and cannot be had.
@@ -69,5 +72,6 @@ def build_engine(
         store=page_store_factory(layout) if page_store_factory is not None else None,
         speculator=speculator,
         detokenize=detokenize,
+        tokenizer_json=tokenizer_json,
     )
     return start_engine(config, parts)

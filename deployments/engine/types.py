@@ -15,6 +15,35 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+class StructureKind(StrEnum):
+    """What the text of a ``StructuredOutput`` means."""
+
+    JSON_SCHEMA = "json_schema"
+    """A JSON schema."""
+    JSON_OBJECT = "json_object"
+    """Nothing: any JSON object will do."""
+    REGEX = "regex"
+    """A regular expression that the whole output matches."""
+    CHOICE = "choice"
+    """A JSON array of strings, one of which is the output."""
+    GRAMMAR = "grammar"
+    """A context-free grammar, as Lark or GBNF writes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """The form an output must have.
+
+    Attributes:
+        text: what ``kind`` says.
+        param: the client's name of the field, for errors.
+    """
+
+    kind: StructureKind
+    text: str
+    param: str = "structured_outputs"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen. Ranges are checked by the surfaces before this is built.
@@ -33,6 +62,9 @@ class SamplingParams:
         num_logprobs: likeliest tokens to tell beside each output token's own log probability; None
             tells nothing.
         num_prompt_logprobs: the same for the prompt's tokens.
+        structure: the form of the output; it ends, with the finish reason ``stop``, where nothing
+            more may follow, even before ``min_tokens``.
+        bad_token_sequences: the output never contains one of these.
     """
 
     max_tokens: int
@@ -51,6 +83,8 @@ class SamplingParams:
     min_tokens: int = 0
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    structure: StructuredOutput | None = None
+    bad_token_sequences: tuple[tuple[int, ...], ...] = ()
 
     @property
     def is_greedy(self) -> bool:

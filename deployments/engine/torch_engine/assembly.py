@@ -14,6 +14,7 @@ from deployments.engine.torch_engine.kv_transfer import KVTransfer
 from deployments.engine.torch_engine.mailbox import Mailbox
 from deployments.engine.torch_engine.page_pool import PagePool
 from deployments.engine.torch_engine.scheduler import Scheduler
+from deployments.engine.torch_engine.structure.compiler import StructureCompiler
 from deployments.engine.torch_engine.validation import ModelLimits
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class EngineParts:
         max_positions: the model's own context length.
         store: the KV tier, or None.
         detokenize: text of output tokens, for stop strings.
+        tokenizer_json: the tokenizer as a ``tokenizer.json``, for structured output.
     """
 
     runner: Runner
@@ -48,6 +50,7 @@ class EngineParts:
     store: PageStore | None
     speculator: Speculator
     detokenize: Callable[[Sequence[int]], str]
+    tokenizer_json: Callable[[], str] | None = None
 
 
 def model_limits(config: TorchEngineConfig, parts: EngineParts) -> ModelLimits:
@@ -56,6 +59,13 @@ def model_limits(config: TorchEngineConfig, parts: EngineParts) -> ModelLimits:
         vocab_size=parts.vocab_size,
         max_model_len=config.context_length(parts.max_positions),
         eos_token_ids=parts.eos_token_ids,
+    )
+
+
+def structure_compiler(parts: EngineParts) -> StructureCompiler:
+    """What makes constraints for this engine's requests."""
+    return StructureCompiler(
+        parts.tokenizer_json, vocab_size=parts.vocab_size, eos_token_ids=parts.eos_token_ids
     )
 
 
@@ -112,4 +122,6 @@ def start_engine(config: TorchEngineConfig, parts: EngineParts) -> TorchEngine:
     """The whole engine, running."""
     mailbox = Mailbox(config.max_waiting + config.max_num_seqs)
     core = build_core(config, parts, wake=mailbox.wake)
-    return TorchEngine(core, mailbox, model_limits(config, parts), parts.speculator, parts.store)
+    structures = structure_compiler(parts)
+    limits = model_limits(config, parts)
+    return TorchEngine(core, mailbox, limits, parts.speculator, parts.store, structures)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.page_pool import PagePool
     from deployments.engine.torch_engine.rounds import Outcome
     from deployments.engine.torch_engine.scheduler import Chunk, Scheduler
+    from deployments.engine.torch_engine.structure.constraint import Constraint
     from deployments.engine.torch_engine.validation import ModelLimits
     from deployments.engine.types import GenerationRequest, TokenLogprob
 
@@ -100,7 +101,9 @@ class EngineCore:
         self._step_time_ewma_s = 0.0
         self._speculation = SpeculationCounters()
 
-    def add(self, session_id: int, request: GenerationRequest) -> None:
+    def add(
+        self, session_id: int, request: GenerationRequest, structure: Constraint | None = None
+    ) -> None:
         """Queue a validated request; if there is no room, somebody's reader is told.
 
         Not always the newcomer's: see ``FairQueue.first_to_leave``.
@@ -108,8 +111,9 @@ class EngineCore:
         Args:
             session_id: never used before, and higher than that of every earlier request.
             request: has passed ``validate_request``.
+            structure: made from ``request.sampling.structure``, if there is one.
         """
-        sequence = self._new_sequence(session_id, request)
+        sequence = self._new_sequence(session_id, request, structure)
         self._open[session_id] = sequence
         if self._scheduler.is_full:
             loser = self._scheduler.waiting.first_to_leave(sequence) or sequence
@@ -205,7 +209,9 @@ class EngineCore:
         if num_queued != len(self._open):
             raise RuntimeError(f"{len(self._open)} requests are open, {num_queued} are queued")
 
-    def _new_sequence(self, session_id: int, request: GenerationRequest) -> Sequence:
+    def _new_sequence(
+        self, session_id: int, request: GenerationRequest, structure: Constraint | None
+    ) -> Sequence:
         sampling = request.sampling
         penalties = None
         if PenaltyState.is_needed(sampling):
@@ -222,12 +228,14 @@ class EngineCore:
                 stop_token_ids=self._limits.stop_token_ids(request),
                 stop_strings=sampling.stop_strings,
                 detokenize=self._detokenize,
+                structure=structure,
             ),
             speculation=SpeculationCounters(),
             penalties=penalties,
             is_speculated=request.speculation and self._scheduler.num_draft_tokens > 0,
             token_ids=[*request.prompt_token_ids, *request.resumed_output_ids],
             prompt_logprobs=[None] if wants_prompt_logprobs(request) else None,
+            structure=structure,
         )
 
     def _expire(self) -> None:
@@ -280,7 +288,7 @@ class EngineCore:
             return
         num_computed_tokens = len(sequence.token_ids) + len(outcome.nodes)
         sequence.commit(new_token_ids, num_computed_tokens)
-        if not outcome.is_invalid:
+        if outcome.error is None:
             self._transfer.publish(sequence)
         self._num_output_tokens += len(new_token_ids)
         self._scheduler.count_output(sequence, len(new_token_ids))
@@ -298,8 +306,8 @@ class EngineCore:
                 prompt_logprobs=sequence.take_prompt_logprobs(),
             )
             self._events.append(Event(sequence.session_id, delta))
-        if outcome.is_invalid:
-            self._fail(sequence, InvalidLogitsError(_INVALID_LOGITS))
+        if outcome.error is not None:
+            self._fail(sequence, outcome.error)
 
     def _count_admitted(self, chunks: SequenceOf[Chunk]) -> None:
         for sequence in (chunk.sequence for chunk in chunks):

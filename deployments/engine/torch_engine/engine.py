@@ -21,6 +21,7 @@ from deployments.engine.errors import (
     RequestRejectedError,
 )
 from deployments.engine.torch_engine.delta_stream import DeltaStream
+from deployments.engine.torch_engine.mailbox import Submission
 from deployments.engine.torch_engine.validation import validate_request
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.torch_engine.core import EngineCore, Event
     from deployments.engine.torch_engine.mailbox import Mailbox
+    from deployments.engine.torch_engine.structure.compiler import StructureCompiler
+    from deployments.engine.torch_engine.structure.constraint import Constraint
     from deployments.engine.torch_engine.validation import ModelLimits
     from deployments.engine.types import EngineStats, GenerationRequest, TokenDelta
     from kv_store.page_store import PageStore
@@ -54,6 +57,7 @@ class TorchEngine(Engine):
         limits: ModelLimits,
         speculator: Speculator,
         store: PageStore | None,
+        structures: StructureCompiler,
     ) -> None:
         """Start the engine thread.
 
@@ -63,14 +67,17 @@ class TorchEngine(Engine):
             limits: of the model.
             speculator: shut down with the engine.
             store: closed with the engine.
+            structures: closed with the engine.
         """
         self._core = core
         self._mailbox = mailbox
         self._limits = limits
         self._speculator = speculator
         self._store = store
+        self._structures = structures
         self._streams: dict[int, DeltaStream] = {}
         self._session_of: dict[str, int] = {}
+        self._aborted_ids: set[int] = set()
         self._num_sessions = 0
         self._has_no_streams = asyncio.Event()
         self._has_no_streams.set()
@@ -92,9 +99,13 @@ class TorchEngine(Engine):
         has_tokens = False
         span = tracer.start_span("engine.generate", _parent_context(request))
         try:
-            if not self._mailbox.submit(session_id, request):
+            structure = await self._prepare(session_id, request)
+            if not self._mailbox.submit(Submission(session_id, request, structure)):
                 is_ended = True
                 raise EngineOverloadedError("The engine's waiting queue is full.")
+            if session_id in self._aborted_ids:
+                # The engine thread did not know the request when it was told to end it.
+                self._mailbox.abort(session_id)
             while not is_ended:
                 delta = await stream.next()
                 is_ended = delta.finish_reason is not None
@@ -118,6 +129,7 @@ class TorchEngine(Engine):
         """See ``Engine.abort``."""
         session_id = self._session_of.get(request_id)
         if session_id is not None:
+            self._aborted_ids.add(session_id)
             self._mailbox.abort(session_id)
 
     def stats(self) -> EngineStats:
@@ -148,6 +160,7 @@ class TorchEngine(Engine):
         self._mailbox.close()
         await asyncio.to_thread(self._thread.join, _JOIN_TIMEOUT_S)
         self._die(EngineDeadError("The engine has been closed."))
+        self._structures.close()
         await asyncio.to_thread(self._speculator.shutdown)
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
@@ -165,6 +178,13 @@ class TorchEngine(Engine):
         if request.deadline is not None and time.time() >= request.deadline:
             raise DeadlineExceededError("The request's deadline has passed.")
 
+    async def _prepare(self, session_id: int, request: GenerationRequest) -> Constraint | None:
+        """Compile the request's structure, if it has one; other requests go on meanwhile."""
+        structure = request.sampling.structure
+        if structure is None:
+            return None
+        return await self._structures.compile(structure, self._limits.stop_token_ids(request))
+
     def _open_stream(self, request: GenerationRequest) -> tuple[int, DeltaStream]:
         self._num_sessions += 1
         stream = DeltaStream()
@@ -174,6 +194,7 @@ class TorchEngine(Engine):
         return self._num_sessions, stream
 
     def _close_stream(self, request: GenerationRequest, session_id: int) -> None:
+        self._aborted_ids.discard(session_id)
         del self._streams[session_id]
         del self._session_of[request.request_id]
         if not self._streams:
@@ -194,8 +215,8 @@ class TorchEngine(Engine):
         while not (commands := self._mailbox.take(timeout_s)).is_closing:
             self._step_began_at = time.monotonic()
             # Requests first: whatever is aborted was submitted before.
-            for session_id, request in commands.requests:
-                self._core.add(session_id, request)
+            for submission in commands.requests:
+                self._core.add(*submission)
             for session_id in commands.aborted_ids:
                 self._core.abort(session_id)
             has_worked = self._core.step()

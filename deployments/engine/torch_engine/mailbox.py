@@ -7,13 +7,22 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from deployments.engine.torch_engine.structure.constraint import Constraint
     from deployments.engine.types import GenerationRequest
+
+
+class Submission(NamedTuple):
+    """A request and what was prepared for it."""
+
+    session_id: int
+    request: GenerationRequest
+    structure: Constraint | None = None
 
 
 class Commands(NamedTuple):
     """What has been asked since the last look, oldest first."""
 
-    requests: tuple[tuple[int, GenerationRequest], ...]
+    requests: tuple[Submission, ...]
     aborted_ids: frozenset[int]
     is_closing: bool
 
@@ -27,17 +36,17 @@ class Mailbox:
     def __init__(self, max_requests: int) -> None:
         self._max_requests = max_requests
         self._changed = threading.Condition()
-        self._requests: deque[tuple[int, GenerationRequest]] = deque()
+        self._requests: deque[Submission] = deque()
         self._aborted_ids: set[int] = set()
         self._is_woken = False
         self._is_closing = False
 
-    def submit(self, session_id: int, request: GenerationRequest) -> bool:
+    def submit(self, submission: Submission) -> bool:
         """Hand over a request under a new id; False if too many are waiting to be taken."""
         with self._changed:
             if len(self._requests) >= self._max_requests:
                 return False
-            self._requests.append((session_id, request))
+            self._requests.append(submission)
             self._notify()
             return True
 

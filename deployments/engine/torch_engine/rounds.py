@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from deployments.engine.errors import InvalidLogitsError, RequestRejectedError
 from deployments.engine.speculation.acceptance import accept
 from deployments.engine.speculation.speculator import DraftRequest, RoundResult, TakenDraft
 from deployments.engine.speculation.types import DraftSampling, DraftTree, SessionSpec
-from deployments.engine.torch_engine.sampler import INVALID_TOKEN
+from deployments.engine.torch_engine.sampler import INVALID_TOKEN, NO_TOKEN
+from deployments.engine.torch_engine.stopping import Stop
+from deployments.engine.types import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
+    from deployments.engine.errors import EngineError
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.torch_engine.scheduler import Chunk
     from deployments.engine.torch_engine.sequence import Sequence
-    from deployments.engine.torch_engine.stopping import Stop
 
 
 class Outcome(NamedTuple):
@@ -29,7 +32,7 @@ class Outcome(NamedTuple):
         nodes: accepted draft nodes that became output, from the root's child downwards.
         new_token_ids: what is committed.
         stop: the end of the output, if it was reached.
-        is_invalid: the model's logits behind ``new_token_ids`` were not numbers.
+        error: why nothing can follow ``new_token_ids``, if that is so and no end was reached.
         first_row: the step's logit row behind the committed text; node n's row is n + 1 further.
     """
 
@@ -38,7 +41,7 @@ class Outcome(NamedTuple):
     nodes: tuple[int, ...]
     new_token_ids: tuple[int, ...]
     stop: Stop | None
-    is_invalid: bool
+    error: EngineError | None
     first_row: int
 
     @property
@@ -61,18 +64,40 @@ def verify(
     """
     acceptance = accept(draft.tree, choices[first_row : first_row + 1 + len(draft.tree)])
     tokens = [draft.tree.token_ids[node] for node in acceptance.nodes]
-    is_invalid = acceptance.bonus_token_id == INVALID_TOKEN
-    if not is_invalid:
+    is_chosen = acceptance.bonus_token_id not in (INVALID_TOKEN, NO_TOKEN)
+    if is_chosen:
         tokens.append(acceptance.bonus_token_id)
     num_kept, stop = sequence.stop.cut(tokens)
+    error = None
+    if stop is None and not is_chosen:
+        stop, error = _ending(sequence, acceptance.bonus_token_id)
     return Outcome(
         sequence=sequence,
         draft=draft,
         nodes=acceptance.nodes[:num_kept],
         new_token_ids=tuple(tokens[:num_kept]),
         stop=stop,
-        is_invalid=is_invalid,
+        error=error,
         first_row=first_row,
+    )
+
+
+def _ending(sequence: Sequence, choice: int) -> tuple[Stop | None, EngineError | None]:
+    """How an output ends behind which no token could be chosen."""
+    if choice == INVALID_TOKEN:
+        return None, InvalidLogitsError("The model gave logits that are not numbers.")
+    structure = sequence.structure
+    if structure is None:
+        return None, RequestRejectedError(
+            "The bad words leave no token to go on with.", "bad_words"
+        )
+    if structure.can_end:
+        return Stop(FinishReason.STOP), None
+    reason = structure.failure or "no token fits, or none that is not banned"
+    asked = sequence.sampling.structure
+    return None, RequestRejectedError(
+        f"The output cannot be completed in the form asked for: {reason}.",
+        asked.param if asked is not None else None,
     )
 
 
@@ -114,6 +139,9 @@ class DraftRounds:
         answers = self._speculator.take(requests)
         for index, request, answer in zip(asking, requests, answers, strict=True):
             tree = usable_draft(answer.tree, request.max_draft_tokens, self._vocab_size)
+            structure = chunks[index].sequence.structure
+            if structure is not None:
+                tree = structure.fit(tree)
             taken[index] = TakenDraft(
                 tree=tree, table_hit=answer.table_hit, table_miss=answer.table_miss
             )
@@ -133,7 +161,7 @@ class DraftRounds:
             for outcome in outcomes
             if outcome.sequence.is_speculated and outcome.new_token_ids
         ]
-        if results:
+        if any(outcome.sequence.is_speculated for outcome in outcomes):
             self._speculator.verified(results)
 
     def leave(self, sequence: Sequence) -> None:

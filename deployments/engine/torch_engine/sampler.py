@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from deployments.engine.speculation.noise import row_key
+from deployments.engine.torch_engine.bad_words import banned_tokens
 from deployments.engine.torch_engine.drawing import draw
 from deployments.engine.torch_engine.sampling_math import process_logits
+from deployments.engine.torch_engine.structure.mask import forbid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 INVALID_TOKEN = -1
 """The choice of a row whose logits are not numbers."""
+
+NO_TOKEN = -2
+"""The choice of a row whose every token is banned or does not fit the output's structure."""
 
 _ROWS_AT_ONCE = 16
 """Bounds the float64 temporaries of sampled rows."""
@@ -47,7 +52,8 @@ def sample(logits_MV: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
         rows: M rows, in the order of the logits.
 
     Returns:
-        M token ids; ``INVALID_TOKEN`` where a row holds NaN, or no finite maximum.
+        M token ids; ``INVALID_TOKEN`` where a row holds NaN, or no finite maximum; ``NO_TOKEN``
+        where nothing may be chosen.
     """
     if not rows:
         return []
@@ -70,12 +76,29 @@ def sample(logits_MV: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
 
 
 def _sample_slow(logits_MV: Tensor, rows: SequenceOf[SampleRow], indices: list[int]) -> list[int]:
-    scores_RV = logits_MV[indices].to(torch.float64)
     chosen = [rows[index] for index in indices]
-    for at, row in enumerate(chosen):
-        if _is_adjusted(row):
-            scores_RV[at] = _adjust(scores_RV[at], row)
-    settings = [row.sequence.sampling for row in chosen]
+    scores_RV = logits_MV[indices].to(torch.float64)
+    adjusted = [at for at, row in enumerate(chosen) if _is_adjusted(row)]
+    if not adjusted:
+        return _choose(scores_RV, chosen)
+    for at in adjusted:
+        scores_RV[at] = _adjust(scores_RV[at], chosen[at])
+    forbid(scores_RV, [(row.sequence.structure, row.path) for row in chosen])
+    is_open = (scores_RV.max(dim=1).values > -torch.inf).tolist()
+    if all(is_open):
+        return _choose(scores_RV, chosen)
+    # Filters cannot do with a row that has nothing to choose from.
+    opened = [at for at, has_tokens in enumerate(is_open) if has_tokens]
+    tokens = [NO_TOKEN] * len(chosen)
+    if opened:
+        found = _choose(scores_RV[opened], [chosen[at] for at in opened])
+        for at, token in zip(opened, found, strict=True):
+            tokens[at] = token
+    return tokens
+
+
+def _choose(scores_RV: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
+    settings = [row.sequence.sampling for row in rows]
     scores_RV = process_logits(
         scores_RV,
         [sampling.temperature for sampling in settings],
@@ -88,7 +111,7 @@ def _sample_slow(logits_MV: Tensor, rows: SequenceOf[SampleRow], indices: list[i
     tokens: list[int] = token_R.tolist()
     drawn = [at for at, sampling in enumerate(settings) if is_valid[at] and not sampling.is_greedy]
     if drawn:
-        keys = [_noise_key(chosen[at]) for at in drawn]
+        keys = [_noise_key(rows[at]) for at in drawn]
         for at, token in zip(drawn, draw(scores_RV[drawn], keys), strict=True):
             tokens[at] = token
     return [
@@ -109,22 +132,42 @@ def _must_go_on(row: SampleRow) -> bool:
     return num_output_tokens < sequence.stop.min_tokens and bool(sequence.stop.stop_token_ids)
 
 
+def _banned(row: SampleRow) -> list[int]:
+    sequence = row.sequence
+    banned: list[int] = []
+    bad = sequence.sampling.bad_token_sequences
+    if bad:
+        output = sequence.output_tail(max(map(len, bad)) - 1)
+        banned += banned_tokens(bad, output, row.path)
+    if _must_go_on(row):
+        banned += sequence.stop.stop_token_ids
+    return banned
+
+
 def _is_adjusted(row: SampleRow) -> bool:
     sequence = row.sequence
-    return bool(sequence.sampling.logit_bias) or sequence.penalties is not None or _must_go_on(row)
+    sampling = sequence.sampling
+    return (
+        bool(sampling.logit_bias or sampling.bad_token_sequences)
+        or sequence.penalties is not None
+        or sequence.structure is not None
+        or _must_go_on(row)
+    )
 
 
 def _adjust(logits_V: Tensor, row: SampleRow) -> Tensor:
-    """Bias, then penalties, then the ban on stop tokens; [V] float64 in and out."""
-    bias = row.sequence.sampling.logit_bias
+    """Bias, then penalties, then what is banned; [V] float64 in and out."""
+    sequence = row.sequence
+    bias = sequence.sampling.logit_bias
     if bias:
         # index_add_ sums the biases of a token named twice, on every device alike.
         ids = torch.tensor([token for token, _ in bias], device=logits_V.device)
         values = torch.tensor([value for _, value in bias], dtype=torch.float64)
         logits_V = logits_V.index_add(0, ids, values.to(logits_V.device))
-    if row.sequence.penalties is not None:
-        logits_V = row.sequence.penalties.apply(logits_V, row.path)
-    if _must_go_on(row):
-        banned = torch.tensor(sorted(row.sequence.stop.stop_token_ids), device=logits_V.device)
-        logits_V = logits_V.index_fill(0, banned, -torch.inf)
+    if sequence.penalties is not None:
+        logits_V = sequence.penalties.apply(logits_V, row.path)
+    banned = _banned(row)
+    if banned:
+        ids = torch.tensor(banned, device=logits_V.device)
+        logits_V = logits_V.index_fill(0, ids, -torch.inf)
     return logits_V

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.penalties import PenaltyState
     from deployments.engine.torch_engine.spec_counters import SpeculationCounters
     from deployments.engine.torch_engine.stopping import StopCondition
+    from deployments.engine.torch_engine.structure.constraint import Constraint
     from deployments.engine.types import GenerationRequest, SamplingParams, TokenLogprob
     from kv_store.keys import Namespace, PageKey
 
@@ -44,6 +45,7 @@ class Sequence:
         admission: counts first admissions; None before it.
         num_lost_tokens: rows that the last preemption threw away.
         token_ids: committed tokens: prompt, resumed output, new output.
+        structure: what the output's form allows; ``stop`` advances it.
         num_computed_tokens: of these, the leading ones whose KV rows are in the pool.
         page_table: pages holding token i's row at entry i // PAGE_TOKENS.
         page_keys: keys of the full pages of ``token_ids``, as far as they were asked for.
@@ -68,6 +70,7 @@ class Sequence:
     penalties: PenaltyState | None
     is_speculated: bool
     token_ids: list[int]
+    structure: Constraint | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     admission: int | None = None
     num_lost_tokens: int = 0
@@ -115,6 +118,10 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Output tokens so far, resumed ones included."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def output_tail(self, num_tokens: int) -> list[int]:
+        """The last output tokens, at most so many."""
+        return self.token_ids[max(self.num_prompt_tokens, len(self.token_ids) - num_tokens) :]
 
     @property
     def num_remaining_tokens(self) -> int:

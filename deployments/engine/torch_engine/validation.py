@@ -64,6 +64,10 @@ def validate_request(request: GenerationRequest, limits: ModelLimits) -> None:
     _check_tokens(request.resumed_output_ids, limits, "resumed_output_ids")
     _check_tokens((token for token, _ in request.sampling.logit_bias), limits, "logit_bias")
     _check_tokens(request.sampling.stop_token_ids, limits, "stop_token_ids")
+    for sequence in request.sampling.bad_token_sequences:
+        if not sequence:
+            raise RequestRejectedError("A bad word has no tokens.", "bad_words")
+        _check_tokens(sequence, limits, "bad_words")
 
 
 def _check_tokens(token_ids: Iterable[int], limits: ModelLimits, param: str) -> None:

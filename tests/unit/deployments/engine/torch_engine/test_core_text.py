@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from deployments.engine.speculation.speculator import NoSpeculation
-from deployments.engine.torch_engine.assembly import build_core
+from deployments.engine.torch_engine.assembly import build_core, structure_compiler
 from deployments.engine.torch_engine.validation import validate_request
 from deployments.engine.types import FinishReason, TokenDelta, TokenLogprob
 from tests.fakes_engine import (
@@ -28,10 +28,12 @@ from tests.fakes_logprobs import assert_logprobs
 class Session:
     """Drives an engine core step by step and keeps what it says."""
 
-    def __init__(self, config=None, speculator=None, store=None, parts=None):
+    def __init__(self, config=None, speculator=None, store=None, parts=None, **changes):
         self.config = config or make_config()
         self.speculator = speculator or NoSpeculation()
-        self.parts = parts or make_parts(self.config, self.speculator, store)
+        parts = parts or make_parts(self.config, self.speculator, store)
+        self.parts = replace(parts, **changes)
+        self.structures = structure_compiler(self.parts)
         self.now = 0.0
         self.is_woken = False
         self.core = build_core(
@@ -52,7 +54,10 @@ class Session:
     def add(self, session_id, request):
         self.tokens[session_id] = []
         self.logprobs[session_id] = []
-        self.core.add(session_id, request)
+        structure = request.sampling.structure
+        stops = self.core._limits.stop_token_ids(request)
+        constraint = self.structures.constraint(structure, stops) if structure else None
+        self.core.add(session_id, request, constraint)
         self.collect()
 
     def step(self):
@@ -132,6 +137,9 @@ def random_request(rng: random.Random, name: str):
         changes |= {"num_logprobs": rng.choice((0, 3))}
     if rng.random() < 0.2:
         changes |= {"num_prompt_logprobs": rng.choice((0, 2))}
+    if rng.random() < 0.3:
+        bad = [tuple(rng.choices(range(VOCAB_SIZE), k=rng.choice((1, 2)))) for _ in range(40)]
+        changes |= {"bad_token_sequences": tuple(bad)}
     return make_request(name, prompt or [1], **changes)
 
 
