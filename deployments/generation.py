@@ -14,7 +14,12 @@ from deployments.detokenizer import ChoiceText
 from deployments.engine.types import GenerationRequest
 from deployments.errors import ContextLengthError, RequestInvalidError, RequestTooLargeError
 from deployments.merge import merge
-from deployments.sampling import build_sampling_params, check_prompt_token_ids
+from deployments.sampling import (
+    UNCONSTRAINED,
+    Constraints,
+    build_sampling_params,
+    check_prompt_token_ids,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -22,7 +27,7 @@ if TYPE_CHECKING:
     from deployments.accounting import RequestTotals
     from deployments.config import IngressConfig
     from deployments.detokenizer import PlacedLogprob
-    from deployments.engine.types import FinishReason, TokenLogprob
+    from deployments.engine.types import FinishReason, StructuredOutput, TokenLogprob
     from deployments.metrics import IngressMetrics
     from deployments.sampling import SamplingFields
     from deployments.target_client import TargetClient
@@ -132,6 +137,18 @@ class Generation:
             raise RequestInvalidError(f"'{param}' must not be empty.", param=param)
         return tuple(token_ids)
 
+    async def constraints(
+        self, fields: SamplingFields, structure: StructuredOutput | None
+    ) -> Constraints:
+        """What the call's texts must and must not be; bad words become tokens."""
+        if not fields.bad_words:
+            return Constraints(structure)
+        loop = asyncio.get_running_loop()
+        sequences = await loop.run_in_executor(
+            self._threads, self._tokenizer.encode_words, fields.bad_words
+        )
+        return Constraints(structure, sequences)
+
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> tuple[int, ...]:
         """Token ids given by the client.
 
@@ -149,6 +166,7 @@ class Generation:
         fields: SamplingFields,
         context: CallContext,
         *,
+        constraints: Constraints = UNCONSTRAINED,
         n: int,
         max_tokens: int | None,
         max_tokens_param: str,
@@ -181,6 +199,7 @@ class Generation:
                 max_tokens_param=max_tokens_param,
                 room=room,
                 vocab_size=self._tokenizer.vocab_size,
+                constraints=constraints,
             )
             requests.extend(
                 GenerationRequest(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from deployments.engine.types import FinishReason
 from deployments.errors import RequestInvalidError
 from deployments.openai_api import Message
+from deployments.openai_structure import StructuredOutputs, requested_structure
 from deployments.sampling import NumLogprobs, SamplingFields, validate
 from deployments.tokenizer import ChatTurn
 from protos import inference_pb2 as pb
@@ -15,10 +17,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from deployments.accounting import RequestTotals
-    from deployments.engine.types import GenerationUsage, SpeculationStats, TokenLogprob
+    from deployments.engine.types import (
+        GenerationUsage,
+        SpeculationStats,
+        StructuredOutput,
+        TokenLogprob,
+    )
     from deployments.generation import Plan, TextDelta
 
 _MAX_N = 8
+_STRUCTURE = "structured_output"
 _OPTIONAL = (
     "temperature",
     "top_p",
@@ -65,7 +73,31 @@ def sampling_fields(options: pb.SamplingOptions) -> GrpcSamplingFields:
     data["stop_token_ids"] = list(options.stop_token_ids)
     data["ignore_eos"] = options.ignore_eos
     data["min_tokens"] = options.min_tokens
+    data["bad_words"] = list(options.bad_words)
     return validate(GrpcSamplingFields, data)
+
+
+def structured_output(options: pb.SamplingOptions) -> StructuredOutput | None:
+    """The form asked for, if one is.
+
+    Raises:
+        RequestInvalidError: it is empty or too long, or says that no JSON object is wanted.
+    """
+    if not options.HasField("structured_output"):
+        return None
+    name = options.structured_output.WhichOneof("form")
+    if name is None:
+        raise RequestInvalidError(f"'{_STRUCTURE}' has no form.", param=_STRUCTURE)
+    value = getattr(options.structured_output, name)
+    fields: dict[str, Any] = {"json" if name == "json_schema" else name: value}
+    if name == "choice":
+        fields = {"choice": list(value.texts)}
+    try:
+        wanted = validate(StructuredOutputs, fields)
+    except RequestInvalidError as error:
+        raise RequestInvalidError(error.message, f"{_STRUCTURE}.{name}") from error
+    structure = requested_structure(None, wanted)
+    return None if structure is None else replace(structure, param=_STRUCTURE)
 
 
 def max_tokens(options: pb.SamplingOptions) -> int | None:

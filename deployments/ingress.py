@@ -282,6 +282,7 @@ class IngressReplica:
             prompts,
             body,
             context,
+            constraints=await self._generation.constraints(body, body.structure),
             n=body.n or 1,
             max_tokens=max_tokens,
             max_tokens_param=max_tokens_param,
@@ -300,10 +301,13 @@ class IngressReplica:
             prompt = self._generation.check_token_ids(request.token_ids.ids, "token_ids")
         else:
             raise RequestInvalidError("Missing required parameter: 'prompt'.", param="prompt")
+        fields = grpc_api.sampling_fields(request.sampling)
+        structure = grpc_api.structured_output(request.sampling)
         return self._generation.plan(
             [prompt],
-            grpc_api.sampling_fields(request.sampling),
+            fields,
             context,
+            constraints=await self._generation.constraints(fields, structure),
             n=grpc_api.num_choices(request),
             max_tokens=grpc_api.max_tokens(request.sampling),
             max_tokens_param="max_tokens",

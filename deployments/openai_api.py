@@ -7,13 +7,21 @@ ever answered as if something it asked for had been done.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import orjson
 from pydantic import Field
 
 from deployments.errors import RequestInvalidError, UnsupportedParameterError
+from deployments.openai_structure import (
+    ResponseFormat,
+    StructuredOutputs,
+    requested_structure,
+)
 from deployments.sampling import NumLogprobs, SamplingFields, TokenId, WireModel, validate
+
+if TYPE_CHECKING:
+    from deployments.engine.types import StructuredOutput
 
 R = TypeVar("R", bound="OpenAIRequest")
 
@@ -27,7 +35,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -96,6 +103,19 @@ class OpenAIRequest(SamplingFields):
     """Let draft tokens be verified; the text is the same either way."""
     max_tokens: MaxTokens | None = None
     """Output tokens, at most."""
+    response_format: ResponseFormat | None = None
+    """The form of the text: JSON, or JSON of a schema."""
+    structured_outputs: StructuredOutputs | None = None
+    """The form of the text in vLLM's words, which know more forms."""
+
+    @property
+    def structure(self) -> StructuredOutput | None:
+        """The form asked for.
+
+        Raises:
+            RequestInvalidError: it was asked for twice, or wrongly.
+        """
+        return requested_structure(self.response_format, self.structured_outputs)
 
 
 class ChatCompletionRequest(OpenAIRequest):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secrets import randbits
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
+    from deployments.engine.types import StructuredOutput
+
 M = TypeVar("M", bound="WireModel")
 T = TypeVar("T")
 
@@ -25,6 +27,7 @@ _MIN_TEMPERATURE = 1e-5
 
 TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+BadWord = Annotated[str, Field(max_length=256, pattern=r"\S")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 NumLogprobs = Annotated[int, Field(ge=0, le=20)]
 
@@ -71,6 +74,8 @@ class SamplingFields(WireModel):
     """Go on behind the model's end-of-text token."""
     min_tokens: Annotated[int, Field(ge=0, le=_INT32_MAX)] = 0
     """Nothing may end the text before this many tokens."""
+    bad_words: Annotated[list[BadWord], Field(max_length=256)] | None = None
+    """Words that are never written, at least not in the tokens they are usually written in."""
     prompt_logprobs: NumLogprobs | None = None
     """Tell the log probability of each prompt token, and as many of the likeliest tokens."""
 
@@ -88,6 +93,16 @@ class SamplingFields(WireModel):
         return self.prompt_logprobs
 
 
+class Constraints(NamedTuple):
+    """What a call's texts must and must not be, as the engine wants it said."""
+
+    structure: StructuredOutput | None = None
+    bad_token_sequences: tuple[tuple[int, ...], ...] = ()
+
+
+UNCONSTRAINED = Constraints()
+
+
 def build_sampling_params(
     fields: SamplingFields,
     *,
@@ -95,6 +110,7 @@ def build_sampling_params(
     max_tokens_param: str,
     room: int,
     vocab_size: int,
+    constraints: Constraints = UNCONSTRAINED,
 ) -> SamplingParams:
     """The engine's parameters for one prompt.
 
@@ -104,6 +120,7 @@ def build_sampling_params(
         max_tokens_param: the name the client used for it.
         room: tokens that fit behind the prompt.
         vocab_size: ids from here on do not exist.
+        constraints: of the call.
 
     Raises:
         RequestInvalidError: a rule that spans fields, or the model, is broken.
@@ -136,6 +153,8 @@ def build_sampling_params(
         min_tokens=min(fields.min_tokens, limit),
         num_logprobs=fields.num_logprobs,
         num_prompt_logprobs=fields.num_prompt_logprobs,
+        structure=constraints.structure,
+        bad_token_sequences=constraints.bad_token_sequences,
     )
 
 

@@ -66,6 +66,13 @@ class Tokenizer:
         """Token ids of plain text, with the special tokens the model expects around it."""
         return list(self._backend.encode(text, add_special_tokens=True).ids)
 
+    def encode_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each word as a text begins with it, and as it stands behind a space."""
+        bare = [word.lstrip() for word in words]
+        texts = [*bare, *(f" {word}" for word in bare)]
+        encoded = self._backend.encode_batch(texts, add_special_tokens=False)
+        return tuple({tuple(encoding.ids): None for encoding in encoded if encoding.ids})
+
     def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
         """Token ids of a rendered conversation that ends where the assistant begins.
 

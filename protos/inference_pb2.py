@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\x0bpaceline.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.paceline.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x92\x05\n\x0fSamplingOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x12H\x08\x88\x01\x01\x12?\n\nlogit_bias\x18\n \x03(\x0b\x32+.paceline.v1.SamplingOptions.LogitBiasEntry\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\t\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x81\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x19.paceline.v1.ChatMessagesH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.paceline.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.paceline.v1.SamplingOptions\x12\x0e\n\x01n\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0bspeculation\x18\x07 \x01(\x08H\x02\x88\x01\x01\x42\x08\n\x06promptB\x04\n\x02_nB\x0e\n\x0c_speculation\"l\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1a\n\x12tier_cached_tokens\x18\x04 \x01(\r\"\x98\x02\n\x10SpeculationStats\x12\x1e\n\x16mean_acceptance_length\x18\x01 \x01(\x01\x12\x1d\n\x15\x64raft_acceptance_rate\x18\x02 \x01(\x01\x12\x1c\n\x14\x61\x63\x63\x65ptance_histogram\x18\x03 \x03(\r\x12!\n\x19num_accepted_draft_tokens\x18\x04 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x05 \x01(\r\x12\x16\n\x0enum_spec_steps\x18\x06 \x01(\r\x12 \n\x18num_accepted_pool_tokens\x18\x07 \x01(\r\x12\x16\n\x0enum_table_hits\x18\x08 \x01(\r\x12\x18\n\x10num_table_misses\x18\t \x01(\r\"\x87\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12&\n\x03top\x18\x05 \x03(\x0b\x32\x19.paceline.v1.TokenLogprobB\n\n\x08_logprob\"\xd5\x02\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.paceline.v1.Usage\x12\x32\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x1d.paceline.v1.SpeculationStats\x12\x0f\n\x07replica\x18\x08 \x01(\t\x12+\n\x08logprobs\x18\t \x03(\x0b\x32\x19.paceline.v1.TokenLogprob\x12\x32\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x19.paceline.v1.TokenLogprob\"\x97\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.paceline.v1.TokenLogprob\"\xf7\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x13.paceline.v1.Choice\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.paceline.v1.Usage\x12\x32\n\x0bspeculation\x18\x05 \x01(\x0b\x32\x1d.paceline.v1.SpeculationStats\x12\x0f\n\x07replica\x18\x06 \x01(\t\x12\x32\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x19.paceline.v1.TokenLogprob\"\x12\n\x10ModelInfoRequest\"}\n\x11ModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x19\n\x11has_chat_template\x18\x04 \x01(\x08\x12\x13\n\x0bmax_choices\x18\x05 \x01(\r*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xed\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.paceline.v1.GenerateRequest\x1a\x1a.paceline.v1.GenerateChunk0\x01\x12L\n\rGenerateUnary\x12\x1c.paceline.v1.GenerateRequest\x1a\x1d.paceline.v1.GenerateResponse\x12J\n\tModelInfo\x12\x1d.paceline.v1.ModelInfoRequest\x1a\x1e.paceline.v1.ModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\x0bpaceline.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.paceline.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xdf\x05\n\x0fSamplingOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x12H\x08\x88\x01\x01\x12?\n\nlogit_bias\x18\n \x03(\x0b\x32+.paceline.v1.SamplingOptions.LogitBiasEntry\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\t\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\rH\n\x88\x01\x01\x12\x11\n\tbad_words\x18\x14 \x03(\t\x12\x38\n\x11structured_output\x18\x15 \x01(\x0b\x32\x1d.paceline.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x94\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12&\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x14.paceline.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x42\x06\n\x04\x66orm\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\x81\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x19.paceline.v1.ChatMessagesH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.paceline.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.paceline.v1.SamplingOptions\x12\x0e\n\x01n\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0bspeculation\x18\x07 \x01(\x08H\x02\x88\x01\x01\x42\x08\n\x06promptB\x04\n\x02_nB\x0e\n\x0c_speculation\"l\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1a\n\x12tier_cached_tokens\x18\x04 \x01(\r\"\x98\x02\n\x10SpeculationStats\x12\x1e\n\x16mean_acceptance_length\x18\x01 \x01(\x01\x12\x1d\n\x15\x64raft_acceptance_rate\x18\x02 \x01(\x01\x12\x1c\n\x14\x61\x63\x63\x65ptance_histogram\x18\x03 \x03(\r\x12!\n\x19num_accepted_draft_tokens\x18\x04 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x05 \x01(\r\x12\x16\n\x0enum_spec_steps\x18\x06 \x01(\r\x12 \n\x18num_accepted_pool_tokens\x18\x07 \x01(\r\x12\x16\n\x0enum_table_hits\x18\x08 \x01(\r\x12\x18\n\x10num_table_misses\x18\t \x01(\r\"\x87\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12&\n\x03top\x18\x05 \x03(\x0b\x32\x19.paceline.v1.TokenLogprobB\n\n\x08_logprob\"\xd5\x02\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.paceline.v1.Usage\x12\x32\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x1d.paceline.v1.SpeculationStats\x12\x0f\n\x07replica\x18\x08 \x01(\t\x12+\n\x08logprobs\x18\t \x03(\x0b\x32\x19.paceline.v1.TokenLogprob\x12\x32\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x19.paceline.v1.TokenLogprob\"\x97\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.paceline.v1.TokenLogprob\"\xf7\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x13.paceline.v1.Choice\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.paceline.v1.Usage\x12\x32\n\x0bspeculation\x18\x05 \x01(\x0b\x32\x1d.paceline.v1.SpeculationStats\x12\x0f\n\x07replica\x18\x06 \x01(\t\x12\x32\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x19.paceline.v1.TokenLogprob\"\x12\n\x10ModelInfoRequest\"}\n\x11ModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x19\n\x11has_chat_template\x18\x04 \x01(\x08\x12\x13\n\x0bmax_choices\x18\x05 \x01(\r*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xed\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.paceline.v1.GenerateRequest\x1a\x1a.paceline.v1.GenerateChunk0\x01\x12L\n\rGenerateUnary\x12\x1c.paceline.v1.GenerateRequest\x1a\x1d.paceline.v1.GenerateResponse\x12J\n\tModelInfo\x12\x1d.paceline.v1.ModelInfoRequest\x1a\x1e.paceline.v1.ModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2517
-  _globals['_FINISHREASON']._serialized_end=2637
+  _globals['_FINISHREASON']._serialized_start=2771
+  _globals['_FINISHREASON']._serialized_end=2891
   _globals['_CHATMESSAGE']._serialized_start=39
   _globals['_CHATMESSAGE']._serialized_end=83
   _globals['_CHATMESSAGES']._serialized_start=85
@@ -42,27 +42,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=145
   _globals['_TOKENIDS']._serialized_end=168
   _globals['_SAMPLINGOPTIONS']._serialized_start=171
-  _globals['_SAMPLINGOPTIONS']._serialized_end=829
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=612
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=660
-  _globals['_GENERATEREQUEST']._serialized_start=832
-  _globals['_GENERATEREQUEST']._serialized_end=1089
-  _globals['_USAGE']._serialized_start=1091
-  _globals['_USAGE']._serialized_end=1199
-  _globals['_SPECULATIONSTATS']._serialized_start=1202
-  _globals['_SPECULATIONSTATS']._serialized_end=1482
-  _globals['_TOKENLOGPROB']._serialized_start=1485
-  _globals['_TOKENLOGPROB']._serialized_end=1620
-  _globals['_GENERATECHUNK']._serialized_start=1623
-  _globals['_GENERATECHUNK']._serialized_end=1964
-  _globals['_CHOICE']._serialized_start=1967
-  _globals['_CHOICE']._serialized_end=2118
-  _globals['_GENERATERESPONSE']._serialized_start=2121
-  _globals['_GENERATERESPONSE']._serialized_end=2368
-  _globals['_MODELINFOREQUEST']._serialized_start=2370
-  _globals['_MODELINFOREQUEST']._serialized_end=2388
-  _globals['_MODELINFORESPONSE']._serialized_start=2390
-  _globals['_MODELINFORESPONSE']._serialized_end=2515
-  _globals['_INFERENCE']._serialized_start=2640
-  _globals['_INFERENCE']._serialized_end=2877
+  _globals['_SAMPLINGOPTIONS']._serialized_end=906
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=689
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=737
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=909
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1057
+  _globals['_CHOICES']._serialized_start=1059
+  _globals['_CHOICES']._serialized_end=1083
+  _globals['_GENERATEREQUEST']._serialized_start=1086
+  _globals['_GENERATEREQUEST']._serialized_end=1343
+  _globals['_USAGE']._serialized_start=1345
+  _globals['_USAGE']._serialized_end=1453
+  _globals['_SPECULATIONSTATS']._serialized_start=1456
+  _globals['_SPECULATIONSTATS']._serialized_end=1736
+  _globals['_TOKENLOGPROB']._serialized_start=1739
+  _globals['_TOKENLOGPROB']._serialized_end=1874
+  _globals['_GENERATECHUNK']._serialized_start=1877
+  _globals['_GENERATECHUNK']._serialized_end=2218
+  _globals['_CHOICE']._serialized_start=2221
+  _globals['_CHOICE']._serialized_end=2372
+  _globals['_GENERATERESPONSE']._serialized_start=2375
+  _globals['_GENERATERESPONSE']._serialized_end=2622
+  _globals['_MODELINFOREQUEST']._serialized_start=2624
+  _globals['_MODELINFOREQUEST']._serialized_end=2642
+  _globals['_MODELINFORESPONSE']._serialized_start=2644
+  _globals['_MODELINFORESPONSE']._serialized_end=2769
+  _globals['_INFERENCE']._serialized_start=2894
+  _globals['_INFERENCE']._serialized_end=3131
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,7 @@ def test_every_field_arrives() -> None:
         min_tokens=2,
         logprobs=0,
         prompt_logprobs=4,
+        bad_words=["no"],
     )
     fields = grpc_api.sampling_fields(options)
     assert fields.model_dump() == {
@@ -57,6 +58,7 @@ def test_every_field_arrives() -> None:
         "min_tokens": 2,
         "logprobs": 0,
         "prompt_logprobs": 4,
+        "bad_words": ["no"],
     }
     assert (fields.num_logprobs, fields.num_prompt_logprobs) == (0, 4)
 

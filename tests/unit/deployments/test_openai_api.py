@@ -103,7 +103,6 @@ def test_json_that_is_no_object_is_refused(body: bytes) -> None:
     [
         ("tools", [], [{"type": "function"}]),
         ("tool_choice", "auto", "required"),
-        ("response_format", {"type": "text"}, {"type": "json_object"}),
         ("best_of", 1, 2),
         ("echo", False, True),
         ("suffix", None, "end"),

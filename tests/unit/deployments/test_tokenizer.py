@@ -4,6 +4,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from deployments.errors import RequestInvalidError
 from deployments.tokenizer import ChatTurn, Tokenizer
@@ -60,3 +61,19 @@ def test_the_digest_follows_the_vocabulary(tmp_path: Path, tokenizer: Tokenizer)
     other = Tokenizer.load(path.parent)
     assert same.vocab_digest() == tokenizer.vocab_digest()
     assert other.vocab_digest() != tokenizer.vocab_digest()
+
+
+def test_words_are_written_at_the_beginning_and_behind_a_space(tokenizer: Tokenizer) -> None:
+    the, space_the = tokenizer.encode("the"), tokenizer.encode(" the")
+    assert len(the) == len(space_the) == 1
+    words = tokenizer.encode_words(["the", "  the", "cat"])
+    assert words[0] == tuple(the)
+    assert tuple(space_the) in words
+    assert tuple(tokenizer.encode(" cat")) in words
+    assert len(words) == 4
+
+
+def test_the_tokenizer_can_be_handed_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "copy.json").write_text(tokenizer.to_json())
+    copy = Backend.from_file(str(tmp_path / "copy.json"))
+    assert copy.encode("the 12\n").ids == tokenizer.encode("the 12\n")

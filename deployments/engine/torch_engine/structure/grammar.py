@@ -29,6 +29,8 @@ def grammar_of(structure: StructuredOutput) -> str:
         return _grammar_of(structure)
     except (ValueError, TypeError, GbnfToLarkError) as error:
         raise rejected(structure, str(error)) from error
+    except RecursionError as error:
+        raise rejected(structure, "it is nested too deeply") from error
 
 
 def rejected(structure: StructuredOutput, reason: str) -> RequestRejectedError:

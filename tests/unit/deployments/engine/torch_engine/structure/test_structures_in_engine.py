@@ -80,7 +80,7 @@ async def test_choices_of_one_structure_are_independent(tokenizer_and_engine):
 @pytest.mark.parametrize(
     ("structure", "message"),
     [
-        (schema({"type": "objekt"}), "Invalid json_schema in 'structured_outputs': Invalid type"),
+        (schema({"type": "cat"}), "Invalid json_schema in 'structured_outputs': Invalid type"),
         (schema({"not": {"type": "null"}}), "Unimplemented keys"),
         (schema({"type": "array", "minItems": 3, "maxItems": 1}), "Unsatisfiable"),
         (schema({"$ref": "http://localhost/x.json"}), "does not fetch"),
@@ -89,6 +89,10 @@ async def test_choices_of_one_structure_are_independent(tokenizer_and_engine):
         (regex(r"a(?=b)"), "look-around|regex parse error"),
         (grammar("start: nowhere"), "unknown name"),
         (grammar("root ::= ("), "Expected"),
+        (grammar("root ::= " + "(" * 30_000 + ")" * 30_000), "nested too deeply"),
+        (grammar("start: " + "(" * 30_000 + ")" * 30_000), "Invalid grammar"),
+        (regex("(" * 30_000 + ")" * 30_000), "Invalid regex"),
+        (StructuredOutput(kind=StructureKind.JSON_SCHEMA, text='{"items":' * 999), "recursion"),
         (choice(), "nothing to choose from"),
         (StructuredOutput(kind=StructureKind.CHOICE, text="7", param="guess"), "'guess'"),
     ],
