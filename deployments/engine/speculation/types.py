@@ -15,6 +15,8 @@ class DraftOrigin(StrEnum):
 
     POOL = "pool"
     LOCAL = "local"
+    STRUCTURE = "structure"
+    """Nobody: the output's structure allows nothing else."""
     NONE = "none"
 
 

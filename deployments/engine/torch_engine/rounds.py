@@ -141,7 +141,7 @@ class DraftRounds:
             tree = usable_draft(answer.tree, request.max_draft_tokens, self._vocab_size)
             structure = chunks[index].sequence.structure
             if structure is not None:
-                tree = structure.fit(tree)
+                tree = structure.draft(tree, request.max_draft_tokens)
             taken[index] = TakenDraft(
                 tree=tree, table_hit=answer.table_hit, table_miss=answer.table_miss
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from deployments.engine.speculation.types import DraftTree
+from deployments.engine.speculation.types import DraftOrigin, DraftTree
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -69,22 +69,20 @@ class Constraint:
         self._committed.append(token_id)
         return self._matcher.is_stopped() and self._matcher.is_accepting()
 
-    def fit(self, tree: DraftTree) -> DraftTree:
-        """The nodes of a sound draft whose paths are allowed, without tokens that end the text."""
-        kept: dict[int, int] = {-1: -1}
-        token_ids: list[int] = []
-        parents: list[int] = []
-        paths: list[tuple[int, ...]] = []
-        for node, (parent, token) in enumerate(zip(tree.parents, tree.token_ids, strict=True)):
-            if parent not in kept:
-                continue
-            path = paths[kept[parent]] if parent >= 0 else ()
-            if self._stand_at((*path, token)):
-                kept[node] = len(token_ids)
-                token_ids.append(token)
-                parents.append(kept[parent])
-                paths.append((*path, token))
-        return DraftTree(tuple(token_ids), tuple(parents), tree.origin)
+    def draft(self, guessed: DraftTree, max_draft_tokens: int) -> DraftTree:
+        """What is worth verifying: a guess as far as it is allowed, or tokens that are certain.
+
+        Args:
+            guessed: sound, possibly empty.
+            max_draft_tokens: no more than this.
+        """
+        if max_draft_tokens <= 0 or not self._stand_at(()):
+            return DraftTree()
+        forced = self._matcher.compute_ff_tokens()
+        fitting = self._fit(guessed)
+        if not forced or forced[0] in fitting.token_ids[:1]:
+            return fitting
+        return DraftTree.chain(forced[:max_draft_tokens], DraftOrigin.STRUCTURE)
 
     def fill(self, path: Sequence[int], bits_W: NDArray[np.uint32]) -> None:
         """Mark what may follow.
@@ -109,6 +107,23 @@ class Constraint:
         if self._matcher.is_accepting():
             for token in self._end_token_ids:
                 bits_W[token >> 5] |= 1 << (token & 31)
+
+    def _fit(self, tree: DraftTree) -> DraftTree:
+        """The nodes whose paths are allowed, without tokens that end the text."""
+        kept: dict[int, int] = {-1: -1}
+        token_ids: list[int] = []
+        parents: list[int] = []
+        paths: list[tuple[int, ...]] = []
+        for node, (parent, token) in enumerate(zip(tree.parents, tree.token_ids, strict=True)):
+            if parent not in kept:
+                continue
+            path = paths[kept[parent]] if parent >= 0 else ()
+            if self._stand_at((*path, token)):
+                kept[node] = len(token_ids)
+                token_ids.append(token)
+                parents.append(kept[parent])
+                paths.append((*path, token))
+        return DraftTree(tuple(token_ids), tuple(parents), tree.origin)
 
     def _stand_at(self, path: Sequence[int]) -> bool:
         """Walk to a place; False if the grammar does not lead there."""

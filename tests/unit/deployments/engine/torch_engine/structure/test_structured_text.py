@@ -159,7 +159,7 @@ def test_a_finished_output_has_its_form(temperature):
 
 
 def test_a_whole_text_ends_without_another_step():
-    request = make_request(structure=choice("abc"), max_tokens=20)
+    request = make_request(structure=choice("abc"), max_tokens=20, speculation=False)
     session = Session(**PARTS)
     session.add(1, request)
     session.run()
@@ -167,6 +167,24 @@ def test_a_whole_text_ends_without_another_step():
     end = session.ends[1]
     assert (end.finish_reason, end.stop_match) == (FinishReason.STOP, None)
     assert session.core.stats().num_steps == len(session.tokens[1])
+
+
+@pytest.mark.parametrize("kind", ["none", "oracle", "wrong", "hostile"])
+def test_tokens_that_are_certain_are_drafted(kind):
+    request = make_request(structure=choice("beard" * 8), max_tokens=50)
+    session = Session(make_config(num_draft_tokens=4), speculator_for(kind, 1), **PARTS)
+    session.add(1, request)
+    session.run()
+    assert detokenize(session.tokens[1]) == "beard" * 8
+    assert (
+        tuple(session.tokens[1])
+        == expected(request, form=GrammarForm(request.sampling.structure)).token_ids
+    )
+    stats = session.core.stats()
+    # The prefill gives one token, and every step behind it a whole draft and its bonus.
+    assert stats.num_steps == 1 + -(-(len(session.tokens[1]) - 1) // 5)
+    assert stats.speculation.num_accepted_draft_tokens == stats.speculation.num_draft_tokens
+    assert stats.speculation.num_accepted_pool_tokens == 0
 
 
 def test_an_empty_text_may_be_whole():
