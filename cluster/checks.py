@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from cluster.errors import ClusterStartError, ConfigError, PortInUseError
-from cluster.hot_tier import public_address, valkey_problem
+from cluster.hot_tier import valkey_problems
 from cluster.pools import machine_resources, max_replicas
 from cluster.ports import PortLease
 from cluster.preparation import find_drafter, find_weights, needs_student
@@ -24,6 +24,7 @@ from cluster.state import default_state_dir, list_states
 from deployments.engine.errors import WeightsMissingError
 from kv_store.config import EmbeddedValkeyTierConfig, SsdTierConfig, ValkeyTierConfig
 from kv_store.errors import TierUnavailableError
+from kv_store.tiers.valkey_admin import public_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,13 +121,17 @@ def _valkey(config: ClusterConfig) -> Iterator[Finding]:
         if isinstance(tier, EmbeddedValkeyTierConfig):
             yield _embedded_valkey(tier)
         elif isinstance(tier, ValkeyTierConfig):
-            url = tier.url.get_secret_value()
-            problem = valkey_problem(url)
-            address = public_address(url)
-            if problem:
+            address = public_address(tier.url.get_secret_value())
+            try:
+                problems = valkey_problems(tier)
+            except TierUnavailableError as error:
                 hint = "requests are served without it; start it, or correct kv.tiers"
-                yield Finding("valkey", Verdict.WARNING, f"{address}: {problem}", hint)
-            else:
+                yield Finding("valkey", Verdict.WARNING, f"{address}: {error}", hint)
+                continue
+            for problem in problems:
+                verdict = Verdict.FAILED if problem.is_fatal else Verdict.WARNING
+                yield Finding("valkey", verdict, address, problem.text)
+            if not problems:
                 yield Finding("valkey", Verdict.OK, address)
 
 

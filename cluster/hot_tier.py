@@ -6,16 +6,21 @@ A cluster starts one, and tells its replicas where.
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-import redis
 from pydantic import SecretStr
 
+from cluster.errors import ConfigError
 from kv_store.config import EmbeddedValkeyTierConfig, SsdTierConfig, ValkeyTierConfig
+from kv_store.errors import TierUnavailableError
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
+from kv_store.tiers.valkey_admin import public_address
+from kv_store.tiers.valkey_settings import SettingsProblem, check_settings
+from kv_store.tiers.valkey_topology import ValkeyAddress, valkey_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
     from cluster.config import ClusterConfig
     from kv_store.config import TierConfig
 
-_URL_FILE = "kv-url"
+_ADDRESS_FILE = "kv-address.json"
 _PROBE_TIMEOUT_S = 1.0
 
 
@@ -35,7 +40,7 @@ def hot_tier(
     """Start what the KV tiers need, and yield the config that replicas get.
 
     A server of somebody else's that does not answer is no error: requests go on without it, and
-    replicas use it as soon as it is back. It is only said.
+    replicas use it as soon as it is back. It is only said, as are settings that waste pages.
 
     Args:
         config: the settings.
@@ -44,6 +49,7 @@ def hot_tier(
 
     Raises:
         TierUnavailableError: the embedded server does not start.
+        ConfigError: a server answers and is not set up to hold pages.
     """
     if config.kv is None:
         yield config
@@ -62,42 +68,27 @@ def hot_tier(
                 tiers.append(tier)
         for tier in tiers:
             if isinstance(tier, ValkeyTierConfig):
-                url = tier.url.get_secret_value()
-                _write_private(run_dir / _URL_FILE, url)
-                if problem := valkey_problem(url):
-                    on_progress(
-                        f"warning: Valkey at {public_address(url)} is unreachable ({problem}); "
-                        "going on without it until it is back"
-                    )
+                address = valkey_address(tier)
+                _write_private(run_dir / _ADDRESS_FILE, json.dumps(asdict(address)))
+                _report(tier, public_address(address.url), on_progress)
         yield config.model_copy(update={"kv": config.kv.model_copy(update={"tiers": tuple(tiers)})})
 
 
-def cluster_valkey_url(run_dir: Path) -> str | None:
+def cluster_valkey(run_dir: Path) -> ValkeyAddress | None:
     """The address that a running cluster of this user left, password included."""
     try:
-        return (run_dir / _URL_FILE).read_text()
+        return ValkeyAddress(**json.loads((run_dir / _ADDRESS_FILE).read_text()))
     except FileNotFoundError:
         return None
 
 
-def valkey_problem(url: str) -> str | None:
-    """Why a server cannot be used, or None."""
-    try:
-        with redis.Redis.from_url(
-            url, socket_connect_timeout=_PROBE_TIMEOUT_S, socket_timeout=_PROBE_TIMEOUT_S
-        ) as client:
-            client.ping()
-    except (redis.RedisError, OSError, ValueError) as error:
-        return type(error).__name__
-    return None
+def valkey_problems(tier: ValkeyTierConfig) -> list[SettingsProblem]:
+    """What is wrong with a server's settings.
 
-
-def public_address(url: str) -> str:
-    """A server's address without credentials."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return parts.path
-    return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+    Raises:
+        TierUnavailableError: it cannot be reached.
+    """
+    return check_settings(valkey_address(tier), _PROBE_TIMEOUT_S)
 
 
 def hot_tier_address(config: ClusterConfig) -> str | None:
@@ -112,6 +103,28 @@ def ssd_roots(config: ClusterConfig) -> list[str]:
     """The folders of the warm tiers."""
     tiers = config.kv.tiers if config.kv else ()
     return [str(tier.root) for tier in tiers if isinstance(tier, SsdTierConfig)]
+
+
+def _report(tier: ValkeyTierConfig, where: str, on_progress: Callable[[str], None]) -> None:
+    """Say what is wrong with a server.
+
+    Raises:
+        ConfigError: it cannot be used as it is.
+    """
+    try:
+        problems = valkey_problems(tier)
+    except TierUnavailableError as error:
+        on_progress(
+            f"warning: Valkey at {where} is unreachable ({error}); "
+            "going on without it until it is back"
+        )
+        return
+    for problem in problems:
+        if not problem.is_fatal:
+            on_progress(f"warning: Valkey at {where}: {problem.text}")
+    fatal = tuple(f"kv.tiers: Valkey at {where}: {p.text}" for p in problems if p.is_fatal)
+    if fatal:
+        raise ConfigError(fatal)
 
 
 def _write_private(path: Path, text: str) -> None:

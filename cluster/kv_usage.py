@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import redis
-
 from cluster.errors import RequestError
-from cluster.hot_tier import public_address
+from kv_store.errors import TierUnavailableError
 from kv_store.tiers.segment_log import SegmentLog
+from kv_store.tiers.valkey_admin import admin_clients, public_address
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from kv_store.tiers.valkey_topology import ValkeyAddress
 
 _TIMEOUT_S = 5.0
 _PAGE_KEYS = "kv:{*}"  # parts of large pages have more behind the brace
@@ -23,13 +24,14 @@ _UNLIMITED = 1 << 62
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValkeyUsage:
-    """One server.
+    """One server, or all shards of a cluster together.
 
     Attributes:
         num_pages: keys of pages; other keys of the server are not counted.
         used_bytes: memory of the whole server.
         max_bytes: its limit, 0 for none.
         num_evicted: keys of the whole server that had to leave since its start.
+        num_servers: primaries.
     """
 
     address: str
@@ -37,6 +39,7 @@ class ValkeyUsage:
     used_bytes: int
     max_bytes: int
     num_evicted: int
+    num_servers: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,28 +56,29 @@ class SsdUsage:
     num_replicas: int
 
 
-def valkey_usage(url: str) -> ValkeyUsage:
-    """Ask a server.
+def valkey_usage(address: ValkeyAddress) -> ValkeyUsage:
+    """Ask a server, or every shard.
 
     Raises:
         RequestError: it cannot be reached, or refuses.
     """
-    address = public_address(url)
+    where = public_address(address.url)
+    pages: set[bytes] = set()  # SCAN may show a key twice while a server moves its table
     try:
-        with redis.Redis.from_url(
-            url, socket_connect_timeout=_TIMEOUT_S, socket_timeout=_TIMEOUT_S
-        ) as client:
-            # SCAN may show a key twice while the server moves its table.
-            pages = set(client.scan_iter(match=_PAGE_KEYS, count=_SCAN_COUNT))
-            info = client.info()
-    except (redis.RedisError, OSError) as error:
-        raise RequestError(f"Valkey at {address}: {type(error).__name__}") from error
+        with admin_clients(address, _TIMEOUT_S) as clients:
+            for client in clients:
+                pages.update(client.scan_iter(match=_PAGE_KEYS, count=_SCAN_COUNT))
+            infos = [client.info() for client in clients]
+    except TierUnavailableError as error:
+        raise RequestError(f"Valkey at {where}: {error}") from error
+    limits = [int(info["maxmemory"]) for info in infos]
     return ValkeyUsage(
-        address=address,
+        address=where,
         num_pages=len(pages),
-        used_bytes=int(info["used_memory"]),
-        max_bytes=int(info["maxmemory"]),
-        num_evicted=int(info["evicted_keys"]),
+        used_bytes=sum(int(info["used_memory"]) for info in infos),
+        max_bytes=sum(limits) if all(limits) else 0,
+        num_evicted=sum(int(info["evicted_keys"]) for info in infos),
+        num_servers=len(infos),
     )
 
 

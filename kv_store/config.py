@@ -39,23 +39,40 @@ class _ValkeyClientConfig(_TierConfig):
     connect_timeout_s: float = Field(default=0.2, gt=0)
     """Limit of one connection attempt; short, as requests wait for it."""
     max_connections: int = Field(default=2, ge=1, le=64)
-    """Connections of one process, each with a thread; two saturate a link."""
+    """Connections of one process to each server, each with a thread; two saturate a link."""
 
 
 class ValkeyTierConfig(_ValkeyClientConfig):
-    """A Valkey or Redis server that somebody else runs, shared by all replicas."""
+    """A Valkey or Redis server or cluster that somebody else runs, shared by all replicas."""
 
     kind: Literal["valkey"] = "valkey"
     """Which tier this is."""
     url: SecretStr
-    """``redis://``, ``rediss://`` or ``unix://``, with user and password if need be."""
+    """``redis://``, ``rediss://`` or ``unix://``, with user and password if need be. Of a cluster,
+    any nodes, separated by commas: ``redis://10.0.0.1:6379,10.0.0.2:6379``."""
+    is_cluster: bool = False
+    """Whether ``url`` names nodes of a Valkey or Redis Cluster; pages spread over its shards."""
+    sentinels: SecretStr | None = None
+    """``redis://host:26379,host:26379``: Sentinels that know the primary, with a password of their
+    own if need be; the host of ``url`` is then the name of the service."""
 
-    @field_validator("url")
+    @field_validator("url", "sentinels")
     @classmethod
-    def _check_scheme(cls, url: SecretStr) -> SecretStr:
-        if not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+    def _check_scheme(cls, url: SecretStr | None) -> SecretStr | None:
+        if url and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("a Valkey url starts with redis://, rediss:// or unix://")
         return url
+
+    @model_validator(mode="after")
+    def _check_topology(self) -> Self:
+        url = self.url.get_secret_value()
+        if self.is_cluster and self.sentinels:
+            raise ValueError("a cluster has no Sentinels: set is_cluster or sentinels, not both")
+        if (self.is_cluster or self.sentinels) and url.startswith("unix://"):
+            raise ValueError("a unix:// url is one server, no cluster and no service of Sentinels")
+        if "," in url.rpartition("@")[2] and not self.is_cluster:
+            raise ValueError("several hosts in url are the nodes of a cluster: set is_cluster")
+        return self
 
 
 class EmbeddedValkeyTierConfig(_ValkeyClientConfig):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,16 +60,18 @@ def build_page_store(
     codec = load_codec(config.codec)
     _warm_up(codec, layout)
     wrap = wrap_tier or (lambda tier: tier)
+    make_breaker = partial(
+        CircuitBreaker,
+        max_failures=config.breaker.max_failures,
+        open_s=config.breaker.open_s,
+        max_open_s=config.breaker.max_open_s,
+    )
     with ExitStack() as owned:
         tiers = [
             GuardedTier(
-                wrap(_build_tier(tier, owned)),
+                wrap(_build_tier(tier, make_breaker, owned)),
                 operation_timeout_s=tier.operation_timeout_s,
-                make_breaker=lambda: CircuitBreaker(
-                    max_failures=config.breaker.max_failures,
-                    open_s=config.breaker.open_s,
-                    max_open_s=config.breaker.max_open_s,
-                ),
+                make_breaker=make_breaker,
             )
             for tier in config.tiers
         ]
@@ -92,7 +95,9 @@ def _warm_up(codec: Codec, layout: PageLayout) -> None:
     decode_page(blob, key, small, {codec.codec_id: codec}, page)
 
 
-def _build_tier(config: TierConfig, owned: ExitStack) -> KVTier:
+def _build_tier(
+    config: TierConfig, make_breaker: Callable[[], CircuitBreaker], owned: ExitStack
+) -> KVTier:
     name = config.name or config.kind
     if isinstance(config, MemoryTierConfig):
         return MemoryTier(config.budget_bytes, name=name)
@@ -106,13 +111,17 @@ def _build_tier(config: TierConfig, owned: ExitStack) -> KVTier:
             num_read_threads=config.num_read_threads,
             name=name,
         )
-    return _build_valkey(config, name, owned)
+    return _build_valkey(config, name, make_breaker, owned)
 
 
 def _build_valkey(
-    config: ValkeyTierConfig | EmbeddedValkeyTierConfig, name: str, owned: ExitStack
+    config: ValkeyTierConfig | EmbeddedValkeyTierConfig,
+    name: str,
+    make_breaker: Callable[[], CircuitBreaker],
+    owned: ExitStack,
 ) -> KVTier:
     from kv_store.tiers.valkey import ValkeyTier
+    from kv_store.tiers.valkey_topology import ValkeyAddress, valkey_address
 
     if isinstance(config, EmbeddedValkeyTierConfig):
         from kv_store.tiers.embedded_valkey import EmbeddedValkey
@@ -120,16 +129,17 @@ def _build_valkey(
         server = EmbeddedValkey(config.max_memory_bytes)
         server.start()
         owned.callback(server.stop)
-        url = server.url
+        address = ValkeyAddress(url=server.url)
     else:
-        url = config.url.get_secret_value()
+        address = valkey_address(config)
     return ValkeyTier(
-        url,
+        address,
         ttl_s=config.ttl_s,
         ttl_head_boost=config.ttl_head_boost,
         connect_timeout_s=config.connect_timeout_s,
         operation_timeout_s=config.operation_timeout_s,
         max_connections=config.max_connections,
         find_cuts=section_offsets,
+        make_breaker=make_breaker,
         name=name,
     )

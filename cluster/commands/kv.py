@@ -18,10 +18,11 @@ from cluster.commands.options import (  # noqa: TC001 - typer reads them at run 
 from cluster.config_loader import load_config
 from cluster.console import out
 from cluster.errors import NoClusterError
-from cluster.hot_tier import cluster_valkey_url
+from cluster.hot_tier import cluster_valkey
 from cluster.kv_usage import SsdUsage, ValkeyUsage, ssd_usage, valkey_usage
 from cluster.state import default_state_dir, find_cluster
 from kv_store.config import SsdTierConfig, ValkeyTierConfig
+from kv_store.tiers.valkey_topology import valkey_address
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -54,7 +55,7 @@ def _of_config(config: ClusterConfig) -> list[ValkeyUsage | SsdUsage]:
     usages: list[ValkeyUsage | SsdUsage] = []
     for tier in config.kv.tiers if config.kv else ():
         if isinstance(tier, ValkeyTierConfig):
-            usages.append(valkey_usage(tier.url.get_secret_value()))
+            usages.append(valkey_usage(valkey_address(tier)))
         elif isinstance(tier, SsdTierConfig):
             usages.append(ssd_usage(tier.root))
     if not usages:
@@ -68,8 +69,8 @@ def _of_config(config: ClusterConfig) -> list[ValkeyUsage | SsdUsage]:
 def _of_cluster(cluster_id: str | None) -> list[ValkeyUsage | SsdUsage]:
     state = find_cluster(default_state_dir(), cluster_id)
     usages: list[ValkeyUsage | SsdUsage] = []
-    if url := cluster_valkey_url(Path(state.run_dir)):
-        usages.append(valkey_usage(url))
+    if address := cluster_valkey(Path(state.run_dir)):
+        usages.append(valkey_usage(address))
     usages.extend(ssd_usage(Path(root)) for root in state.ssd_roots)
     if not usages:
         raise NoClusterError(f"cluster {state.cluster_id} shares no KV pages")

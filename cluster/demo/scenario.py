@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.demo import prompts
 from cluster.errors import ClusterError
-from cluster.hot_tier import cluster_valkey_url
+from cluster.hot_tier import cluster_valkey
 from cluster.kv_usage import valkey_usage
 from kv_store.layout import PAGE_TOKENS
 
@@ -125,18 +125,18 @@ def compare_speculation(clients: DemoClients, terminal: Terminal) -> dict[str, A
 
 def share_pages(clients: DemoClients, state: ClusterState, terminal: Terminal) -> dict[str, Any]:
     """A long prompt at one replica, then at the other one, which has never seen it."""
-    url = cluster_valkey_url(Path(state.run_dir))
-    if url is None:
+    valkey = cluster_valkey(Path(state.run_dir))
+    if valkey is None:
         raise ClusterError("the demo's cluster has no Valkey")
     prompt = f"{prompts.DOCUMENT}\n{prompts.DOCUMENT_QUESTION}"
-    before = valkey_usage(url).num_pages
+    before = valkey_usage(valkey).num_pages
     terminal.step("a long prompt, new to the whole cluster")
     first = clients.over_http(prompt, temperature=0, seed=0, max_tokens=32, on_text=terminal.text)
     terminal.text("\n")
     terminal.step(f"replica {first.replica} writes its pages to the tier")
     wanted = before + _MIN_SHARED_TOKENS // PAGE_TOKENS
     deadline = time.monotonic() + _WRITE_BACK_TIMEOUT_S
-    while valkey_usage(url).num_pages < wanted and time.monotonic() < deadline:
+    while valkey_usage(valkey).num_pages < wanted and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     terminal.step(f"the same prompt at another replica than {first.replica}")
     second = clients.over_http(
@@ -155,7 +155,7 @@ def share_pages(clients: DemoClients, state: ClusterState, terminal: Terminal) -
             "first_replica_cached_tokens": first.num_cached_tokens,
             "second_replica_cached_tokens": second.num_cached_tokens,
             "same_text": first.text == second.text,
-            "valkey_pages": valkey_usage(url).num_pages,
+            "valkey_pages": valkey_usage(valkey).num_pages,
         },
         "ttft_ms": {"cold": _ms(first.ttft_s), "warm": _ms(second.ttft_s)},
     }

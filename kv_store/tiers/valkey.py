@@ -12,40 +12,52 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
-
-from redis import ConnectionPool
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from kv_store.errors import TierUnavailableError
 from kv_store.tiers.base import Blob, KVTier
+from kv_store.tiers.breaker import CircuitBreaker
 from kv_store.tiers.buffers import BufferPool
-from kv_store.tiers.parts import Manifest, is_split, read_manifest, split
-from kv_store.tiers.resp import ErrorReply, ReplyReader, command, command_with_payload
-from kv_store.tiers.valkey_connection import ValkeyConnection
+from kv_store.tiers.valkey_exchange import Exchange, PageRead, PageWrite, Redirect
+from kv_store.tiers.valkey_topology import ValkeyAddress, make_topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from kv_store.keys import PageKey
-
-MAX_VALUE_BYTES = 2 << 20
+    from kv_store.tiers.valkey_server import ValkeyServer
 
 T = TypeVar("T")
 U = TypeVar("U")
-Reply = Blob | int | None
+
+_MAX_REDIRECTS = 3
+# A shard that hangs must leave time to hand over what the others gave.
+_SHARD_SHARE = 0.9
+
+
+def _default_breaker() -> CircuitBreaker:
+    return CircuitBreaker(max_failures=3, open_s=1.0, max_open_s=30.0)
+
+
+class _Route(NamedTuple):
+    """Where a part of a batch goes."""
+
+    server: ValkeyServer
+    is_asking: bool = False
 
 
 class ValkeyTier(KVTier):
-    """Pipelined batches. Connects on first use; a dead server is an error."""
+    """Pipelined batches, divided among the servers. Connects on first use; none left is an error.
+
+    Of a cluster, the pages of a shard that does not answer are misses, and cost no time once its
+    breaker is open.
+    """
 
     def __init__(
         self,
-        url: str,
+        address: ValkeyAddress,
         *,
         ttl_s: float,
         ttl_head_boost: float,
@@ -53,228 +65,161 @@ class ValkeyTier(KVTier):
         operation_timeout_s: float,
         max_connections: int,
         find_cuts: Callable[[Blob], Sequence[int]] = lambda _: (),
+        make_breaker: Callable[[], CircuitBreaker] = _default_breaker,
         name: str = "valkey",
     ) -> None:
         """Prepare; nothing is sent yet.
 
         Args:
-            url: ``redis://``, ``rediss://`` or ``unix://``, with credentials if need be.
+            address: where the server or servers are.
             ttl_s: life of a page far from its chain's head, after its last read.
             ttl_head_boost: the first page lives ``1 + ttl_head_boost`` times as long.
             connect_timeout_s: limit of one connection attempt.
             operation_timeout_s: limit of one operation, its wait for a connection included.
-            max_connections: connections of this process; more operations queue.
+            max_connections: connections of this process to each server; more operations queue.
             find_cuts: offsets where a blob is best cut if it has to be.
+            make_breaker: called for each server of a cluster.
             name: see ``KVTier``.
 
         Raises:
-            ValueError: not a URL of these kinds.
+            ValueError: not an address of these kinds.
         """
         self.name = name
         self._ttl_s = ttl_s
         self._ttl_head_boost = ttl_head_boost
         self._operation_timeout_s = operation_timeout_s
-        self._num_connections = max_connections
         self._find_cuts = find_cuts
-        factory = ConnectionPool.from_url(
-            url,
-            socket_connect_timeout=connect_timeout_s,
-            socket_timeout=operation_timeout_s,
-            retry=Retry(NoBackoff(), 0),  # the breaker decides when to try again
-            protocol=2,
+        self._topology = make_topology(
+            address,
+            connect_timeout_s=connect_timeout_s,
+            operation_timeout_s=operation_timeout_s,
+            num_connections=max_connections,
+            buffers=BufferPool(),
+            make_breaker=make_breaker,
         )
-        self._connections = [
-            ValkeyConnection(factory.make_connection) for _ in range(max_connections)
-        ]
-        self._idle = deque(self._connections)  # as many as there are threads
-        self._threads = ThreadPoolExecutor(max_connections, thread_name_prefix="kv-valkey")
-        self._buffers = BufferPool()
         self._is_closed = False
 
     async def contains_many(self, keys: Sequence[PageKey]) -> list[bool]:
         """See ``KVTier``."""
-        return await self._run(_contains, keys) if keys else []
+        names = [page_name(key) for key in keys]
+        return await self._run(Exchange.contains, names, names, miss=False, is_shared=False)
 
     async def get_many(self, keys: Sequence[PageKey]) -> list[Blob | None]:
         """See ``KVTier``; starts each page's time to live anew."""
-        return await self._run_shared(self._get, keys)
+        reads = [PageRead(page_name(key), self._ttl_ms(key)) for key in keys]
+        return await self._run(Exchange.get, reads, [read.name for read in reads], miss=None)
 
     async def put_many(self, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
         """See ``KVTier``. A page that exists is left alone, and is held."""
-        return await self._run_shared(self._put, items)
+        writes = [PageWrite(page_name(key), blob, self._ttl_ms(key)) for key, blob in items]
+        put = partial(Exchange.put, find_cuts=self._find_cuts)
+        return await self._run(put, writes, [write.name for write in writes], miss=False)
 
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
         """See ``KVTier``; the server frees the memory in its own time."""
-        return await self._run(_delete, [_name(key) for key in keys]) if keys else 0
+        names = [page_name(key) for key in keys]
+        existed = await self._run(Exchange.delete, names, names, miss=False, is_shared=False)
+        return existed.count(True)
 
     async def aclose(self) -> None:
         """Close the connections; operations under way fail."""
         self._is_closed = True
-        while self._idle:
-            self._idle.pop().close()
-        for connection in self._connections:
-            connection.abort()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._topology.close()
 
-    async def _run_shared(
-        self, operation: Callable[[_Exchange, Sequence[T]], list[U]], items: Sequence[T]
+    async def _run(
+        self,
+        operation: Callable[[Exchange, Sequence[T]], Sequence[U | Redirect]],
+        items: Sequence[T],
+        names: Sequence[bytes],
+        *,
+        miss: U,
+        is_shared: bool = True,
     ) -> list[U]:
-        """An operation on many items, divided among the connections."""
-        size = max(1, -(-len(items) // self._num_connections))
-        shares = [items[start : start + size] for start in range(0, len(items), size)]
-        done = await asyncio.gather(
-            *(self._run(operation, share) for share in shares), return_exceptions=True
-        )
-        results: list[U] = []
-        for result in done:
-            if isinstance(result, BaseException):
-                raise result
-            results += result
-        return results
+        """An operation on many items, on the servers that have them.
 
-    async def _run(self, operation: Callable[[_Exchange, T], U], argument: T) -> U:
+        Args:
+            operation: on the items of one server.
+            items: what to operate on.
+            names: their keys.
+            miss: the result of an item whose server failed while another did not.
+            is_shared: whether one server's items are divided among its connections.
+        """
         if self._is_closed:
             raise TierUnavailableError(f"tier {self.name} is closed")
-        deadline = time.monotonic() + self._operation_timeout_s
-        work = partial(self._on_connection, operation, argument, deadline)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-    def _on_connection(
-        self, operation: Callable[[_Exchange, T], U], argument: T, deadline: float
-    ) -> U:
-        """In a thread."""
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            raise TierUnavailableError(f"tier {self.name} is closed") from None
-        try:
-            return operation(_Exchange(connection, deadline, self._buffers), argument)
-        finally:
-            if self._is_closed:
-                connection.close()
-            self._idle.append(connection)
-
-    def _get(self, exchange: _Exchange, keys: Sequence[PageKey]) -> list[Blob | None]:
-        values = exchange.get_all([(_name(key), self._ttl(key)) for key in keys])
-        blobs: list[Blob | None] = []
-        for key, value in zip(keys, values, strict=True):
-            manifest = None if value is None else read_manifest(value)
-            if manifest is None:
-                blobs.append(value)
-            else:
-                blobs.append(exchange.get_parts(_name(key), manifest, self._ttl(key)))
-        return blobs
-
-    def _put(self, exchange: _Exchange, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
-        parts: list[Blob] = []
-        wholes: list[Blob] = []
-        num_parts = 0
-        for key, blob in items:
-            value = blob
-            if is_split(blob, MAX_VALUE_BYTES):
-                manifest, pieces = split(blob, self._find_cuts(blob), MAX_VALUE_BYTES)
-                value = manifest.pack()
-                for name, piece in zip(manifest.part_names(_name(key)), pieces, strict=True):
-                    parts += _set(name, piece, self._ttl(key))
-                num_parts += len(pieces)
-            wholes += _set(_name(key), value, self._ttl(key))
-        # Published last: a manifest is found only once its parts are there.
-        exchange.send(parts, num_parts)
-        exchange.send(wholes, len(items))
-        return [True] * len(items)
-
-    def _ttl(self, key: PageKey) -> bytes:
-        return b"%d" % int(1000 * self._ttl_s * (1 + self._ttl_head_boost / (1 + key.index)))
-
-
-class _Exchange:
-    """One operation's talk with the server, in one thread, under one deadline."""
-
-    def __init__(self, connection: ValkeyConnection, deadline: float, buffers: BufferPool) -> None:
-        self._connection = connection
-        self._deadline = deadline
-        self._buffers = buffers
-
-    def send(self, request: Sequence[Blob], num_replies: int) -> list[Reply]:
-        """Send pipelined commands; each reply is checked once all have been read."""
-
-        def read(reader: ReplyReader) -> list[Reply | ErrorReply]:
-            return [reader.read(self._buffers.take) for _ in range(num_replies)]
-
-        if not num_replies:
+        if not items:
             return []
-        return _checked(self._connection.exchange(request, read, self._deadline))
+        deadline = time.monotonic() + self._operation_timeout_s * _SHARD_SHARE
+        await self._topology.ready()
+        results = [miss] * len(items)
+        waiting = self._routes(names)
+        failures: list[TierUnavailableError] = []
+        has_answer = False
+        for _ in range(1 + _MAX_REDIRECTS):
+            shares = [
+                (route, share)
+                for route, indices in waiting.items()
+                for share in _divided(indices, route.server.num_connections if is_shared else 1)
+            ]
+            outcomes = await asyncio.gather(
+                *(
+                    _ask(route, operation, [items[index] for index in share], deadline)
+                    for route, share in shares
+                ),
+                return_exceptions=True,
+            )
+            waiting = defaultdict(list)
+            for (route, share), outcome in zip(shares, outcomes, strict=True):
+                if isinstance(outcome, TierUnavailableError):
+                    failures.append(outcome)
+                    continue
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                for index, result in zip(share, outcome, strict=True):
+                    if isinstance(result, Redirect):
+                        target = self._topology.follow(result, route.server)
+                        waiting[_Route(target, result.is_ask)].append(index)
+                    else:
+                        results[index] = result
+                        has_answer = True
+            if not waiting:
+                break
+        if failures:
+            self._topology.refresh_soon()
+            if not has_answer:
+                raise failures[0]
+        return results
 
-    def get_all(self, names: Sequence[tuple[bytes, bytes]]) -> list[Blob | None]:
-        """The values of (name, time to live) pairs."""
-        request = b"".join(command(b"GETEX", name, b"PX", ttl) for name, ttl in names)
-        values = self.send([request], len(names))
-        return [None if isinstance(value, int) else value for value in values]
+    def _routes(self, names: Sequence[bytes]) -> Mapping[_Route, list[int]]:
+        """Indices of the keys of each server; those of slots that nobody has are left out."""
+        routes: dict[_Route, list[int]] = defaultdict(list)
+        for index, name in enumerate(names):
+            server = self._topology.server_of(name)
+            if server is None:
+                self._topology.refresh_soon()
+            else:
+                routes[_Route(server)].append(index)
+        return routes
 
-    def get_parts(self, name: bytes, manifest: Manifest, ttl: bytes) -> Blob | None:
-        """The blob behind a manifest; without any of its parts the manifest goes too."""
-        blob = self._buffers.take(manifest.num_bytes)
-        start = len(manifest.head)
-        blob[:start] = manifest.head
-        names = manifest.part_names(name)
-        places: list[memoryview] = []
-        for length in manifest.lengths:
-            places.append(blob[start : start + length])
-            start += length
-
-        def read(reader: ReplyReader) -> list[Reply | ErrorReply]:
-            return [reader.read(partial(self._place, place)) for place in places]
-
-        request = b"".join(command(b"GETEX", part, b"PX", ttl) for part in names)
-        replies = _checked(self._connection.exchange([request], read, self._deadline))
-        is_whole = all(reply is place for reply, place in zip(replies, places, strict=True))
-        if not is_whole:
-            _delete(self, [name])
-            return None
-        return blob
-
-    def contains(self, names: Sequence[bytes]) -> list[bool]:
-        """Whether each name exists."""
-        request = b"".join(
-            b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names
-        )
-
-        def read(reader: ReplyReader) -> list[bool] | list[Reply | ErrorReply]:
-            flags = reader.read_flags(len(names))
-            if flags is not None:
-                return flags
-            return [reader.read(self._buffers.take) for _ in names]
-
-        replies = self._connection.exchange([request], read, self._deadline)
-        return [bool(reply) for reply in _checked(replies)]
-
-    def _place(self, place: memoryview, size: int) -> memoryview:
-        return place if size == len(place) else self._buffers.take(size)
-
-
-def _contains(exchange: _Exchange, keys: Sequence[PageKey]) -> list[bool]:
-    return exchange.contains([_name(key) for key in keys])
-
-
-def _delete(exchange: _Exchange, names: Sequence[bytes]) -> int:
-    replies = exchange.send([command(b"UNLINK", name) for name in names], len(names))
-    return sum(reply for reply in replies if isinstance(reply, int))
+    def _ttl_ms(self, key: PageKey) -> int:
+        return int(1000 * self._ttl_s * (1 + self._ttl_head_boost / (1 + key.index)))
 
 
-def _set(name: bytes, value: Blob, ttl: bytes) -> list[Blob]:
-    return command_with_payload(b"SET", name, payload=value, options=(b"NX", b"PX", ttl))
-
-
-def _checked(replies: Sequence[Reply | ErrorReply]) -> list[Reply]:
-    """The replies, or ``TierUnavailableError`` if any is an error (out of memory, loading)."""
-    good: list[Reply] = []
-    for reply in replies:
-        if isinstance(reply, ErrorReply):
-            raise TierUnavailableError(reply.message)
-        good.append(reply)
-    return good
-
-
-def _name(key: PageKey) -> bytes:
+def page_name(key: PageKey) -> bytes:
     """The server's name of a page; ``kv:{<namespace>:*`` is an ACL pattern for one namespace."""
     return b"kv:{%b:%b}" % (key.namespace_id.hex().encode(), key.page_hash.hex().encode())
+
+
+async def _ask(
+    route: _Route,
+    operation: Callable[[Exchange, Sequence[T]], Sequence[U | Redirect]],
+    items: Sequence[T],
+    deadline: float,
+) -> Sequence[U | Redirect]:
+    return await route.server.run(
+        lambda exchange: operation(exchange, items), deadline, is_asking=route.is_asking
+    )
+
+
+def _divided(indices: Sequence[int], num_shares: int) -> list[Sequence[int]]:
+    size = max(1, -(-len(indices) // num_shares))
+    return [indices[start : start + size] for start in range(0, len(indices), size)]

@@ -11,6 +11,7 @@ from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.memory import MemoryTier
 from kv_store.tiers.ssd import SsdTier
 from kv_store.tiers.valkey import ValkeyTier
+from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.kv_pages import make_chain, make_layout
 
 KEYS = make_chain(make_layout(), 16)
@@ -48,7 +49,7 @@ async def tier(request, tmp_path):
         )
     else:
         tier = ValkeyTier(
-            request.getfixturevalue("server").url,
+            ValkeyAddress(url=request.getfixturevalue("server").url),
             ttl_s=60.0,
             ttl_head_boost=1.0,
             connect_timeout_s=5.0,

@@ -17,6 +17,7 @@ from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.resp import ReplyReader, command
 from kv_store.tiers.valkey import ValkeyTier
 from kv_store.tiers.valkey_connection import ValkeyConnection
+from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.bench.kv.lmcache_peer import LMCacheClient, load_library
 from tests.bench.kv.measure import race
 from tests.bench.kv.socket_peer import socket_peer
@@ -91,7 +92,7 @@ def _exactly(buffer: memoryview, size: int) -> memoryview:
 
 def _tier(url: str) -> ValkeyTier:
     return ValkeyTier(
-        url,
+        ValkeyAddress(url=url),
         ttl_s=3600,
         ttl_head_boost=1,
         connect_timeout_s=5,

@@ -24,7 +24,9 @@ from kv_store import TierUnavailableError
 from kv_store.codecs.raw import RawCodec
 from kv_store.page_format import encode_page, section_offsets
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
-from kv_store.tiers.valkey import MAX_VALUE_BYTES, ValkeyTier
+from kv_store.tiers.valkey import ValkeyTier
+from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES
+from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.kv_pages import make_chain, make_layout, wait_until
 
 pytestmark = pytest.mark.integration
@@ -51,7 +53,7 @@ def make_tier(url, **fields):
         "max_connections": 2,
         "find_cuts": section_offsets,
     }
-    return ValkeyTier(url, **(settings | fields))
+    return ValkeyTier(ValkeyAddress(url=url), **(settings | fields))
 
 
 @pytest.fixture(scope="module")

@@ -78,3 +78,17 @@ def test_errors_survive_pickling():
 
 def test_exported_names_exist():
     assert all(hasattr(kv_store, name) for name in kv_store.__all__)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"url": "redis://a:1,b:2"}, "set is_cluster"),
+        ({"url": "unix:///run/valkey", "is_cluster": True}, "unix://"),
+        ({"url": "redis://a", "is_cluster": True, "sentinels": "redis://b"}, "not both"),
+        ({"url": "redis://a", "sentinels": "http://b"}, "redis://"),
+    ],
+)
+def test_addresses_that_cannot_be_meant_are_refused(fields, problem):
+    with pytest.raises(ValidationError, match=problem):
+        ValkeyTierConfig(**fields)

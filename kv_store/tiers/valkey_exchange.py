@@ -1,0 +1,249 @@
+"""What one connection is asked: pages by name, pipelined, under one deadline.
+
+An answer may be a ``Redirect`` in place of a result: in a cluster, a slot can move to another node
+at any moment. Whoever asked then asks there.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from redis.exceptions import AskError, MovedError
+
+from kv_store.errors import TierUnavailableError
+from kv_store.tiers.base import Blob
+from kv_store.tiers.parts import Manifest, is_split, read_manifest, split
+from kv_store.tiers.resp import ErrorReply, ReplyReader, command, command_with_payload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kv_store.tiers.buffers import BufferPool
+    from kv_store.tiers.valkey_connection import ValkeyConnection
+
+MAX_VALUE_BYTES = 2 << 20
+
+T = TypeVar("T")
+
+_ASKING = command(b"ASKING")
+# What a server answers that is no longer the one to ask; whoever connects anew finds the right one.
+_WRONG_SERVER = ("READONLY", "MASTERDOWN", "LOADING")
+
+
+class Redirect(NamedTuple):
+    """A cluster node's answer that another node has the key.
+
+    Attributes:
+        slot: the key's hash slot.
+        host: empty if the node does not know it: then the host that answered.
+        is_ask: for this one command only, while the slot is being moved.
+    """
+
+    slot: int
+    host: str
+    port: int
+    is_ask: bool
+
+
+class PageWrite(NamedTuple):
+    """One page to be stored."""
+
+    name: bytes
+    blob: Blob
+    ttl_ms: int
+
+
+class PageRead(NamedTuple):
+    """One page to be fetched; its time to live starts anew."""
+
+    name: bytes
+    ttl_ms: int
+
+
+class Exchange:
+    """One operation's talk with one server, in one thread."""
+
+    def __init__(
+        self,
+        connection: ValkeyConnection,
+        buffers: BufferPool,
+        deadline: float,
+        *,
+        is_asking: bool = False,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            connection: nobody else uses it meanwhile.
+            buffers: where blobs are read to.
+            deadline: on the monotonic clock.
+            is_asking: the commands follow redirects of a slot that is being moved.
+        """
+        self._connection = connection
+        self._buffers = buffers
+        self._deadline = deadline
+        self._is_asking = is_asking
+
+    def get(self, reads: Sequence[PageRead]) -> list[Blob | Redirect | None]:
+        """Each blob, or None for a miss."""
+        values = self._send([[_getex(read.name, read.ttl_ms)] for read in reads])
+        return [
+            self._join(read, value) if isinstance(value, bytes | memoryview) else _blob(value)
+            for read, value in zip(reads, values, strict=True)
+        ]
+
+    def put(
+        self, writes: Sequence[PageWrite], find_cuts: Callable[[Blob], Sequence[int]]
+    ) -> list[bool | Redirect]:
+        """Store what the server lacks; True for each it holds now."""
+        parts: list[list[Blob]] = []
+        owners: list[int] = []
+        wholes: list[list[Blob]] = []
+        for index, write in enumerate(writes):
+            value = write.blob
+            if is_split(value, MAX_VALUE_BYTES):
+                manifest, pieces = split(value, find_cuts(value), MAX_VALUE_BYTES)
+                value = manifest.pack()
+                names = manifest.part_names(write.name)
+                parts += [
+                    _set(name, piece, write.ttl_ms)
+                    for name, piece in zip(names, pieces, strict=True)
+                ]
+                owners += [index] * len(pieces)
+            wholes.append(_set(write.name, value, write.ttl_ms))
+        # Published last: a manifest is found only once its parts are there.
+        moved = {
+            owner: reply
+            for owner, reply in zip(owners, self._send(parts), strict=True)
+            if isinstance(reply, Redirect)
+        }
+        replies = self._send(wholes)
+        return [
+            reply if isinstance(reply, Redirect) else moved.get(index, True)
+            for index, reply in enumerate(replies)
+        ]
+
+    def contains(self, names: Sequence[bytes]) -> list[bool | Redirect]:
+        """Whether each name exists."""
+        if self._is_asking:
+            replies = self._send([[command(b"EXISTS", name)] for name in names])
+        else:
+            replies = self._contains(names)
+        return [reply if isinstance(reply, Redirect) else bool(reply) for reply in replies]
+
+    def delete(self, names: Sequence[bytes]) -> list[bool | Redirect]:
+        """Whether each name existed; the server frees the memory in its own time."""
+        replies = self._send([[command(b"UNLINK", name)] for name in names])
+        return [reply if isinstance(reply, Redirect) else reply == 1 for reply in replies]
+
+    def _contains(self, names: Sequence[bytes]) -> list[_Reply]:
+        request = b"".join(
+            b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names
+        )
+
+        def read(reader: ReplyReader) -> list[_RawReply]:
+            flags = reader.read_flags(len(names))
+            if flags is not None:
+                return list(flags)
+            return [reader.read(self._buffers.take) for _ in names]
+
+        return self._checked(self._connection.exchange([request], read, self._deadline))
+
+    def _join(self, read: PageRead, value: Blob) -> Blob | Redirect | None:
+        """The blob; if this is its manifest, from its parts, and without one of them a miss."""
+        manifest = read_manifest(value)
+        if manifest is None:
+            return value
+        blob = self._buffers.take(manifest.num_bytes)
+        places = _places(manifest, blob)
+        replies = self._send(
+            [[_getex(part, read.ttl_ms)] for part in manifest.part_names(read.name)],
+            [partial(self._place, place) for place in places],
+        )
+        if all(reply is place for reply, place in zip(replies, places, strict=True)):
+            return blob
+        for reply in replies:
+            if isinstance(reply, Redirect):
+                return reply
+        self.delete([read.name])
+        return None
+
+    def _place(self, place: memoryview, size: int) -> memoryview:
+        return place if size == len(place) else self._buffers.take(size)
+
+    def _send(
+        self,
+        commands: Sequence[Sequence[Blob]],
+        places: Sequence[Callable[[int], memoryview]] | None = None,
+    ) -> list[_Reply]:
+        """Send commands, read all their replies, then check them."""
+        if not commands:
+            return []
+        request: list[Blob] = []
+        for parts in commands:
+            request += (_ASKING, *parts) if self._is_asking else parts
+        allocators = places or [self._buffers.take] * len(commands)
+
+        def read(reader: ReplyReader) -> list[_RawReply]:
+            replies: list[_RawReply] = []
+            for allocate in allocators:
+                if self._is_asking:
+                    reader.read(allocate)
+                replies.append(reader.read(allocate))
+            return replies
+
+        return self._checked(self._connection.exchange(request, read, self._deadline))
+
+    def _checked(self, replies: Sequence[_RawReply]) -> list[_Reply]:
+        """The replies; a refusal of any command (out of memory, loading) is an error."""
+        good: list[_Reply] = []
+        for reply in replies:
+            if not isinstance(reply, ErrorReply):
+                good.append(reply)
+            elif (redirect := _redirect(reply.message)) is not None:
+                good.append(redirect)
+            else:
+                if reply.message.startswith(_WRONG_SERVER):
+                    self._connection.close()
+                raise TierUnavailableError(reply.message)
+        return good
+
+
+_RawReply = Blob | int | ErrorReply | None
+_Reply = Blob | int | Redirect | None
+
+
+def _getex(name: bytes, ttl_ms: int) -> bytes:
+    return command(b"GETEX", name, b"PX", b"%d" % ttl_ms)
+
+
+def _set(name: bytes, value: Blob, ttl_ms: int) -> list[Blob]:
+    options = (b"NX", b"PX", b"%d" % ttl_ms)
+    return command_with_payload(b"SET", name, payload=value, options=options)
+
+
+def _blob(value: int | Redirect | None) -> Redirect | None:
+    return value if isinstance(value, Redirect) else None
+
+
+def _places(manifest: Manifest, blob: memoryview) -> list[memoryview]:
+    """Where each part goes; the head is written."""
+    start = len(manifest.head)
+    blob[:start] = manifest.head
+    places: list[memoryview] = []
+    for length in manifest.lengths:
+        places.append(blob[start : start + length])
+        start += length
+    return places
+
+
+def _redirect(message: str) -> Redirect | None:
+    kind, _, rest = message.partition(" ")
+    if kind not in ("MOVED", "ASK"):
+        return None
+    try:
+        error = (MovedError if kind == "MOVED" else AskError)(rest)
+    except (ValueError, IndexError):
+        return None
+    return Redirect(error.slot_id, error.host, error.port, kind == "ASK")

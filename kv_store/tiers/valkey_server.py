@@ -1,0 +1,101 @@
+"""One server's connections, each with a thread, and a breaker where other servers can go on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from kv_store.errors import TierUnavailableError
+from kv_store.tiers.valkey_connection import ValkeyConnection
+from kv_store.tiers.valkey_exchange import Exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kv_store.tiers.breaker import CircuitBreaker
+    from kv_store.tiers.buffers import BufferPool
+
+T = TypeVar("T")
+
+
+class ValkeyServer:
+    """Lives on one event loop; nothing is connected before the first operation."""
+
+    def __init__(
+        self,
+        make_connection: Callable[[], object],
+        *,
+        num_connections: int,
+        buffers: BufferPool,
+        breaker: CircuitBreaker | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            make_connection: gives a connection of redis-py that is not connected yet.
+            num_connections: operations under way at once; more wait for their turn.
+            buffers: where blobs are read to.
+            breaker: while it is open, operations fail at once.
+        """
+        self.num_connections = num_connections
+        self._buffers = buffers
+        self._breaker = breaker
+        self._connections = [ValkeyConnection(make_connection) for _ in range(num_connections)]
+        self._idle = deque(self._connections)  # as many as there are threads
+        self._threads = ThreadPoolExecutor(num_connections, thread_name_prefix="kv-valkey")
+        self._is_closed = False
+
+    async def run(
+        self, operation: Callable[[Exchange], T], deadline: float, *, is_asking: bool = False
+    ) -> T:
+        """Run an operation in a thread, on a connection of its own.
+
+        Args:
+            operation: talks to the server.
+            deadline: on the monotonic clock.
+            is_asking: see ``Exchange``.
+
+        Raises:
+            TierUnavailableError: the server does not answer, refuses, or is being left alone.
+        """
+        if self._is_closed:
+            raise TierUnavailableError("the connections are closed")
+        if self._breaker is not None and not self._breaker.allow():
+            raise TierUnavailableError("the server is left alone after failures")
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._on_connection, operation, deadline, is_asking
+            )
+        except BaseException:
+            if self._breaker is not None:
+                self._breaker.record_failure()  # an allowed probe must always be answered for
+            raise
+        if self._breaker is not None:
+            self._breaker.record_success()
+        return result
+
+    def close(self) -> None:
+        """Close the connections; operations under way fail. Idempotent."""
+        self._is_closed = True
+        while self._idle:
+            self._idle.pop().close()
+        for connection in self._connections:
+            connection.abort()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _on_connection(
+        self, operation: Callable[[Exchange], T], deadline: float, is_asking: bool
+    ) -> T:
+        """In a thread."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            raise TierUnavailableError("the connections are closed") from None
+        try:
+            return operation(Exchange(connection, self._buffers, deadline, is_asking=is_asking))
+        finally:
+            if self._is_closed:
+                connection.close()
+            self._idle.append(connection)
