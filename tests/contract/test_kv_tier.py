@@ -171,6 +171,49 @@ async def test_a_faulty_tier_keeps_the_shape_of_answers_and_shows_its_fault(tier
     assert fault != "drop" or any(blob is None for blob, _ in seen)
 
 
+async def test_a_swapped_read_is_another_page(tier):
+    faulty = FaultyTier(tier, FaultPlan(seed=6, swap=0.4))
+    await faulty.put_many(ITEMS)
+    blobs = await faulty.get_many(KEYS)
+    wrong = [blob for blob, wanted in zip(blobs, BLOBS, strict=True) if blob != wanted]
+    assert 0 < len(wrong) < 16
+    assert set(map(bytes, wrong)) <= set(BLOBS)
+
+
+async def test_a_duplicate_stays_under_the_wrong_key(tier):
+    faulty = FaultyTier(tier, FaultPlan(seed=7, duplicate=0.4))
+    await faulty.put_many(ITEMS)
+    blobs = await tier.get_many(KEYS)
+    wrong = [blob for blob, wanted in zip(blobs, BLOBS, strict=True) if blob != wanted]
+    assert wrong
+    assert set(map(bytes, wrong)) <= set(BLOBS)
+
+
+async def test_a_lie_is_about_either_kind_of_key(tier):
+    faulty = FaultyTier(tier, FaultPlan(seed=8, lie=0.4))
+    await faulty.put_many(ITEMS[:8])
+    held = await faulty.contains_many(KEYS)
+    assert set(held[:8]) == set(held[8:]) == {False, True}
+    assert await faulty.get_many(KEYS) == [*BLOBS[:8], *[None] * 8]
+
+
+async def test_a_full_tier_keeps_a_part_and_says_so(tier):
+    faulty = FaultyTier(tier, FaultPlan(seed=9, full=1.0))
+    with pytest.raises(TierUnavailableError):
+        await faulty.put_many(ITEMS)
+    assert 0 < (await faulty.contains_many(KEYS)).count(True) < 16
+
+
+async def test_a_read_only_tier_changes_nothing_and_still_gives(tier):
+    await tier.put_many(ITEMS[:1])
+    faulty = FaultyTier(tier, FaultPlan(seed=10, read_only=1.0))
+    with pytest.raises(TierUnavailableError):
+        await faulty.put_many(ITEMS)
+    with pytest.raises(TierUnavailableError):
+        await faulty.delete_many(KEYS)
+    assert await faulty.get_many(KEYS[:2]) == [BLOBS[0], None]
+
+
 async def test_faults_are_the_same_in_every_run():
     async def run():
         faulty = FaultyTier(MemoryTier(1 << 20), FaultPlan(seed=9, drop=0.3, corrupt=0.3))

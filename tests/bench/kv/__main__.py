@@ -18,6 +18,7 @@ from tests.bench.kv.codec_speed import measure_codecs
 from tests.bench.kv.hot_tier import measure_hot_tier
 from tests.bench.kv.plot import draw
 from tests.bench.kv.ssd_tier import measure_ssd_tier
+from tests.bench.kv.table import print_table
 
 REPORT = Path("build/reports/kv.json")
 
@@ -32,43 +33,27 @@ def main() -> int:
         },
         "codecs": measure_codecs(),
     }
-    _table("Codecs (raw GB per CPU second)", report["codecs"])
+    print_table("Codecs (raw GB per CPU second)", report["codecs"])
     report["hot"], report["exists_per_s"] = measure_hot_tier()
-    _table("GET from one Valkey over loopback", report["hot"])
-    _table("EXISTS", [{"client": k, "keys_per_s": v} for k, v in report["exists_per_s"].items()])
+    print_table("GET from one Valkey over loopback", report["hot"])
+    print_table(
+        "EXISTS", [{"client": k, "keys_per_s": v} for k, v in report["exists_per_s"].items()]
+    )
     report["ssd"] = measure_ssd_tier()
-    _table("SSD reads", report["ssd"])
+    print_table("SSD reads", report["ssd"])
     report["quality"] = []
     if "--quick" not in sys.argv:
         from tests.bench.kv.quality import measure_quality
 
         report["quality"] = measure_quality()
-        _table("Loss on SmolLM2-135M-Instruct", report["quality"])
+        print_table("Loss on SmolLM2-135M-Instruct", report["quality"])
     report["bars"] = hold_bars(report)
-    _table("Bars", [{"name": name} | bar for name, bar in report["bars"].items()])
+    print_table("Bars", [{"name": name} | bar for name, bar in report["bars"].items()])
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, REPORT.with_suffix(".png"))
     sys.stdout.write(f"written: {REPORT} and {REPORT.with_suffix('.png')}\n")
     return 0 if all(bar["holds"] for bar in report["bars"].values()) else 1
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
-    names = list(rows[0])
-    cells = [names] + [[_text(row[name]) for name in names] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    sys.stdout.write(f"\n{title}\n")
-    for line in cells:
-        sys.stdout.write(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + "\n"
-        )
-    sys.stdout.flush()
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
