@@ -24,10 +24,10 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("status")(status.status)
 app.command("chat")(chat.chat)
-app.command("kv")(kv.kv)
 app.command("doctor")(doctor.doctor)
 app.command("fetch")(fetch.fetch)
 app.command("render")(render.render)
+app.add_typer(kv.app, name="kv")
 app.add_typer(train.app, name="train")
 
 

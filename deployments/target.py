@@ -25,6 +25,7 @@ from deployments.serve_compat import current_replica_id
 from deployments.target_metrics import TargetMetrics
 from deployments.tokenizer import Tokenizer
 from deployments.tracing import Tracing, traceparent_of
+from kv_store.calibration import check_codec_loss
 from kv_store.factory import build_page_store
 
 if TYPE_CHECKING:
@@ -194,11 +195,11 @@ class TargetReplica:
         tokenizer: Tokenizer,
     ) -> Engine:
         def page_store(layout: PageLayout) -> PageStore:
-            store = build_page_store(kv, layout) if kv is not None else None
-            if store is None:
+            if kv is None:
                 raise RuntimeError("a page store was asked for without a configuration")
-            self._page_store = store
-            return store
+            check_codec_loss(kv, layout, cache_dir)
+            self._page_store = build_page_store(kv, layout)
+            return self._page_store
 
         return build_engine(
             engine,

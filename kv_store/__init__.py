@@ -11,6 +11,7 @@ from kv_store.config import (
     WriteBackConfig,
 )
 from kv_store.errors import (
+    CodecLossError,
     KVStoreError,
     LayoutMismatchError,
     PageCorruptError,
@@ -26,6 +27,7 @@ __all__ = [
     "EXACT",
     "PAGE_TOKENS",
     "BreakerConfig",
+    "CodecLossError",
     "EmbeddedValkeyTierConfig",
     "KVStoreConfig",
     "KVStoreError",

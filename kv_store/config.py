@@ -146,6 +146,10 @@ class KVStoreConfig(_Config):
 
     codec: str = "raw"
     """``raw``, ``lossless``, ``int8``, ``k8v4``, ``int4``, or ``package.module:ClassName``."""
+    max_kl: float | None = Field(default=0.01, ge=0)
+    """Nats a token that a lossy codec may cost on the model, as ``paceline kv calibrate`` measures
+    it. A replica whose codec costs more, or was never measured, does not start; ``null`` takes any
+    loss."""
     tiers: tuple[TierConfig, ...] = (MemoryTierConfig(),)
     """Hot first. Every page is written to all of them; reads stop at the first that has it."""
     write_back: WriteBackConfig = WriteBackConfig()

@@ -4,7 +4,8 @@ KVStoreError
 ├── TierUnavailableError     a tier cannot be reached or refuses work; counted as misses
 ├── PageCorruptError         bytes are not the page that was asked for; deleted and counted
 ├── PageUnsupportedError     a sound page of a newer format or of a codec this process lacks
-└── LayoutMismatchError      a page or a buffer has another layout than the store's
+├── LayoutMismatchError      a page or a buffer has another layout than the store's
+└── CodecLossError           the codec loses more on this model than the configuration allows
 """
 
 
@@ -26,3 +27,7 @@ class PageUnsupportedError(KVStoreError):
 
 class LayoutMismatchError(KVStoreError):
     """A page or buffer does not have the store's layout."""
+
+
+class CodecLossError(KVStoreError):
+    """The configured codec loses more on this model than allowed, or nobody knows how much."""

@@ -1,4 +1,4 @@
-"""``paceline kv``: what the shared KV tiers hold."""
+"""``paceline kv``: what the shared KV tiers hold, and what their codecs cost."""
 
 from __future__ import annotations
 
@@ -6,31 +6,50 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.table import Table
 
+from cluster.calibration import calibrate as measure
+from cluster.calibration import draw
 from cluster.commands.options import (  # noqa: TC001 - typer reads them at run time
     ClusterOption,
     ConfigOption,
     JsonOption,
 )
 from cluster.config_loader import load_config
-from cluster.console import out
+from cluster.console import out, steps
 from cluster.errors import NoClusterError
 from cluster.hot_tier import cluster_valkey
 from cluster.kv_usage import SsdUsage, ValkeyUsage, ssd_usage, valkey_usage
 from cluster.state import default_state_dir, find_cluster
-from kv_store.config import SsdTierConfig, ValkeyTierConfig
+from kv_store.config import KVStoreConfig, SsdTierConfig, ValkeyTierConfig
 from kv_store.tiers.valkey_topology import valkey_address
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
 
 _MIB = 1 << 20
+_REPORT = Path("build/reports/kv_calibration.json")
+
+app = typer.Typer(help="Look at the shared KV pages.", invoke_without_command=True)
 
 
+@app.callback()
 def kv(
+    context: typer.Context,
+    config: ConfigOption = None,
+    cluster: ClusterOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the pages and bytes of the tiers of a running cluster, or of a config's."""
+    if context.invoked_subcommand is None:
+        stat(config, cluster, as_json)
+
+
+@app.command("stat")
+def stat(
     config: ConfigOption = None, cluster: ClusterOption = None, as_json: JsonOption = False
 ) -> None:
     """Show the pages and bytes of the tiers of a running cluster, or of a config's."""
@@ -49,6 +68,47 @@ def kv(
             where = f"{usage.path} ({usage.num_replicas} replicas)"
             table.add_row("ssd", where, "", f"{usage.num_bytes / _MIB:.1f}", "", "")
     out.print(table)
+
+
+@app.command("calibrate")
+def calibrate(
+    config: ConfigOption = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A text like those to come, 1280 tokens or more; may be repeated."),
+    ] = None,
+    report: Annotated[Path, typer.Option(help="Where the report is written.")] = _REPORT,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure every codec on the config's model; replicas refuse those over kv.max_kl."""
+    settings = load_config(config)
+    with steps() as tell:
+        calibration, kept = measure(settings, text or [], tell)
+    max_kl = (settings.kv or KVStoreConfig()).max_kl
+    report.parent.mkdir(parents=True, exist_ok=True)
+    document = calibration.model_dump() | {"max_kl": max_kl}
+    report.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    picture = report.with_suffix(".png")
+    has_picture = draw(calibration, picture)
+    if as_json:
+        sys.stdout.write(report.read_text(encoding="utf-8"))
+        return
+    table = Table("codec", "times smaller", "encode GB/s", "decode GB/s", "KL", "top-1", "PPL", "")
+    for row in calibration.codecs:
+        verdict = "ok" if max_kl is None or row.kl <= max_kl else "refused"
+        table.add_row(
+            row.codec,
+            f"{row.ratio:.2f}",
+            f"{row.encode_gb_per_cpu_s:.2f}",
+            f"{row.decode_gb_per_cpu_s:.2f}",
+            f"{row.kl:.2g}",
+            f"{row.top1:.3f}",
+            f"{row.perplexity / row.perplexity_untouched - 1:+.2%}",
+            verdict,
+        )
+    out.print(table)
+    out.print(f"kept for replicas: {kept}")
+    out.print(f"written: {report}" + (f" and {picture}" if has_picture else ""))
 
 
 def _of_config(config: ClusterConfig) -> list[ValkeyUsage | SsdUsage]:
