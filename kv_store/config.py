@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -152,6 +153,9 @@ class KVStoreConfig(_Config):
     loss."""
     tiers: tuple[TierConfig, ...] = (MemoryTierConfig(),)
     """Hot first. Every page is written to all of them; reads stop at the first that has it."""
+    encryption_key: SecretStr | None = None
+    """64 hex digits: pages are encrypted and authenticated in every tier outside this process
+    (AES-256-GCM). All replicas need the same key; pages of another one are deleted as corrupt."""
     write_back: WriteBackConfig = WriteBackConfig()
     """How much may wait to be written."""
     breaker: BreakerConfig = BreakerConfig()
@@ -166,6 +170,13 @@ class KVStoreConfig(_Config):
     """Copy a page read from a lower tier into the ones above it."""
     close_timeout_s: float = Field(default=5.0, ge=0)
     """Seconds ``close`` waits for queued pages."""
+
+    @field_validator("encryption_key")
+    @classmethod
+    def _check_key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", key.get_secret_value()):
+            raise ValueError("encryption_key has 64 hex digits: openssl rand -hex 32 makes one")
+        return key
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -69,7 +69,7 @@ def build_page_store(
     with ExitStack() as owned:
         tiers = [
             GuardedTier(
-                wrap(_build_tier(tier, make_breaker, owned)),
+                _sealed(wrap(_build_tier(tier, make_breaker, owned)), tier, config),
                 operation_timeout_s=tier.operation_timeout_s,
                 make_breaker=make_breaker,
             )
@@ -93,6 +93,16 @@ def _warm_up(codec: Codec, layout: PageLayout) -> None:
     page = np.zeros(small.nbytes, dtype=np.uint8)
     blob = encode_page(key, page, small, codec, created_ms=0)
     decode_page(blob, key, small, {codec.codec_id: codec}, page)
+
+
+def _sealed(tier: KVTier, tier_config: TierConfig, config: KVStoreConfig) -> KVTier:
+    """The tier, its blobs encrypted if they leave this process and a key is configured."""
+    if config.encryption_key is None or isinstance(tier_config, MemoryTierConfig):
+        return tier
+    from kv_store.tiers.sealed import SealedTier
+
+    secret = bytes.fromhex(config.encryption_key.get_secret_value())
+    return SealedTier(tier, secret, num_threads=config.num_codec_threads)
 
 
 def _build_tier(

@@ -9,6 +9,7 @@ from kv_store import TierUnavailableError
 from kv_store.faults import FaultPlan, FaultyTier
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.memory import MemoryTier
+from kv_store.tiers.sealed import SealedTier
 from kv_store.tiers.ssd import SsdTier
 from kv_store.tiers.valkey import ValkeyTier
 from kv_store.tiers.valkey_topology import ValkeyAddress
@@ -61,8 +62,10 @@ async def tier(request, tmp_path):
     await tier.aclose()
 
 
-@pytest.fixture(params=["alone", "behind a faultless FaultyTier"])
+@pytest.fixture(params=["alone", "behind a faultless FaultyTier", "sealed"])
 def any_tier(request, tier):
+    if request.param == "sealed":
+        return SealedTier(tier, bytes(range(32)))
     return tier if request.param == "alone" else FaultyTier(tier, FaultPlan())
 
 
