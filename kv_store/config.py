@@ -155,7 +155,7 @@ class KVStoreConfig(_Config):
     """Hot first. Every page is written to all of them; reads stop at the first that has it."""
     encryption_key: SecretStr | None = None
     """64 hex digits: pages are encrypted and authenticated in every tier outside this process
-    (AES-256-GCM). All replicas need the same key; pages of another one are deleted as corrupt."""
+    (AES-256-GCM). All replicas need the same key; pages of another one are not found."""
     write_back: WriteBackConfig = WriteBackConfig()
     """How much may wait to be written."""
     breaker: BreakerConfig = BreakerConfig()

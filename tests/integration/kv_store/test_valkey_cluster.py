@@ -79,8 +79,9 @@ async def test_one_chain_s_pages_spread_over_all_shards_by_two_connections_each(
         assert sizes == [Counter(map(owner_number, KEYS[:50]))[number] for number in range(3)]
         assert min(sizes) > 5
         for node in cluster.primaries:
-            clients = [c for c in node.admin.client_list("normal") if c["cmd"] in ("getex", "set")]
-            assert len(clients) == 2
+            clients = node.admin.client_list("normal")
+            clients = [c for c in clients if c["cmd"] in ("getex", "set", "exists")]
+            assert 1 <= len(clients) <= 2  # the second one only if both were needed at once
             assert all(client["lib-name"].startswith("redis-py") for client in clients)
         assert await tier.delete_many([*KEYS[:3], KEYS[55]]) == 3
         assert await tier.contains_many(KEYS[:4]) == [False] * 3 + [True]

@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 
+import kv_store
 from kv_store import CodecLossError, KVStoreConfig
 from kv_store.calibration import (
     Calibration,
@@ -8,6 +11,7 @@ from kv_store.calibration import (
     find_calibration,
     save_calibration,
 )
+from kv_store.codecs.registry import BUILTIN_CODECS, load_codec
 from tests.kv_pages import make_layout
 
 LAYOUT = make_layout()
@@ -77,3 +81,16 @@ def test_an_unmeasured_model_takes_lossless_codecs_only(tmp_path):
     check_codec_loss(KVStoreConfig(codec="lossless"), LAYOUT, tmp_path)
     with pytest.raises(CodecLossError, match="nobody has measured"):
         check_codec_loss(KVStoreConfig(codec="int8"), LAYOUT, tmp_path)
+
+
+def test_records_that_come_with_the_package_are_sound_and_within_the_default_gate():
+    folder = Path(kv_store.__file__).parent / "data"
+    records = sorted(folder.glob("*.json"))
+    assert records
+    for path in records:
+        record = Calibration.model_validate_json(path.read_text(encoding="utf-8"))
+        assert record.fingerprint.startswith(path.stem)
+        assert [row.codec for row in record.codecs] == list(BUILTIN_CODECS)
+        for row in record.codecs:
+            assert row.kl <= KVStoreConfig().max_kl
+            assert (row.kl == 0) == load_codec(row.codec).is_lossless

@@ -27,40 +27,46 @@ def sealed(inner):
 
 async def test_what_is_stored_shows_nothing_and_never_twice_the_same(sealed, inner):
     await sealed.put_many([(KEYS[0], BLOB)])
-    [first] = await inner.get_many(KEYS[:1])
+    [first] = inner._blobs.values()
     await sealed.delete_many(KEYS[:1])
     await sealed.put_many([(KEYS[0], memoryview(BLOB))])
-    [second] = await inner.get_many(KEYS[:1])
+    [second] = inner._blobs.values()
     assert len(first) == len(second) == len(BLOB) + SEAL_BYTES
     assert first != second
     assert BLOB[:16] not in first
     assert await sealed.get_many(KEYS[:1]) == [BLOB]
 
 
-async def test_another_secret_namespace_page_or_place_opens_nothing(sealed, inner):
+async def test_pages_of_another_secret_are_neither_found_nor_deleted(sealed, inner):
     await sealed.put_many([(KEYS[0], BLOB)])
-    [stored] = await inner.get_many(KEYS[:1])
-    assert await SealedTier(inner, bytes(32)).get_many(KEYS[:1]) == [b""]
-    for other in (
-        KEYS[1],
-        KEYS[0]._replace(namespace_id=bytes(16)),
-        KEYS[0]._replace(index=1),
-    ):
-        await inner.put_many([(other, stored)])
-        assert await sealed.get_many([other]) == [b""]
+    stranger = SealedTier(inner, bytes(32))
+    assert await stranger.contains_many(KEYS[:1]) == [False]
+    assert await stranger.get_many(KEYS[:1]) == [None]
+    assert await stranger.delete_many(KEYS[:1]) == 0
+    assert await sealed.get_many(KEYS[:1]) == [BLOB]
+
+
+async def test_a_page_put_in_another_s_place_does_not_open(sealed, inner):
+    await sealed.put_many(list(zip(KEYS, [BLOB] * 4, strict=True)))
+    others = [KEYS[0]._replace(namespace_id=bytes(16)), KEYS[0]._replace(index=1)]
+    await sealed.put_many([(key, BLOB) for key in others])
+    stored = list(inner._blobs.values())
+    for name in inner._blobs:
+        inner._blobs[name] = stored[0]
+    opened = await sealed.get_many([*KEYS, *others])
+    assert opened == [BLOB, *[b""] * 5]
 
 
 async def test_any_changed_byte_and_any_cut_opens_nothing(sealed, inner):
     await sealed.put_many([(KEYS[0], BLOB)])
-    [stored] = await inner.get_many(KEYS[:1])
+    [(name, stored)] = inner._blobs.items()
     forged = [stored[:end] for end in (0, 1, SEAL_BYTES - 1, SEAL_BYTES, len(stored) - 1)]
     for place in (0, 11, 12, 100, len(stored) - 1):
         damaged = bytearray(stored)
         damaged[place] ^= 1
         forged.append(bytes(damaged))
     for blob in forged:
-        await inner.delete_many(KEYS[:1])
-        await inner.put_many([(KEYS[0], blob)])
+        inner._blobs[name] = blob
         assert await sealed.get_many(KEYS[:1]) == [b""]
 
 
@@ -83,7 +89,7 @@ def opened(root, key, plan=None):
     return build_page_store(config, LAYOUT, wrap_tier=lambda tier: FaultyTier(tier, plan))
 
 
-def test_a_store_with_a_key_reads_its_own_pages_and_finds_damage_and_strangers_out(tmp_path):
+def test_a_store_with_a_key_reads_its_own_pages_and_finds_damage_out_and_no_strangers(tmp_path):
     mine = SECRET.hex()
     store = opened(tmp_path, mine, FaultPlan())
     for index, key in enumerate(KEYS):
@@ -104,7 +110,7 @@ def test_a_store_with_a_key_reads_its_own_pages_and_finds_damage_and_strangers_o
 
     stranger = opened(tmp_path, bytes(32).hex(), FaultPlan())
     assert stranger.load(KEYS[1:], timeout_s=20).result().pages == ()
-    assert tier_counts(stranger.stats().tiers, "ssd")[2] == 1
+    assert tier_counts(stranger.stats().tiers, "ssd") == (0, 3, 0)
     stranger.close()
 
     store = opened(tmp_path, mine, FaultPlan())
