@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=11, help="no round that would take longer")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of contestants' names")
+    parser.add_argument("--loads", nargs="*", default=[""], help="parts of what is asked")
     parser.add_argument(
         "--quick", action="store_true", help="one round, of whom the bars are about"
     )
