@@ -28,7 +28,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration protos reference chart \
-        demo serve bench-engine bench-quality bench-kv fuzz-kv soak-engine clean
+        demo serve bench-engine bench-quality bench-kv chaos-kv fuzz-kv soak-engine clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -119,6 +119,11 @@ SOAK_MINUTES ?= 20
 
 soak-engine: $(ENVIRONMENT) ## The default model at twice its capacity with random aborts; 25 minutes
 	$(PY) -m tests.soak.engine --minutes $(SOAK_MINUTES)
+
+CHAOS_OPERATIONS ?= 100000
+
+chaos-kv: $(ENVIRONMENT) ## Every fault a tier or its process can have: no wrong page, no error; some minutes
+	$(PY) -m tests.chaos.kv --operations $(CHAOS_OPERATIONS)
 
 FUZZ_INPUTS ?= 1000000
 

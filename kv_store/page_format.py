@@ -193,10 +193,7 @@ def decode_page(
     blob = memoryview(blob)
     header = read_header(blob)
     _check_identity(header, key, layout)
-    if header.stored_length != len(blob) - HEADER_BYTES:
-        raise PageCorruptError(f"{len(blob)} bytes, header says {header.stored_length} + header")
-    if header.payload_xxh3_128 != xxhash.xxh3_128_digest(blob[HEADER_BYTES:]):
-        raise PageCorruptError("the payload's xxh3-128 is wrong")
+    _check_payload(header, blob)
     codec = codecs.get(header.codec_id)
     if codec is None:
         raise PageUnsupportedError(f"no codec with id {header.codec_id} for this fidelity")
@@ -225,6 +222,33 @@ def section_offsets(blob: bytes | memoryview) -> list[int]:
         return []
     rows = (_SECTION.unpack_from(blob, row) for row in range(HEADER_BYTES, end, _SECTION.size))
     return [Section._make(row).offset for row in rows]
+
+
+def check_page(blob: bytes | memoryview, namespace_id: bytes, page_hash: bytes) -> PageHeader:
+    """Verify what can be verified without the layout: which page it is, and every byte of it.
+
+    Args:
+        blob: what a tier holds.
+        namespace_id: of the name it is held under.
+        page_hash: likewise.
+
+    Raises:
+        PageCorruptError: not a page, damaged, or another page.
+        PageUnsupportedError: a sound header of another version or with flags unknown here.
+    """
+    blob = memoryview(blob)
+    header = read_header(blob)
+    if header.namespace_id != namespace_id or header.page_hash != page_hash:
+        raise PageCorruptError("this is another page than the one asked for")
+    _check_payload(header, blob)
+    return header
+
+
+def _check_payload(header: PageHeader, blob: memoryview) -> None:
+    if header.stored_length != len(blob) - HEADER_BYTES:
+        raise PageCorruptError(f"{len(blob)} bytes, header says {header.stored_length} + header")
+    if header.payload_xxh3_128 != xxhash.xxh3_128_digest(blob[HEADER_BYTES:]):
+        raise PageCorruptError("the payload's xxh3-128 is wrong")
 
 
 def _check_buffer(page: NDArray[np.uint8], layout: PageLayout) -> None:

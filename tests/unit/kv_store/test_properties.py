@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kv_store import EXACT, Namespace, PageCorruptError
 from kv_store.codecs.registry import BUILTIN_CODECS, load_codec
 from kv_store.page_format import decode_page, encode_page
-from kv_store.tiers.segment_log import ALIGNMENT, SegmentLog
+from kv_store.tiers.segment_log import SegmentLog
+from kv_store.tiers.segment_records import ALIGNMENT
 from tests.kv_pages import TENANT_KEY, make_chain, make_layout, make_page, round_trip
 
 LAYOUT = make_layout()

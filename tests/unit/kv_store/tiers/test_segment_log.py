@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kv_store.tiers.folder_lock import claim_folder
-from kv_store.tiers.segment_log import ALIGNMENT, RECORD_HEADER_BYTES, SegmentLog
+from kv_store.tiers.segment_log import SegmentLog
+from kv_store.tiers.segment_records import ALIGNMENT, RECORD_HEADER_BYTES
 from tests.kv_pages import make_chain, make_layout
 
 KEYS = make_chain(make_layout(), 40)

@@ -1,0 +1,138 @@
+"""Pages one by one, as servers and folders hold them. Nothing is changed or counted as use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from cluster.errors import RequestError
+from kv_store.errors import KVStoreError, TierUnavailableError
+from kv_store.page_format import check_page
+from kv_store.tiers.segment_records import read_pages
+from kv_store.tiers.valkey_admin import (
+    admin_clients,
+    page_sizes,
+    public_address,
+    read_page,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from kv_store.tiers.valkey_topology import ValkeyAddress
+
+_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldPage:
+    """One page in one tier.
+
+    Attributes:
+        namespace: hex; differs for every tenant, model and fidelity.
+        page_hash: hex.
+        num_bytes: as stored.
+        read: its blob; None if it left meanwhile.
+    """
+
+    tier: str
+    where: str
+    namespace: str
+    page_hash: str
+    num_bytes: int
+    read: Callable[[], bytes | None]
+
+    @property
+    def problem(self) -> str:
+        """Why no reader would take it; empty if every byte of it checks out, or it left."""
+        try:
+            blob = self.read()
+            if blob is not None:
+                check_page(blob, bytes.fromhex(self.namespace), bytes.fromhex(self.page_hash))
+        except KVStoreError as error:
+            return str(error)
+        return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceSum:
+    """The pages of one namespace in one tier."""
+
+    tier: str
+    where: str
+    namespace: str
+    num_pages: int
+    num_bytes: int
+
+
+def sum_by_namespace(pages: Iterable[HeldPage]) -> list[NamespaceSum]:
+    """Largest first."""
+    sums: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for page in pages:
+        place = page.tier, page.where, page.namespace
+        count, num_bytes = sums.get(place, (0, 0))
+        sums[place] = count + 1, num_bytes + page.num_bytes
+    rows = [
+        NamespaceSum(
+            tier=tier, where=where, namespace=namespace, num_pages=count, num_bytes=num_bytes
+        )
+        for (tier, where, namespace), (count, num_bytes) in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row.num_bytes)
+
+
+def valkey_pages(address: ValkeyAddress) -> Iterator[HeldPage]:
+    """All pages of a server, or of every shard; sizes include the parts of large ones.
+
+    Raises:
+        RequestError: it cannot be reached, or refuses.
+    """
+    where = public_address(address.url)
+    try:
+        with admin_clients(address, _TIMEOUT_S) as clients:
+            for client in clients:
+                for name, num_bytes in page_sizes(client).items():
+                    namespace, page_hash = name.decode()[4:-1].split(":")
+                    yield HeldPage(
+                        tier="valkey",
+                        where=where,
+                        namespace=namespace,
+                        page_hash=page_hash,
+                        num_bytes=num_bytes,
+                        read=partial(read_page, client, name),
+                    )
+    except TierUnavailableError as error:
+        raise RequestError(f"Valkey at {where}: {error}") from error
+
+
+def ssd_pages(root: Path) -> Iterator[HeldPage]:
+    """All pages that starts in these folders would find; replicas may be using them.
+
+    Raises:
+        RequestError: the file system refuses.
+    """
+    try:
+        for folder in sorted(root.glob("replica-*")):
+            for key, record in read_pages(folder).items():
+                yield HeldPage(
+                    tier="ssd",
+                    where=str(folder),
+                    namespace=key.namespace_id.hex(),
+                    page_hash=key.page_hash.hex(),
+                    num_bytes=record.length,
+                    read=_tolerant(record.read_blob),
+                )
+    except OSError as error:
+        raise RequestError(f"{root}: {error}") from error
+
+
+def _tolerant(read: Callable[[], bytes]) -> Callable[[], bytes | None]:
+    def tolerant() -> bytes | None:
+        try:
+            return read()
+        except FileNotFoundError:
+            return None  # the file was reclaimed meanwhile
+
+    return tolerant

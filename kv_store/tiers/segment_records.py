@@ -1,0 +1,131 @@
+"""Records of a segment file as bytes, and a walk over them that changes nothing.
+
+record = header (128 bytes) || blob || zeros up to a multiple of 4 KiB
+
+offset  size  type     header field
+0       4     bytes    magic "KVR1"
+4       2     u16      flags: 1 = the key was deleted here, no blob follows
+6       2     u16      reserved, 0
+8       4     u32      index of the page in its chain
+12      4     u32      blob bytes
+16      16    bytes    namespace id
+32      32    bytes    page hash
+64      60    -        reserved, 0
+124     4     u32      CRC32 of the first 124 bytes
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import TYPE_CHECKING, NamedTuple
+
+from kv_store.keys import PageKey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from kv_store.tiers.base import Blob
+
+ALIGNMENT = 4096
+RECORD_HEADER_BYTES = 128
+DELETED = 1
+
+_MAGIC = b"KVR1"
+_HEADER = struct.Struct("<4sHHII16s32s60x")
+_CRC = struct.Struct("<I")
+
+
+class RecordHeader(NamedTuple):
+    """What a record says about itself."""
+
+    key: PageKey
+    is_deleted: bool
+    length: int
+
+
+class Record(NamedTuple):
+    """A record of a file; its blob follows the header at ``offset``."""
+
+    key: PageKey
+    is_deleted: bool
+    length: int
+    path: Path
+    offset: int
+
+    def read_blob(self) -> bytes:
+        """The blob; shorter if the file ends, and of another key if the file has changed.
+
+        Raises:
+            OSError: the file system refuses, or the file is gone.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + RECORD_HEADER_BYTES)
+            return file.read(self.length)
+
+
+def record_bytes(blob_bytes: int) -> int:
+    """Bytes of the record of a blob, on disk."""
+    return -(-(RECORD_HEADER_BYTES + blob_bytes) // ALIGNMENT) * ALIGNMENT
+
+
+def pack_record(target: memoryview, key: PageKey, blob: Blob, *, flags: int) -> None:
+    """Fill a whole record.
+
+    Args:
+        target: [record_bytes(len(blob))].
+        key: the page's.
+        blob: what is stored.
+        flags: 0 or ``DELETED``.
+    """
+    end = RECORD_HEADER_BYTES + len(blob)
+    _HEADER.pack_into(target, 0, _MAGIC, flags, 0, key.index, len(blob), *key[:2])
+    _CRC.pack_into(target, _HEADER.size, zlib.crc32(target[: _HEADER.size]))
+    target[RECORD_HEADER_BYTES:end] = blob
+    target[end:] = bytes(len(target) - end)
+
+
+def parse_header(record: bytes | memoryview) -> RecordHeader | None:
+    """The header a record begins with; None if it does not hold."""
+    if len(record) < RECORD_HEADER_BYTES:
+        return None
+    (checksum,) = _CRC.unpack_from(record, _HEADER.size)
+    if record[:4] != _MAGIC or checksum != zlib.crc32(memoryview(record)[: _HEADER.size]):
+        return None
+    _, flags, _, index, length, namespace_id, page_hash = _HEADER.unpack_from(record)
+    return RecordHeader(PageKey(namespace_id, page_hash, index), bool(flags & DELETED), length)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """All records of a file up to its torn tail, in the order written.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    file_bytes = path.stat().st_size
+    offset = 0
+    with path.open("rb", buffering=0) as file:
+        while offset < file_bytes:
+            file.seek(offset)
+            header = parse_header(file.read(RECORD_HEADER_BYTES))
+            if header is None or offset + record_bytes(header.length) > file_bytes:
+                return
+            yield Record(*header, path, offset)
+            offset += record_bytes(header.length)
+
+
+def read_pages(folder: Path) -> dict[PageKey, Record]:
+    """The last record of each page that a start would find; the folder may be in use.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    pages: dict[PageKey, Record] = {}
+    for path in sorted(folder.glob("segment-*.log")):
+        try:
+            for record in read_records(path):
+                pages[record.key] = record
+        except FileNotFoundError:
+            continue  # reclaimed meanwhile
+    return {key: record for key, record in pages.items() if not record.is_deleted}
