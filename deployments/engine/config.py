@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kv_store.layout import PAGE_TOKENS
 
@@ -45,6 +45,11 @@ class TorchEngineConfig(_Config):
     """``dense`` keeps one number of ``dtype`` per weight. ``file`` lets steps of few tokens read
     the Q4_1 and Q8_0 blocks of a GGUF file as they are, which is several times faster on a CPU;
     longer forwards use the dense values of the same blocks."""
+    deterministic: bool = False
+    """The same seed gives the same text to the bit, in both dtypes, whatever the batch, chunks,
+    caches, threads or drafts: one arithmetic computes every width. Prefill is slower where the
+    processor has matrix units; decoding is not. CPU only; models that the compiled kernels do not
+    cover are refused."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where weights and pages live."""
     num_threads: int = Field(default=1, ge=1)
@@ -65,6 +70,12 @@ class TorchEngineConfig(_Config):
     """How long a request waits for its prefix from the KV tier before it is computed instead."""
     speculation: SpeculationConfig = SpeculationConfig()
     """How drafts are used."""
+
+    @model_validator(mode="after")
+    def _deterministic_where_it_can_be(self) -> Self:
+        if self.deterministic and self.device != "cpu":
+            raise ValueError("deterministic arithmetic needs device: cpu")
+        return self
 
     def context_length(self, max_positions: int) -> int:
         """Prompt and output tokens of one sequence, at most.

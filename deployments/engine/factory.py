@@ -38,7 +38,7 @@ def build_engine(
 
     Raises:
         WeightsMissingError: the model is not here and cannot be had.
-        EngineError: the model cannot be run.
+        EngineError: the model cannot be run, or not deterministically where that is asked for.
     """
     import torch
 
@@ -59,8 +59,8 @@ def build_engine(
     memory = KVCache(
         loaded.config, config.num_pages, dtype=loaded.model.dtype, device=config.device
     )
-    layout = loaded.page_layout()
-    runner = ModelRunner(loaded.model, loaded.config, memory)
+    runner = ModelRunner(loaded.model, loaded.config, memory, is_deterministic=config.deterministic)
+    layout = loaded.page_layout(runner.arithmetic)
     runner.warm_up()
     parts = EngineParts(
         runner=runner,

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
+from deployments.engine.errors import UnsupportedModelError
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
-from deployments.engine.torch_engine.kernels.narrow_forward import narrow_forward
+from deployments.engine.torch_engine.kernels.compiling import machine
+from deployments.engine.torch_engine.kernels.narrow_forward import (
+    TILE_TOKENS,
+    NarrowForward,
+    max_narrow_tokens,
+    obstacle,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.torch_engine.kv_cache import KVCache
     from deployments.engine.torch_engine.model_config import ModelConfig
-    from deployments.engine.torch_engine.models.llama import ForwardOutput, Model
+    from deployments.engine.torch_engine.models.llama import ForwardOutput, Model, Weight
 
 
 class FeatureOutput(NamedTuple):
@@ -32,11 +39,26 @@ class FeatureOutput(NamedTuple):
 class ModelRunner:
     """A model with the KV pool it writes to. Not thread-safe: it belongs to the engine thread."""
 
-    def __init__(self, model: Model, config: ModelConfig, kv_cache: KVCache) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: ModelConfig,
+        kv_cache: KVCache,
+        *,
+        is_deterministic: bool = False,
+    ) -> None:
         """Join a filled model and a pool of its shape.
+
+        Args:
+            model: filled.
+            config: its own.
+            kv_cache: where it writes.
+            is_deterministic: compute every width with the arithmetic whose bits depend on nothing
+                but a row's own text.
 
         Raises:
             ValueError: the pool has another shape or dtype than the model's rows.
+            UnsupportedModelError: this model has no deterministic arithmetic here.
         """
         rows = (kv_cache.k.shape[0], *kv_cache.k.shape[2:])
         if rows != (config.num_layers, config.num_kv_heads, config.head_dim):
@@ -46,7 +68,22 @@ class ModelRunner:
         self.model = model
         self.config = config
         self.kv_cache = kv_cache
-        self._narrow = narrow_forward(model, kv_cache)
+        self._is_deterministic = is_deterministic
+        self._narrow: NarrowForward | None = None
+        reason = obstacle(model, kv_cache)
+        if reason is None:
+            max_tokens = TILE_TOKENS if is_deterministic else max_narrow_tokens(model)
+            self._narrow = NarrowForward(model, kv_cache, max_tokens, torch.get_num_threads())
+        elif is_deterministic:
+            raise UnsupportedModelError(f"engine.deterministic: {reason}")
+
+    @property
+    def arithmetic(self) -> str:
+        """Who computes the KV rows, as ``PageLayout.engine`` wants it: their bits depend on it."""
+        if not self._is_deterministic:
+            return "torch"
+        form = "dense" if cast("Weight", self.model.lm_head).packed is None else "packed"
+        return f"torch-deterministic {form} {machine()}"
 
     def warm_up(self) -> None:
         """Do before the first request what its first forwards would wait for: compile.
@@ -62,8 +99,11 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Write the batch's KV rows and score what follows its ``logit_rows``: [M, V] float32."""
-        if self._narrow is not None and batch.token_ids.shape[0] <= self._narrow.max_tokens:
-            return self._narrow.forward(batch)
+        narrow = self._narrow
+        if narrow is not None and (
+            self._is_deterministic or batch.token_ids.shape[0] <= narrow.max_tokens
+        ):
+            return narrow.forward(batch)
         return self.forward_with_features(batch, ()).logits
 
     @torch.inference_mode()
@@ -76,6 +116,11 @@ class ModelRunner:
             batch: the forward.
             capture_layers: ``i`` taps the residual stream that enters layer i; ``num_layers`` the
                 stream behind the last layer, before the final norm.
+
+        Raises:
+            UnsupportedModelError: the runner is deterministic; these forwards are not.
         """
+        if self._is_deterministic:
+            raise UnsupportedModelError("engine.deterministic: hidden states cannot be handed out")
         output: ForwardOutput = self.model(batch, self.kv_cache, capture_layers)
         return FeatureOutput(output.logits.float(), output.features)

@@ -14,6 +14,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+_BLOCK_POSITIONS = 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
@@ -103,6 +105,30 @@ def rotation_table(
     """Cosines and sines of each token: [2, N, 1, D / 2]; angles are computed in float32."""
     angles = positions.to(torch.float32).unsqueeze(1) * frequencies
     return (torch.stack((angles.cos(), angles.sin())) * amplitude).to(dtype).unsqueeze(2)
+
+
+class RotationRows:
+    """A table of ``rotation_table`` by position, so that no position is computed twice.
+
+    Vectorised cosines may differ in their last bit with the place in the vector; here a position
+    has the same place in every process.
+    """
+
+    def __init__(self, frequencies: Tensor, amplitude: float) -> None:
+        """Begin with no position; the arguments are those of ``rotation_table``."""
+        self._frequencies, self._amplitude = frequencies, amplitude
+        self._table = torch.empty(2, 0, frequencies.shape[0])
+
+    def of(self, positions: Tensor) -> Tensor:
+        """[2, N, D / 2] float32 of N positions."""
+        while int(positions.max()) >= self._table.shape[1]:
+            start = self._table.shape[1]
+            block = torch.arange(start, start + _BLOCK_POSITIONS)
+            rows = rotation_table(block, self._frequencies, self._amplitude, torch.float32).squeeze(
+                2
+            )
+            self._table = torch.cat((self._table, rows), dim=1)
+        return self._table.index_select(1, positions)
 
 
 def rotate(heads_NHD: Tensor, table: Tensor) -> Tensor:

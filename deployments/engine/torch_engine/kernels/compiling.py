@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numba
+from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,11 @@ def _code_folder() -> Path:
 
 
 _FOLDER = str(_code_folder())
+
+
+def machine() -> str:
+    """What the code is compiled for; other machines may round otherwise."""
+    return f"{get_host_cpu_name()} {get_host_cpu_features().flatten()}"
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:

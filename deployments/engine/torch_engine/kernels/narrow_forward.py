@@ -10,11 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from deployments.engine.torch_engine.kernels.attention import CHUNK, PARTIAL_EXTRA
+from deployments.engine.torch_engine.kernels.memory import SLEEPERS
 from deployments.engine.torch_engine.kernels.packing import matrix_row
 from deployments.engine.torch_engine.kernels.step import Pool, Scratch, Stack, Tokens, run_layers
 from deployments.engine.torch_engine.kernels.vectors import BLOCK, DENSE_BF16, DENSE_F32, LANES
 from deployments.engine.torch_engine.models.llama import DecoderLayer, Weight
-from deployments.engine.torch_engine.rotary import rotation_table
+from deployments.engine.torch_engine.rotary import RotationRows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +36,9 @@ _MAX_TOKENS = {
 }
 """By dtype and whether the weights are packed: beyond, the matrix units win (measured)."""
 
+TILE_TOKENS = 64
+"""Tokens that read the weights together where all widths are computed here."""
+
 
 def _padded(rows: int) -> int:
     return -(-rows // LANES) * LANES
@@ -46,7 +50,14 @@ def _floats(tensor: Tensor) -> NDArray[np.float32]:
 
 
 class NarrowForward:
-    """Forwards of at most ``max_tokens`` tokens. Belongs to the engine thread."""
+    """Forwards of few tokens, or of many as tiles of few. Belongs to the engine thread.
+
+    A row's logits and KV rows have the same bits whatever else is computed, in whatever tiles and
+    on however many threads: sums have an order of their own, and all rows are read from the pool.
+
+    Attributes:
+        max_tokens: tokens of one tile.
+    """
 
     def __init__(self, model: Model, kv_cache: KVCache, max_tokens: int, num_threads: int) -> None:
         config = model.config
@@ -54,8 +65,9 @@ class NarrowForward:
         self._model = model
         self._kv_cache = kv_cache
         self._num_threads = num_threads
+        self._rotations = RotationRows(model.get_buffer("rope_frequencies"), config.rope.amplitude)
         self._others = ThreadPoolExecutor(num_threads - 1, "narrow") if num_threads > 1 else None
-        self._counter = np.zeros(8, dtype=np.int64)
+        self._counter = np.zeros(SLEEPERS // 8 + 1, dtype=np.int64)
         self._kept: list[NDArray[np.float32]] = []
         self._stack = self._stack_of(model)
         self._pool = _pool_of(kv_cache)
@@ -85,30 +97,37 @@ class NarrowForward:
         )
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        """As ``ModelRunner.forward``; the result is the caller's."""
-        num_tokens, num_logits = batch.token_ids.shape[0], batch.logit_rows.shape[0]
-        scratch = self._scratch
-        embedded = F.embedding(batch.token_ids, self._model.embed_tokens.weight)
-        torch.from_numpy(scratch.x)[:num_tokens] = embedded
+        """As ``ModelRunner.forward``; the result is the caller's. No row may see a later one."""
         seen = [rows for span in batch.spans for rows in _seen_rows(span)]
-        num_chunks = -(-max(rows.shape[0] for rows in seen) // CHUNK)
-        if num_chunks > scratch.partial.shape[1]:
+        self._make_room(max(rows.shape[0] for rows in seen))
+        wanted = batch.logit_rows
+        logits = torch.empty(wanted.shape[0], self._model.config.vocab_size)
+        for start in range(0, batch.token_ids.shape[0], self.max_tokens):
+            end = start + self.max_tokens
+            is_here = (wanted >= start) & (wanted < end)
+            self._embed(batch.token_ids[start:end])
+            self._run(
+                Tokens(
+                    slots=batch.slots[start:end].contiguous().numpy(),
+                    seen=np.array([rows.data_ptr() for rows in seen[start:end]], dtype=np.int64),
+                    num_seen=np.array([rows.shape[0] for rows in seen[start:end]], dtype=np.int64),
+                    cos_sin=self._rotations.of(batch.positions[start:end]).numpy(),
+                    logit_rows=(wanted[is_here] - start).numpy(),
+                )
+            )
+            found = torch.from_numpy(self._scratch.logits)
+            logits[is_here] = found[: int(is_here.sum()), : logits.shape[1]]
+        return logits
+
+    def _make_room(self, longest: int) -> None:
+        num_chunks = -(-longest // CHUNK)
+        if num_chunks > self._scratch.partial.shape[1]:
             num_chunks = -(-num_chunks // _CHUNKS_STEP) * _CHUNKS_STEP
-            self._scratch = scratch = scratch._replace(partial=self._partial(num_chunks))
-        frequencies: Tensor = self._model.get_buffer("rope_frequencies")
-        amplitude = self._model.config.rope.amplitude
-        table = rotation_table(batch.positions, frequencies, amplitude, torch.float32)
-        tokens = Tokens(
-            slots=batch.slots.contiguous().numpy(),
-            seen=np.array([rows.data_ptr() for rows in seen], dtype=np.int64),
-            num_seen=np.array([rows.shape[0] for rows in seen], dtype=np.int64),
-            cos_sin=table.squeeze(2).numpy(),
-            logit_rows=batch.logit_rows.contiguous().numpy(),
-        )
-        self._run(tokens)
-        return torch.from_numpy(scratch.logits)[
-            :num_logits, : self._model.config.vocab_size
-        ].clone()
+            self._scratch = self._scratch._replace(partial=self._partial(num_chunks))
+
+    def _embed(self, token_ids: Tensor) -> None:
+        embedded = F.embedding(token_ids, self._model.embed_tokens.weight)
+        torch.from_numpy(self._scratch.x)[: token_ids.shape[0]] = embedded
 
     def _run(self, tokens: Tokens) -> None:
         self._counter[0] = 0
@@ -190,30 +209,30 @@ def _seen_rows(span: SequenceSpan) -> list[Tensor]:
     return [torch.cat((head, tail[mask])) for mask in span.tail_mask]
 
 
-def narrow_forward(model: Model, kv_cache: KVCache) -> NarrowForward | None:
-    """The compiled layers of a model, with the threads that torch was given.
-
-    Returns:
-        None if they do not compute what the model's modules do, or not on its device.
-    """
-    config, dtype = model.config, kv_cache.k.dtype
-    sizes = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.head_dim,
-        config.num_heads * config.head_dim,
-    )
-    if type(model.lm_head) is not Weight or any(
+def obstacle(model: Model, kv_cache: KVCache) -> str | None:
+    """Why these layers cannot compute what a model's modules do; None if they can."""
+    config = model.config
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "head_dim": config.head_dim,
+    }
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % LANES]
+    is_own = type(model.lm_head) is not Weight or any(
         type(layer) is not DecoderLayer for layer in model.layers
-    ):
-        return None
-    is_packed = model.lm_head.packed is not None
-    max_tokens = _MAX_TOKENS.get((dtype, is_packed))
-    if (
-        max_tokens is None
-        or model.device.type != "cpu"
-        or any(size % LANES for size in sizes)
-        or not model.attention_class.is_standard
-    ):
-        return None
-    return NarrowForward(model, kv_cache, max_tokens, torch.get_num_threads())
+    )
+    if model.device.type != "cpu":
+        return f"the kernels run on the CPU, not on {model.device.type}"
+    if kv_cache.k.dtype not in {torch.float32, torch.bfloat16}:
+        return f"the kernels do not read {kv_cache.k.dtype}"
+    if is_own or not model.attention_class.is_standard:
+        return f"the kernels do not know the layers of {config.model_type}"
+    if odd:
+        return f"the kernels need sizes that {LANES} divides, not {', '.join(odd)}"
+    return None
+
+
+def max_narrow_tokens(model: Model) -> int:
+    """Tokens up to which a forward is faster here than in the model's modules."""
+    head = cast("Weight", model.lm_head)
+    return _MAX_TOKENS[model.dtype, head.packed is not None]

@@ -21,7 +21,7 @@ from deployments.engine.torch_engine.kernels.elementwise import (
 )
 from deployments.engine.torch_engine.kernels.memory import bits_of_float, wait_for_all
 from deployments.engine.torch_engine.kernels.products import multiply
-from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, Q4_1, Q4_1_SHORT
+from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, LANES, Q4_1, Q4_1_SHORT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -270,7 +270,10 @@ def run_layers(stack, pool, tokens, scratch, counter, part, num_parts):
         _normalise_rows(scratch.x, N, stack.post_attention_norm[layer], stack.eps, normed)
         _apply(stack.gate_up[layer], normed, N, scratch, scratch.gate_up, part, num_parts)
         wait_for_all(counter, num_parts, met + 5)
-        first, last = I * part // num_parts, I * (part + 1) // num_parts
+        # Whole vectors, or a column's code would depend on where another thread begins.
+        num_vectors = I // LANES
+        first = num_vectors * part // num_parts * LANES
+        last = num_vectors * (part + 1) // num_parts * LANES
         gate(scratch.gate_up, N, I, first, last, scratch.hidden)
         wait_for_all(counter, num_parts, met + 6)
         first, last = _apply(

@@ -52,8 +52,12 @@ class LoadedModel:
     folder: Path
     dtype: DtypeName
 
-    def page_layout(self) -> PageLayout:
-        """The layout of this model's KV pages."""
+    def page_layout(self, engine: str = "torch") -> PageLayout:
+        """The layout of this model's KV pages.
+
+        Args:
+            engine: ``ModelRunner.arithmetic`` of whoever computes them.
+        """
         return PageLayout(
             num_layers=self.config.num_layers,
             num_kv_heads=self.config.num_kv_heads,
@@ -61,6 +65,7 @@ class LoadedModel:
             dtype=self.dtype,
             model_digest=self.weights_digest,
             rope=self.config.rope.canonical_text(),
+            engine=engine,
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deployments.engine.torch_engine.kernels.narrow_forward import NarrowForward, narrow_forward
+from deployments.engine.torch_engine.kernels.narrow_forward import NarrowForward, obstacle
 from deployments.engine.torch_engine.kv_cache import KVCache
 from tests.unit.deployments.engine.torch_engine.tiny_models import CONFIGS, batch_of, loaded_model
 
@@ -112,13 +112,13 @@ def test_numbers_that_are_none_stay_visible():
     assert logits.isnan().all(dim=1).all()
 
 
-def test_what_the_layers_cannot_compute_is_left_to_the_modules():
+def test_what_the_layers_cannot_compute_is_told():
     loaded = loaded_model()
     cache = KVCache(loaded.config, 2, dtype=torch.float32)
-    assert narrow_forward(loaded.model, cache) is not None
+    assert obstacle(loaded.model, cache) is None
 
     class OwnAttention(loaded.model.attention_class):
         is_standard = False
 
     loaded.model.attention_class = OwnAttention
-    assert narrow_forward(loaded.model, cache) is None
+    assert "layers of llama" in obstacle(loaded.model, cache)
