@@ -79,14 +79,13 @@ def fit_student(
     import torch
 
     from deployments.engine.torch_engine import student_fitting
-    from deployments.engine.torch_engine.precision import fast_dtype
     from deployments.engine.torch_engine.prompts import bundled_prompts
     from deployments.engine.torch_engine.student import save_student
     from deployments.engine.torch_engine.weights.loader import load_model
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     on_progress(f"loading {model}")
-    loaded = load_model(model, dtype=fast_dtype("cpu"), cache_dir=cache_dir)
+    loaded = load_model(model, dtype="bfloat16", cache_dir=cache_dir)
     student = student_fitting.fit_student(
         loaded,
         bundled_prompts(loaded.folder),

@@ -84,9 +84,9 @@ class DraftPoolConfig(_Config):
     """``student`` (fitted to the target by ``paceline train student``), ``suffix``,
     ``model:NAME_OR_FOLDER`` for a small language model of the same vocabulary, or
     ``package.module:Name`` for a drafter of your own."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of a language-model drafter; by default what is fast on its hardware. It never
-    changes a text, only how soon and how well guesses come."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """In what a language-model drafter keeps its numbers. It never changes a text, only how soon
+    and how well guesses come."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where a language-model drafter runs."""
     num_threads: int = Field(default=1, ge=1)

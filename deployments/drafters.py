@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from deployments.config import DraftPoolConfig
     from deployments.engine.config import EngineConfig
     from deployments.engine.speculation.drafters.base import Drafter
-    from deployments.engine.torch_engine.precision import DtypeName
     from deployments.engine.torch_engine.weights.loader import LoadedModel
 
 _STUDENT = "student"
@@ -40,14 +39,14 @@ def build_drafter(draft: DraftPoolConfig, engine: EngineConfig, cache_dir: Path)
 def _student(draft: DraftPoolConfig, target: str, cache_dir: Path) -> Drafter:
     from deployments.engine.torch_engine.student import load_student
 
-    loaded = load_student(target, dtype=_dtype(draft), device=draft.device, cache_dir=cache_dir)
+    loaded = load_student(target, dtype=draft.dtype, device=draft.device, cache_dir=cache_dir)
     return _causal_lm_drafter(draft, loaded)
 
 
 def _language_model(draft: DraftPoolConfig, name_or_path: str, cache_dir: Path) -> Drafter:
     from deployments.engine.torch_engine.weights.loader import load_model
 
-    loaded = load_model(name_or_path, dtype=_dtype(draft), device=draft.device, cache_dir=cache_dir)
+    loaded = load_model(name_or_path, dtype=draft.dtype, device=draft.device, cache_dir=cache_dir)
     return _causal_lm_drafter(draft, loaded)
 
 
@@ -58,9 +57,3 @@ def _causal_lm_drafter(draft: DraftPoolConfig, loaded: LoadedModel) -> Drafter:
 
     torch.set_num_threads(draft.num_threads)
     return CausalLMDrafter(loaded, num_pages=draft.num_pages, max_sessions=draft.max_sessions)
-
-
-def _dtype(draft: DraftPoolConfig) -> DtypeName:
-    from deployments.engine.torch_engine.precision import fast_dtype
-
-    return fast_dtype(draft.device) if draft.dtype == "auto" else draft.dtype

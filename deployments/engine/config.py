@@ -41,10 +41,11 @@ class TorchEngineConfig(_Config):
     """The model id clients use; the last part of ``model`` by default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic and KV precision. float32 is token-for-token reproducible across batch shapes."""
-    weights: Literal["dense", "file"] = "dense"
+    weights: Literal["dense", "file", "int8", "int4"] = "dense"
     """``dense`` keeps one number of ``dtype`` per weight. ``file`` lets steps of few tokens read
     the Q4_1 and Q8_0 blocks of a GGUF file as they are, which is several times faster on a CPU;
-    longer forwards use the dense values of the same blocks."""
+    longer forwards use the dense values of the same blocks. ``int8`` and ``int4`` round the
+    matrices of any checkpoint to such blocks when it is loaded; vocabulary matrices keep 8 bits."""
     deterministic: bool = False
     """The same seed gives the same text to the bit, in both dtypes, whatever the batch, chunks,
     caches, threads or drafts: one arithmetic computes every width. Prefill is slower where the
@@ -72,9 +73,11 @@ class TorchEngineConfig(_Config):
     """How drafts are used."""
 
     @model_validator(mode="after")
-    def _deterministic_where_it_can_be(self) -> Self:
+    def _compiled_where_kernels_run(self) -> Self:
         if self.deterministic and self.device != "cpu":
             raise ValueError("deterministic arithmetic needs device: cpu")
+        if self.weights in {"int8", "int4"} and self.device != "cpu":
+            raise ValueError(f"weights: {self.weights} needs device: cpu")
         return self
 
     def context_length(self, max_positions: int) -> int:

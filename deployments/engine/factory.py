@@ -60,6 +60,8 @@ def build_engine(
         loaded.config, config.num_pages, dtype=loaded.model.dtype, device=config.device
     )
     runner = ModelRunner(loaded.model, loaded.config, memory, is_deterministic=config.deterministic)
+    if config.deterministic:
+        loaded.model.drop_dense()
     layout = loaded.page_layout(runner.arithmetic)
     runner.warm_up()
     parts = EngineParts(

@@ -113,8 +113,8 @@ def attend(q_NHD: Tensor, k_pool: Tensor, v_pool: Tensor, groups: Sequence[SpanG
     for group in groups:
         B = group.num_spans
         q_BQHD = q_NHD.index_select(0, group.rows).view(B, -1, num_heads, head_dim)
-        k_BLKD = k_pool.index_select(0, group.slots).view(B, -1, *k_pool.shape[1:])
-        v_BLKD = v_pool.index_select(0, group.slots).view(B, -1, *v_pool.shape[1:])
+        k_BLKD = k_pool.index_select(0, group.slots).to(q_NHD.dtype).view(B, -1, *k_pool.shape[1:])
+        v_BLKD = v_pool.index_select(0, group.slots).to(q_NHD.dtype).view(B, -1, *v_pool.shape[1:])
         attended_BHQD = F.scaled_dot_product_attention(
             q_BQHD.transpose(1, 2),
             k_BLKD.transpose(1, 2),

@@ -35,6 +35,8 @@ _MAX_TOKENS = {
     (torch.bfloat16, True): 16,
 }
 """By dtype and whether the weights are packed: beyond, the matrix units win (measured)."""
+_MAX_TOKENS_WIDENED = 32
+"""The same where a wide forward must first widen all weights."""
 
 TILE_TOKENS = 64
 """Tokens that read the weights together where all widths are computed here."""
@@ -234,5 +236,7 @@ def obstacle(model: Model, kv_cache: KVCache) -> str | None:
 
 def max_narrow_tokens(model: Model) -> int:
     """Tokens up to which a forward is faster here than in the model's modules."""
+    if model.compute_dtype != model.dtype:
+        return _MAX_TOKENS_WIDENED
     head = cast("Weight", model.lm_head)
     return _MAX_TOKENS[model.dtype, head.packed is not None]

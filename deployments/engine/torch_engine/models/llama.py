@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from deployments.engine.torch_engine.attention import attend, group_spans
 from deployments.engine.torch_engine.kernels import wide
+from deployments.engine.torch_engine.precision import compute_dtype
 from deployments.engine.torch_engine.rotary import inverse_frequencies, rotate, rotation_table
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class ForwardOutput(NamedTuple):
     """What one forward computed.
 
     Attributes:
-        logits: [M, V] of the batch's ``logit_rows``, in the model's dtype.
-        features: per captured layer [N, E], every row of the batch.
+        logits: [M, V] of the batch's ``logit_rows``, in the dtype it computes in.
+        features: per captured layer [N, E], every row of the batch, in the model's dtype.
     """
 
     logits: Tensor
@@ -63,7 +64,8 @@ class Weight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``."""
-        return F.linear(x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -78,7 +80,7 @@ class RMSNorm(nn.Module):
         """Same shape and dtype as ``x``."""
         if wide.is_suited(x):
             return wide.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -123,8 +125,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
         q_NHD = rotate(q_NHD, ctx.rotation)
-        k_pool.index_copy_(0, ctx.slots, rotate(k_NKD, ctx.rotation))
-        v_pool.index_copy_(0, ctx.slots, v_NKD)
+        k_pool.index_copy_(0, ctx.slots, rotate(k_NKD, ctx.rotation).to(k_pool.dtype))
+        v_pool.index_copy_(0, ctx.slots, v_NKD.to(v_pool.dtype))
         attended_NHD = attend(q_NHD, k_pool, v_pool, ctx.groups)
         projected: Tensor = self.o_proj(attended_NHD.flatten(1))
         return projected
@@ -225,8 +227,13 @@ class Model(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """Of weights."""
         return self.embed_tokens.weight.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of activations and logits."""
+        return compute_dtype(self.dtype, self.device.type)
 
     @property
     def device(self) -> torch.device:
@@ -251,20 +258,29 @@ class Model(nn.Module):
                 batch.positions.to(self.device),
                 frequencies,
                 self.config.rope.amplitude,
-                self.dtype,
+                self.compute_dtype,
             ),
             slots=batch.slots.to(self.device),
-            groups=group_spans(batch, self.dtype, self.device),
+            groups=group_spans(batch, self.compute_dtype, self.device),
         )
         streams: dict[int, Tensor] = {}
         x_NE = F.embedding(batch.token_ids.to(self.device), self.embed_tokens.weight)
+        x_NE = x_NE.to(self.compute_dtype)
         for index, layer in enumerate(self.layers):
             if index in capture_layers:
                 streams[index] = x_NE
             x_NE = layer(x_NE, kv_cache.k[index], kv_cache.v[index], ctx)
         streams[len(self.layers)] = x_NE
         x_ME = self.norm(x_NE.index_select(0, batch.logit_rows.to(self.device)))
-        return ForwardOutput(self.lm_head(x_ME), tuple(streams[i] for i in capture_layers))
+        return ForwardOutput(
+            self.lm_head(x_ME), tuple(streams[i].to(self.dtype) for i in capture_layers)
+        )
+
+    def drop_dense(self) -> None:
+        """Give back the dense copies of packed matrices, where every forward is a narrow one."""
+        for weight in self.modules():
+            if isinstance(weight, Weight) and weight.packed and weight is not self.embed_tokens:
+                weight.weight = nn.Parameter(weight.weight.new_empty(0), requires_grad=False)
 
     def weight_targets(self) -> dict[str, Tensor]:
         """Checkpoint names of all tensors -> the (part of a) parameter each is copied into."""

@@ -17,7 +17,7 @@ from deployments.engine.errors import WeightsMismatchError, WeightsMissingError
 from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.models import model_class
 from deployments.engine.torch_engine.weights.gguf import GGUFFile
-from deployments.engine.torch_engine.weights.packed import attach_blocks
+from deployments.engine.torch_engine.weights.packed import attach_blocks, file_blocks, quantised
 from deployments.engine.torch_engine.weights.safetensors import read_safetensors, safetensors_files
 from kv_store.layout import PageLayout
 
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
     from deployments.engine.torch_engine.models.llama import Model
     from deployments.engine.torch_engine.precision import DtypeName
+    from deployments.engine.torch_engine.weights.gguf import QuantizedBlocks
 
-WeightsForm = Literal["dense", "file"]
+WeightsForm = Literal["dense", "file", "int8", "int4"]
 
+_BITS = {"int8": 8, "int4": 4}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _ALWAYS_DERIVED = ".rotary_emb.inv_freq"
@@ -41,7 +43,8 @@ class LoadedModel:
     """A model that is ready to run, and where it came from.
 
     Attributes:
-        weights_digest: hex; differs whenever a file that decides the arithmetic differs.
+        weights_digest: hex; differs whenever the files differ that decide the arithmetic, or what
+            was made of their numbers.
         folder: holds the tokenizer's files as well.
         dtype: of weights, activations and KV rows.
     """
@@ -135,13 +138,20 @@ def load_model(
     config = ModelConfig.from_folder(folder)
     files = weight_files(folder)
     model = model_class(config.model_type)(config, dtype=torch_dtype(dtype), device=device)
-    fill_model(model, read_tensors(files))
+    digest = weights_digest(folder)
+    if weights in _BITS:
+        blocks: dict[str, QuantizedBlocks] = {}
+        fill_model(model, quantised(read_tensors(files), _BITS[weights], blocks))
+        attach_blocks(model, blocks.items())
+        digest = blake3.blake3(f"{digest} {weights}".encode()).hexdigest()
+    else:
+        fill_model(model, read_tensors(files))
     if weights == "file":
-        attach_blocks(model, files)
+        attach_blocks(model, file_blocks(files, model.weight_targets()))
     return LoadedModel(
         model=model,
         config=config,
-        weights_digest=weights_digest(folder),
+        weights_digest=digest,
         folder=folder,
         dtype=dtype,
     )

@@ -9,6 +9,7 @@ import torch
 
 from deployments.engine.torch_engine.kernels.narrow_forward import NarrowForward, obstacle
 from deployments.engine.torch_engine.kv_cache import KVCache
+from deployments.engine.torch_engine.models.llama import Model
 from tests.unit.deployments.engine.torch_engine.tiny_models import CONFIGS, batch_of, loaded_model
 
 TEXT = torch.randint(97, (60,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -58,7 +59,8 @@ def test_logits_and_rows_are_those_of_the_modules(name, num_threads):
     torch.testing.assert_close(cache.v, expected_cache.v, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_weights_are_multiplied_with_less_rounding_than_in_the_modules():
+def test_bfloat16_weights_are_multiplied_with_less_rounding_than_in_the_modules(monkeypatch):
+    monkeypatch.setattr(Model, "compute_dtype", property(lambda model: model.dtype))
     rounded, exact = loaded_model(dtype="bfloat16"), loaded_model(dtype="bfloat16")
     exact.model.float()
     truth = exact.model(mixed_batch(), filled_cache(exact)).logits
@@ -122,3 +124,15 @@ def test_what_the_layers_cannot_compute_is_told():
 
     loaded.model.attention_class = OwnAttention
     assert "layers of llama" in obstacle(loaded.model, cache)
+
+
+def test_without_bfloat16_products_the_modules_widen_what_they_read(monkeypatch):
+    """Then only the rounding of KV rows sets the two apart."""
+    monkeypatch.setattr(Model, "compute_dtype", property(lambda _: torch.float32))
+    loaded = loaded_model("qwen2", dtype="bfloat16")
+    cache = filled_cache(loaded)
+    output = loaded.model(mixed_batch(), filled_cache(loaded), (1, 3))
+    assert output.logits.dtype == torch.float32
+    assert {feature.dtype for feature in output.features} == {torch.bfloat16}
+    got = NarrowForward(loaded.model, cache, 16, 1).forward(mixed_batch())
+    torch.testing.assert_close(got, output.logits, rtol=2e-2, atol=2e-2)

@@ -8,12 +8,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from deployments.engine.errors import UnsupportedModelError
+from deployments.engine.torch_engine.kernels import vectors as kernel_forms
 from deployments.engine.torch_engine.kv_cache import KVCache
+from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.model_runner import ModelRunner
+from deployments.engine.torch_engine.models import llama
 from deployments.engine.torch_engine.weights.loader import load_model
-from deployments.engine.torch_engine.weights.packed import attach_blocks
+from deployments.engine.torch_engine.weights.packed import file_blocks
 from tests.unit.deployments.engine.torch_engine.tiny_models import batch_of
 
 HIDDEN, INNER, HEADS, KV_HEADS, LAYERS, VOCAB = 64, 96, 4, 2, 2, 70
@@ -107,4 +111,61 @@ def test_other_blocks_are_refused_by_name(kinds, named, tmp_path):
 
 def test_a_file_that_is_not_gguf_has_no_blocks(tmp_path):
     with pytest.raises(UnsupportedModelError, match="needs a GGUF file"):
-        attach_blocks(torch.nn.Module(), [tmp_path / "model.safetensors"])
+        list(file_blocks([tmp_path / "model.safetensors"], ()))
+
+
+def write_checkpoint(folder, columns=HIDDEN):
+    """A random checkpoint without any quantised number."""
+    rng = np.random.default_rng(4)
+    model = llama.Model(ModelConfig.from_hf(CONFIG | {"hidden_size": columns}), dtype=torch.float32)
+    tensors = {
+        name: torch.from_numpy((rng.standard_normal(target.shape) * 0.3).astype(np.float32))
+        for name, target in model.weight_targets().items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": columns}))
+
+
+@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.02), ("int4", 0.3)])
+def test_any_checkpoint_can_be_rounded_to_blocks(weights, bound, tmp_path):
+    write_checkpoint(tmp_path)
+    exact = logits(tmp_path, "dense")
+    narrow = logits(tmp_path, weights)
+    loaded = load_model(str(tmp_path), dtype="float32", cache_dir=tmp_path, weights=weights)
+    cache = KVCache(loaded.config, 1, dtype=torch.float32)
+    wide = loaded.model(batch_of((list(range(3, 12)), range(9), range(9), [], None)), cache).logits
+    torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-4)
+    assert 0 < (wide - exact).square().mean() < bound**2 * exact.square().mean()
+    # The scale of eight bits is that of the vocabulary in any case.
+    assert loaded.model.embed_tokens.packed.form == kernel_forms.Q8_0
+    form = loaded.model.layers[0].mlp.down_proj.packed.form
+    assert form == (kernel_forms.Q8_0 if weights == "int8" else kernel_forms.Q4_1)
+
+
+def test_pages_of_rounded_weights_are_others(tmp_path):
+    write_checkpoint(tmp_path)
+    found = {
+        load_model(
+            str(tmp_path), dtype="float32", cache_dir=tmp_path, weights=weights
+        ).page_layout().fingerprint()
+        for weights in ("dense", "int8", "int4")
+    }
+    assert len(found) == 3
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
+    write_checkpoint(tmp_path, columns=80)
+    with pytest.raises(UnsupportedModelError, match="has 80 columns, which 32 must divide"):
+        load_model(str(tmp_path), dtype="float32", cache_dir=tmp_path, weights="int8")
+
+
+def test_a_deterministic_runner_needs_no_dense_copies(tmp_path):
+    write_model(tmp_path)
+    loaded = load_model(str(tmp_path), dtype="bfloat16", cache_dir=tmp_path, weights="file")
+    cache = KVCache(loaded.config, 1, dtype=torch.bfloat16)
+    runner = ModelRunner(loaded.model, loaded.config, cache, is_deterministic=True)
+    batch = batch_of((list(range(3, 12)), range(9), range(9), [], None))
+    expected = runner.forward(batch)
+    loaded.model.drop_dense()
+    assert torch.equal(runner.forward(batch), expected)
+    assert loaded.model.layers[0].mlp.down_proj.weight.numel() == 0
