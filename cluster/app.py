@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from ray.serve.config import RequestRouterConfig
 
 from cluster.config_loader import parse_config
-from cluster.pools import deployment_options
+from cluster.pools import deployment_options, engine_threads
 from deployments.draft import DraftDeployment
 from deployments.ingress import IngressDeployment
 from deployments.target import TargetDeployment
@@ -45,10 +45,11 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 def build_application(config: ClusterConfig) -> serve.Application:
     """Bind the deployments of a config."""
     pool = _with_pool_secret(config)
+    engine = config.engine.model_copy(update={"num_threads": engine_threads(config)})
     draft = None
     if config.pools.draft is not None and config.engine.speculation.enabled:
         draft = DraftDeployment.options(**deployment_options(config.pools.draft)).bind(
-            engine=config.engine,
+            engine=engine,
             draft=pool,
             cache_dir=config.cache_dir,
             tracing=config.tracing,
@@ -58,7 +59,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
     ).bind(
         draft,
-        engine=config.engine,
+        engine=engine,
         cache_dir=config.cache_dir,
         kv=config.kv,
         pool_secret=pool.secret,
@@ -66,7 +67,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
     )
     return IngressDeployment.options(**deployment_options(config.pools.ingress)).bind(
         target,
-        engine=config.engine,
+        engine=engine,
         cache_dir=config.cache_dir,
         config=config.ingress,
         auth=config.auth,

@@ -17,7 +17,7 @@ import psutil
 
 from cluster.errors import ClusterStartError, ConfigError, PortInUseError
 from cluster.hot_tier import valkey_problems
-from cluster.pools import machine_resources, max_replicas
+from cluster.pools import engine_threads, machine_resources, max_replicas
 from cluster.ports import PortLease
 from cluster.preparation import find_drafter, find_weights, needs_student
 from cluster.state import default_state_dir, list_states
@@ -190,7 +190,7 @@ def _pools(config: ClusterConfig) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("pools", Verdict.FAILED, str(error), "leave labels out on one machine")
         return
-    threads = max_replicas(config.pools.target) * config.engine.num_threads
+    threads = max_replicas(config.pools.target) * engine_threads(config)
     if config.pools.draft is not None:
         threads += max_replicas(config.pools.draft) * config.draft.num_threads
     cores = len(os.sched_getaffinity(0))

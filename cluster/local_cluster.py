@@ -25,7 +25,7 @@ from cluster.errors import ClusterStartError
 from cluster.hot_tier import hot_tier, hot_tier_address, ssd_roots
 from cluster.kept_logs import keep_logs
 from cluster.manifest import serve_logging
-from cluster.pools import machine_resources
+from cluster.pools import engine_threads, machine_resources
 from cluster.ports import PortLease
 from cluster.processes import ClusterProcesses
 from cluster.ray_environment import HAPROXY_FOLDER, applied, local_environment
@@ -158,7 +158,7 @@ class LocalCluster:
             # One for all of the user's clusters: Ray caches it for the life of a process.
             token_path=_secret_file(self._state_dir, "ray-token"),
             ports=ports,
-            num_threads=self._config.engine.num_threads,
+            num_threads=engine_threads(self._config),
         )
         self._stack.enter_context(applied(variables))
         # Closed in the reverse order: Serve and Ray, then Valkey, then whatever is still there.

@@ -10,7 +10,7 @@ from cluster.autoscaling import autoscaling_options
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.config import PoolConfig, PoolsConfig
+    from cluster.config import ClusterConfig, PoolConfig, PoolsConfig
 
 HEALTH_CHECK_PERIOD_S = 5.0
 HEALTH_CHECK_TIMEOUT_S = 10.0
@@ -60,6 +60,11 @@ def deployment_options(pool: PoolConfig) -> dict[str, Any]:
 def max_replicas(pool: PoolConfig) -> int:
     """Replicas the pool may grow to."""
     return pool.autoscaling.max_replicas if pool.autoscaling else pool.replicas
+
+
+def engine_threads(config: ClusterConfig) -> int:
+    """Threads of one target replica: as set, or else its share of the machine."""
+    return config.engine.num_threads or max(1, math.floor(config.pools.target.num_cpus))
 
 
 def machine_resources(pools: PoolsConfig) -> MachineResources:

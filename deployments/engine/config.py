@@ -53,8 +53,9 @@ class TorchEngineConfig(_Config):
     cover are refused."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where weights and pages live."""
-    num_threads: int = Field(default=1, ge=1)
-    """CPU threads of one replica's arithmetic; pools share the machine."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of one replica's arithmetic. By default the replica's share of the machine: the
+    whole CPUs that its pool asks for (``pools.target.num_cpus``), at least one."""
     max_model_len: int = Field(default=4096, ge=64)
     """Prompt and output tokens of one sequence, at most; never above the model's own limit or what
     ``num_pages`` hold."""

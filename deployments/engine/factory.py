@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def build_engine(
     from deployments.engine.torch_engine.model_runner import ModelRunner
     from deployments.engine.torch_engine.weights.loader import load_model
 
-    torch.set_num_threads(config.num_threads)
+    # Whoever builds an engine without a pool around it has the process' CPUs to give.
+    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     loaded = load_model(
         config.model,
         dtype=config.dtype,

@@ -3,9 +3,10 @@
 import pytest
 from ray.serve.config import AutoscalingConfig
 
-from cluster.config import AutoscaleConfig, PoolConfig, PoolsConfig
+from cluster.config import AutoscaleConfig, ClusterConfig, PoolConfig, PoolsConfig
 from cluster.errors import ConfigError
-from cluster.pools import deployment_options, machine_resources
+from cluster.pools import deployment_options, engine_threads, machine_resources
+from deployments.engine.config import TorchEngineConfig
 
 
 def test_a_fixed_pool_has_replicas_and_no_autoscaling():
@@ -68,3 +69,14 @@ def test_one_machine_cannot_have_two_values_of_a_label():
     pools = PoolsConfig(target=PoolConfig(labels={"p": "t"}), draft=PoolConfig(labels={"p": "d"}))
     with pytest.raises(ConfigError, match=r"pools\.draft\.labels.*'p'"):
         machine_resources(pools)
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "set_threads", "expected"), [(1, None, 1), (0.5, None, 1), (4, None, 4), (4, 2, 2)]
+)
+def test_a_replica_computes_on_the_cpus_it_asks_for(num_cpus, set_threads, expected):
+    config = ClusterConfig(
+        pools=PoolsConfig(target=PoolConfig(num_cpus=num_cpus)),
+        engine=TorchEngineConfig(num_threads=set_threads),
+    )
+    assert engine_threads(config) == expected

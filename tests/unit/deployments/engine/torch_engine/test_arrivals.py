@@ -44,7 +44,12 @@ class Mode(NamedTuple):
     runner_options: Mapping[str, bool]
 
 
-MODES = {"float32": Mode("float32", is_exact=False, runner_options={})}
+DETERMINISTIC = {"is_deterministic": True}
+MODES = {
+    "float32": Mode("float32", is_exact=False, runner_options={}),
+    "deterministic bfloat16": Mode("bfloat16", is_exact=True, runner_options=DETERMINISTIC),
+    "deterministic float32": Mode("float32", is_exact=True, runner_options=DETERMINISTIC),
+}
 
 
 class TinyReference(Reference):
