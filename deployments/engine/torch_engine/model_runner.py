@@ -116,11 +116,8 @@ class ModelRunner:
             batch: the forward.
             capture_layers: ``i`` taps the residual stream that enters layer i; ``num_layers`` the
                 stream behind the last layer, before the final norm.
-
-        Raises:
-            UnsupportedModelError: the runner is deterministic; these forwards are not.
         """
-        if self._is_deterministic:
-            raise UnsupportedModelError("engine.deterministic: hidden states cannot be handed out")
+        if self._narrow is not None and self._is_deterministic:
+            return FeatureOutput(*self._narrow.forward_with_features(batch, capture_layers))
         output: ForwardOutput = self.model(batch, self.kv_cache, capture_layers)
         return FeatureOutput(output.logits.float(), output.features)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -100,26 +101,49 @@ class NarrowForward:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """As ``ModelRunner.forward``; the result is the caller's. No row may see a later one."""
+        return self.forward_with_features(batch, ())[0]
+
+    def forward_with_features(
+        self, batch: ForwardBatch, capture_layers: tuple[int, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As ``ModelRunner.forward_with_features``; features have the model's dtype."""
         seen = [rows for span in batch.spans for rows in _seen_rows(span)]
         self._make_room(max(rows.shape[0] for rows in seen))
         wanted = batch.logit_rows
-        logits = torch.empty(wanted.shape[0], self._model.config.vocab_size)
-        for start in range(0, batch.token_ids.shape[0], self.max_tokens):
-            end = start + self.max_tokens
+        config = self._model.config
+        logits = torch.empty(wanted.shape[0], config.vocab_size)
+        num_tokens, last = batch.token_ids.shape[0], config.num_layers
+        features = {
+            layer: torch.empty(num_tokens, config.hidden_size, dtype=self._model.dtype)
+            for layer in capture_layers
+        }
+        cuts = sorted({layer for layer in capture_layers if 0 < layer < last})
+        for start in range(0, num_tokens, self.max_tokens):
+            end = min(start + self.max_tokens, num_tokens)
             is_here = (wanted >= start) & (wanted < end)
             self._embed(batch.token_ids[start:end])
-            self._run(
-                Tokens(
-                    slots=batch.slots[start:end].contiguous().numpy(),
-                    seen=np.array([rows.data_ptr() for rows in seen[start:end]], dtype=np.int64),
-                    num_seen=np.array([rows.shape[0] for rows in seen[start:end]], dtype=np.int64),
-                    cos_sin=self._rotations.of(batch.positions[start:end]).numpy(),
-                    logit_rows=(wanted[is_here] - start).numpy(),
-                )
+            tokens = Tokens(
+                slots=batch.slots[start:end].contiguous().numpy(),
+                seen=np.array([rows.data_ptr() for rows in seen[start:end]], dtype=np.int64),
+                num_seen=np.array([rows.shape[0] for rows in seen[start:end]], dtype=np.int64),
+                cos_sin=self._rotations.of(batch.positions[start:end]).numpy(),
+                logit_rows=(wanted[is_here] - start).numpy(),
             )
+            stream = torch.from_numpy(self._scratch.x)[: end - start]
+            for first, behind in pairwise((0, *cuts, last)):
+                if first in features:
+                    features[first][start:end] = stream
+                self._run(tokens, first, behind)
+            if last in features:
+                features[last][start:end] = stream
+            if -1 in features:  # what the head sees
+                weight = self._model.norm.weight.float()
+                features[-1][start:end] = F.rms_norm(
+                    stream, weight.shape, weight, config.rms_norm_eps
+                )
             found = torch.from_numpy(self._scratch.logits)
             logits[is_here] = found[: int(is_here.sum()), : logits.shape[1]]
-        return logits
+        return logits, tuple(features[layer] for layer in capture_layers)
 
     def _make_room(self, longest: int) -> None:
         num_chunks = -(-longest // CHUNK)
@@ -131,9 +155,15 @@ class NarrowForward:
         embedded = F.embedding(token_ids, self._model.embed_tokens.weight)
         torch.from_numpy(self._scratch.x)[: token_ids.shape[0]] = embedded
 
-    def _run(self, tokens: Tokens) -> None:
+    def _run(self, tokens: Tokens, first: int, behind: int) -> None:
+        """Layers ``first`` to ``behind``; the head only behind the last one."""
+        stack, pool = self._stack, self._pool
+        if behind < self._model.config.num_layers:
+            tokens = tokens._replace(logit_rows=tokens.logit_rows[:0])
+        if (first, behind) != (0, self._model.config.num_layers):
+            stack, pool = _stack_part(stack, first, behind), _pool_part(pool, first, behind)
         self._counter[0] = 0
-        shared = (self._stack, self._pool, tokens, self._scratch, self._counter.ctypes.data)
+        shared = (stack, pool, tokens, self._scratch, self._counter.ctypes.data)
         if self._others is None:
             run_layers(*shared, 0, 1)
             return
@@ -186,6 +216,17 @@ def _stacked(norms: Sequence[RMSNorm]) -> NDArray[np.float32]:
     if not norms:
         return np.zeros((0, 0), dtype=np.float32)
     return np.stack([_floats(norm.weight) for norm in norms])
+
+
+def _stack_part(stack: Stack, first: int, behind: int) -> Stack:
+    by_layer = ("input_norm", "qkv", "q_norm", "k_norm", "o", "post_attention_norm", "gate_up")
+    parts = {name: getattr(stack, name)[first:behind] for name in (*by_layer, "down")}
+    return stack._replace(**parts)
+
+
+def _pool_part(pool: Pool, first: int, behind: int) -> Pool:
+    k, v = pool.k[first:behind], pool.v[first:behind]
+    return pool._replace(k=k, v=v, k_at=k.ctypes.data, v_at=v.ctypes.data)
 
 
 def _pool_of(kv_cache: KVCache) -> Pool:

@@ -139,9 +139,20 @@ def test_what_has_no_deterministic_arithmetic_is_refused(loaded):
     with pytest.raises(UnsupportedModelError, match=r"engine\.deterministic.*layers of llama"):
         ModelRunner(loaded.model, loaded.config, memory, is_deterministic=True)
     del loaded.model.attention_class
-    runner = ModelRunner(loaded.model, loaded.config, memory, is_deterministic=True)
-    with pytest.raises(UnsupportedModelError, match="hidden states"):
-        runner.forward_with_features(batch_of(([1], [0], [0], [], None)), (0,))
+
+
+def test_hidden_states_are_handed_out_without_changing_a_bit(loaded):
+    batch = batch_of((TEXTS[0][:70], range(70), SLOTS[:70], [], None))
+    caches = [KVCache(loaded.config, 16, dtype=loaded.model.dtype) for _ in range(2)]
+    plain, tapped = (
+        ModelRunner(loaded.model, loaded.config, cache, is_deterministic=True) for cache in caches
+    )
+    logits, features = tapped.forward_with_features(batch, (2, 0, 3))
+    assert torch.equal(logits, plain.forward(batch))
+    assert torch.equal(caches[0].k, caches[1].k)
+    output = loaded.model(batch, KVCache(loaded.config, 16, dtype=loaded.model.dtype), (2, 0, 3))
+    for found, expected in zip(features, output.features, strict=True):
+        torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
 
 
 def test_rows_of_other_arithmetic_are_other_pages(loaded):
