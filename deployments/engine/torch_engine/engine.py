@@ -99,7 +99,7 @@ class TorchEngine(Engine):
         has_tokens = False
         span = tracer.start_span("engine.generate", _parent_context(request))
         try:
-            structure = await self._prepare(session_id, request)
+            structure = await self._prepare(request)
             if not self._mailbox.submit(Submission(session_id, request, structure)):
                 is_ended = True
                 raise EngineOverloadedError("The engine's waiting queue is full.")
@@ -178,7 +178,7 @@ class TorchEngine(Engine):
         if request.deadline is not None and time.time() >= request.deadline:
             raise DeadlineExceededError("The request's deadline has passed.")
 
-    async def _prepare(self, session_id: int, request: GenerationRequest) -> Constraint | None:
+    async def _prepare(self, request: GenerationRequest) -> Constraint | None:
         """Compile the request's structure, if it has one; other requests go on meanwhile."""
         structure = request.sampling.structure
         if structure is None:
