@@ -24,7 +24,7 @@ from kv_store.tiers.valkey_exchange import Exchange, PageRead, PageWrite, Redire
 from kv_store.tiers.valkey_topology import ValkeyAddress, make_topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from kv_store.keys import PageKey
     from kv_store.tiers.valkey_server import ValkeyServer
@@ -151,7 +151,9 @@ class ValkeyTier(KVTier):
         deadline = time.monotonic() + self._operation_timeout_s * _SHARD_SHARE
         await self._topology.ready()
         results = [miss] * len(items)
-        waiting = self._routes(names)
+        waiting: dict[_Route, Sequence[int]] = {
+            _Route(server): indices for server, indices in self._topology.divide(names).items()
+        }
         failures: list[TierUnavailableError] = []
         has_answer = False
         for _ in range(1 + _MAX_REDIRECTS):
@@ -167,7 +169,7 @@ class ValkeyTier(KVTier):
                 ),
                 return_exceptions=True,
             )
-            waiting = defaultdict(list)
+            redirected: dict[_Route, list[int]] = defaultdict(list)
             for (route, share), outcome in zip(shares, outcomes, strict=True):
                 if isinstance(outcome, TierUnavailableError):
                     failures.append(outcome)
@@ -177,28 +179,18 @@ class ValkeyTier(KVTier):
                 for index, result in zip(share, outcome, strict=True):
                     if isinstance(result, Redirect):
                         target = self._topology.follow(result, route.server)
-                        waiting[_Route(target, result.is_ask)].append(index)
+                        redirected[_Route(target, result.is_ask)].append(index)
                     else:
                         results[index] = result
                         has_answer = True
-            if not waiting:
+            if not redirected:
                 break
+            waiting = dict(redirected)
         if failures:
             self._topology.refresh_soon()
             if not has_answer:
                 raise failures[0]
         return results
-
-    def _routes(self, names: Sequence[bytes]) -> Mapping[_Route, list[int]]:
-        """Indices of the keys of each server; those of slots that nobody has are left out."""
-        routes: dict[_Route, list[int]] = defaultdict(list)
-        for index, name in enumerate(names):
-            server = self._topology.server_of(name)
-            if server is None:
-                self._topology.refresh_soon()
-            else:
-                routes[_Route(server)].append(index)
-        return routes
 
     def _ttl_ms(self, key: PageKey) -> int:
         return int(1000 * self._ttl_s * (1 + self._ttl_head_boost / (1 + key.index)))

@@ -128,27 +128,28 @@ class Exchange:
         """Whether each name exists."""
         if self._is_asking:
             replies = self._send([[command(b"EXISTS", name)] for name in names])
-        else:
-            replies = self._contains(names)
-        return [reply if isinstance(reply, Redirect) else bool(reply) for reply in replies]
+            return [reply if isinstance(reply, Redirect) else bool(reply) for reply in replies]
+        return self._contains(names)
 
     def delete(self, names: Sequence[bytes]) -> list[bool | Redirect]:
         """Whether each name existed; the server frees the memory in its own time."""
         replies = self._send([[command(b"UNLINK", name)] for name in names])
         return [reply if isinstance(reply, Redirect) else reply == 1 for reply in replies]
 
-    def _contains(self, names: Sequence[bytes]) -> list[_Reply]:
+    def _contains(self, names: Sequence[bytes]) -> list[bool | Redirect]:
+        """As ``contains``, without a look at each reply where all are plain answers."""
         request = b"".join(
             b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names
         )
 
-        def read(reader: ReplyReader) -> list[_RawReply]:
+        def read(reader: ReplyReader) -> list[bool] | list[_RawReply]:
             flags = reader.read_flags(len(names))
             if flags is not None:
-                return list(flags)
+                return flags
             return [reader.read(self._buffers.take) for _ in names]
 
-        return self._checked(self._connection.exchange([request], read, self._deadline))
+        replies = self._checked(self._connection.exchange([request], read, self._deadline))
+        return [reply if isinstance(reply, Redirect) else bool(reply) for reply in replies]
 
     def _join(self, read: PageRead, value: Blob) -> Blob | Redirect | None:
         """The blob; if this is its manifest, from its parts, and without one of them a miss."""

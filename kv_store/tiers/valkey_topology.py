@@ -27,7 +27,7 @@ from kv_store.errors import TierUnavailableError
 from kv_store.tiers.valkey_server import ValkeyServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kv_store.config import ValkeyTierConfig
     from kv_store.tiers.breaker import CircuitBreaker
@@ -82,8 +82,11 @@ class Topology(ABC):
         """
 
     @abstractmethod
-    def server_of(self, name: bytes) -> ValkeyServer | None:
-        """The server that has the key, if there is one; only once ready."""
+    def divide(self, names: Sequence[bytes]) -> dict[ValkeyServer, Sequence[int]]:
+        """Indices of the keys that each server has; those nobody has are left out.
+
+        Only once ready.
+        """
 
     @abstractmethod
     def follow(self, redirect: Redirect, server: ValkeyServer) -> ValkeyServer:
@@ -193,10 +196,9 @@ class _OneServer(Topology):
     async def ready(self) -> None:
         """Nothing to find out."""
 
-    def server_of(self, name: bytes) -> ValkeyServer:
-        """The one."""
-        del name
-        return self._server
+    def divide(self, names: Sequence[bytes]) -> dict[ValkeyServer, Sequence[int]]:
+        """All are the one server's."""
+        return {self._server: range(len(names))}
 
     def follow(self, redirect: Redirect, server: ValkeyServer) -> ValkeyServer:
         """The server is a cluster's node, which only a cluster's topology can use."""
@@ -236,10 +238,18 @@ class _Cluster(Topology):
         if self._nodes is None:
             await self._in_thread(self._discover)
 
-    def server_of(self, name: bytes) -> ValkeyServer | None:
+    def divide(self, names: Sequence[bytes]) -> dict[ValkeyServer, Sequence[int]]:
         """See ``Topology``; nobody has a slot that the cluster does not cover."""
-        owners = self._nodes.slots_cache.get(key_slot(name))
-        return self._server_at(owners[0].host, owners[0].port) if owners else None
+        slots = self._nodes.slots_cache
+        shares: dict[ValkeyServer, list[int]] = {}
+        for index, name in enumerate(names):
+            owners = slots.get(key_slot(name))
+            if owners:
+                server = self._server_at(owners[0].host, owners[0].port)
+                shares.setdefault(server, []).append(index)
+            else:
+                self.refresh_soon()
+        return dict(shares)
 
     def follow(self, redirect: Redirect, server: ValkeyServer) -> ValkeyServer:
         """See ``Topology``; remembers a slot that has moved."""
