@@ -48,6 +48,7 @@ def main() -> int:
     _FOLDER.mkdir(parents=True, exist_ok=True)
     with (_FOLDER / "engine.log").open("w", encoding="utf-8") as log:
         rows, dead = race(chosen, options.loads, rounds, options.minutes * 60, log)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cost the report
     absent = field.absent | dead
     bars = hold_bars(rows, absent)
     report = {

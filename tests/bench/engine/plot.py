@@ -80,4 +80,5 @@ def _draw_widths(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_title("one forward by its tokens", fontweight="bold", loc="left")
     axes.set_xlabel("tokens behind 512 of context")
     axes.set_ylabel("ms")
-    axes.legend(fontsize=7, frameon=False)
+    if axes.lines:
+        axes.legend(fontsize=7, frameon=False)
