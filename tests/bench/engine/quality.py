@@ -231,14 +231,14 @@ def _logprobs(logits: Tensor, wanted: Tensor) -> Tensor:
 
 def _rows(readings: dict[tuple[str, str, str], Reading]) -> list[dict[str, Any]]:
     reference = readings[_REFERENCE]
-    perplexity = math.exp(-float(reference.logprobs.mean()))
+    perplexity = math.exp(-float(reference.logprobs.double().mean()))
     return [
         {
             "dtype": dtype,
             "weights": weights,
             "way": way,
             "agreement": float((reading.chosen == reference.chosen).float().mean()),
-            "perplexity": (own := math.exp(-float(reading.logprobs.mean()))),
+            "perplexity": (own := math.exp(-float(reading.logprobs.double().mean()))),
             "perplexity_of_reference": own / perplexity,
         }
         for (dtype, weights, way), reading in readings.items()
