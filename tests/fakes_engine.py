@@ -22,6 +22,7 @@ from deployments.engine.speculation.types import DraftOrigin, DraftTree
 from deployments.engine.torch_engine.assembly import EngineParts
 from deployments.engine.torch_engine.kv_cache import KVCache
 from deployments.engine.torch_engine.model_config import ModelConfig
+from deployments.engine.torch_engine.model_runner import FeatureOutput
 from deployments.engine.torch_engine.rotary import RopeConfig
 from deployments.engine.torch_engine.sampling_math import process_logits
 from deployments.engine.types import FinishReason, GenerationRequest, SamplingParams
@@ -127,6 +128,14 @@ class FakeRunner:
             poisoned = (batch.token_ids == self.nan_after_token).numpy()
             row_logits[poisoned, 5] = np.nan
         return torch.from_numpy(row_logits[batch.logit_rows.numpy()])
+
+    def forward_with_features(
+        self, batch: ForwardBatch, capture_layers: tuple[int, ...]
+    ) -> FeatureOutput:
+        """Features of layer i: (1000 * i + token, position) of each row."""
+        rows = torch.stack((batch.token_ids, batch.positions), dim=1).float()
+        features = tuple(rows + torch.tensor([1000.0 * i, 0.0]) for i in capture_layers)
+        return FeatureOutput(self.forward(batch), features)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from deployments.engine.embedding import Embedding, EmbeddingRequest
     from deployments.engine.types import EngineStats, GenerationRequest, TokenDelta
 
 
@@ -26,7 +27,8 @@ class Engine(ABC):
         its pages.
 
         Raises:
-            RequestRejectedError: the request can never fit (too long, token id out of range).
+            RequestRejectedError: the request can never be served (too long, token id out of
+                range, hidden states of an engine that has none to give).
             EngineOverloadedError: the waiting queue is full.
             DeadlineExceededError: the deadline passed first.
             EngineDrainingError: ``drain`` was called.
@@ -56,3 +58,15 @@ class Engine(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Stop threads and free memory; requests still running end in EngineDeadError."""
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """The ability to embed texts, beside generating them."""
+
+    async def embed(self, request: EmbeddingRequest) -> Embedding:
+        """Embed one text. Cancelling the task aborts the request and frees its pages.
+
+        Raises:
+            EngineError: as ``Engine.generate``.
+        """

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FINAL_NORM = -1
+"""The place behind the final norm, among the places where hidden states can be taken."""
 
 
 class FinishReason(StrEnum):
@@ -93,6 +100,38 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureSpec:
+    """Hidden states to deliver with the output.
+
+    Row i is the state of token i, from which token i + 1 follows. Output tokens come with the rows
+    that they were chosen from, one each, in order; with speculation too, where only the rows of
+    accepted tokens are delivered. The last output token is not computed and has no row.
+
+    Attributes:
+        layers: i is the residual stream that enters layer i, the number of layers the stream behind
+            the last one, ``FINAL_NORM`` what the head sees. At least one, no two the same.
+        includes_prompt: deliver also the rows before the first new token's. They are computed for
+            this request even where their pages are cached.
+    """
+
+    layers: tuple[int, ...]
+    includes_prompt: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenStates:
+    """Hidden states of consecutive tokens.
+
+    Attributes:
+        first_row: index of the first one's token in the text, prompt included.
+        values: [layers, rows, hidden size] float32, layers in the order of ``CaptureSpec.layers``.
+    """
+
+    first_row: int
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One sequence to generate.
 
@@ -105,6 +144,8 @@ class GenerationRequest:
         deadline: seconds since the epoch, or None for no deadline.
         traceparent: W3C trace context of the caller.
         avoid_replicas: target replicas the router should not choose (they failed this request).
+        capture: hidden states to deliver; with them ``sampling.max_tokens`` may be 0, which ends
+            the request behind its prompt.
     """
 
     request_id: str
@@ -119,6 +160,7 @@ class GenerationRequest:
     traceparent: str | None = None
     speculation: bool = True
     avoid_replicas: tuple[str, ...] = ()
+    capture: CaptureSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +233,8 @@ class TokenDelta:
     """New output tokens of one request; the last one has a finish reason.
 
     Attributes:
-        token_ids: committed tokens, in order; empty only in a terminal delta.
+        token_ids: committed tokens, in order; empty only in a terminal delta, or before the first
+            token in one that carries hidden states of the prompt.
         finish_reason: set exactly once, on the last delta.
         stop_match: the stop string or stop token id that ended the output.
         usage: on the last delta.
@@ -201,6 +244,7 @@ class TokenDelta:
         prompt_logprobs: one per prompt token, None for the first, if they were asked for; on the
             first delta with tokens (or the last, if none has any), so a request that resumes output
             gets none.
+        hidden_states: the next rows, if the request asked for them.
     """
 
     request_id: str
@@ -213,6 +257,7 @@ class TokenDelta:
     replica_id: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    hidden_states: HiddenStates | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

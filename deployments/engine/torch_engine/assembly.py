@@ -59,6 +59,7 @@ def model_limits(config: TorchEngineConfig, parts: EngineParts) -> ModelLimits:
         vocab_size=parts.vocab_size,
         max_model_len=config.context_length(parts.max_positions),
         eos_token_ids=parts.eos_token_ids,
+        num_layers=parts.layout.num_layers,
     )
 
 

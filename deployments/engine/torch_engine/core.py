@@ -14,6 +14,7 @@ from deployments.engine.errors import (
     InvalidLogitsError,
 )
 from deployments.engine.torch_engine.batch_builder import build_step, winner_moves
+from deployments.engine.torch_engine.capture import Capture, forward
 from deployments.engine.torch_engine.logprobs import (
     are_numbers,
     output_logprobs,
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.speculation.speculator import Speculator, TakenDraft
+    from deployments.engine.torch_engine.capture import StepFeatures
     from deployments.engine.torch_engine.forward_batch import ForwardBatch
     from deployments.engine.torch_engine.kv_transfer import KVTransfer, PageMemory
+    from deployments.engine.torch_engine.model_runner import FeatureOutput
     from deployments.engine.torch_engine.page_pool import PagePool
     from deployments.engine.torch_engine.rounds import Outcome
     from deployments.engine.torch_engine.scheduler import Chunk, Scheduler
@@ -53,6 +56,11 @@ class Runner(Protocol):
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Compute the batch, write its KV rows, and return [M, V] float32 logits."""
+
+    def forward_with_features(
+        self, batch: ForwardBatch, capture_layers: tuple[int, ...]
+    ) -> FeatureOutput:
+        """As ``forward``, and hand out hidden states, see ``CaptureSpec``."""
 
 
 class Event(NamedTuple):
@@ -121,7 +129,7 @@ class EngineCore:
             if loser is sequence:
                 return
         num_kept, stop = sequence.stop.cut(request.resumed_output_ids)
-        if stop is not None or num_kept == sequence.stop.max_output_tokens:
+        if stop is not None or 0 < num_kept == sequence.stop.max_output_tokens:
             # The replica that died had just not told anybody that the output was complete.
             self._end(sequence, (), stop or Stop(FinishReason.LENGTH))
             return
@@ -150,10 +158,10 @@ class EngineCore:
         self._count_admitted(chunks)
         taken = self._rounds.begin(chunks)
         planned = build_step(chunks, [draft.tree for draft in taken], self._device)
-        logits_MV = self._runner.forward(planned.batch)
+        logits_MV, features = forward(self._runner, chunks, planned.batch)
         choices = sample(logits_MV[: len(planned.sample_rows)], planned.sample_rows)
         score_prompts(logits_MV[len(planned.sample_rows) :], planned.prompt_rows)
-        self._commit(chunks, taken, choices, logits_MV)
+        self._commit(chunks, taken, choices, logits_MV, features)
         self._num_steps += 1
         elapsed = self._monotonic() - started
         weight = _EWMA_WEIGHT if self._num_steps > 1 else 1.0
@@ -236,6 +244,7 @@ class EngineCore:
             token_ids=[*request.prompt_token_ids, *request.resumed_output_ids],
             prompt_logprobs=[None] if wants_prompt_logprobs(request) else None,
             structure=structure,
+            capture=Capture.of(request),
         )
 
     def _expire(self) -> None:
@@ -251,17 +260,20 @@ class EngineCore:
         taken: SequenceOf[TakenDraft],
         choices: SequenceOf[int],
         logits_MV: Tensor,
+        features: StepFeatures,
     ) -> None:
         """Make the step's outcome final: tokens, KV rows, cached pages, events."""
         outcomes: list[Outcome] = []
         next_row = 0
-        for chunk, draft in zip(chunks, taken, strict=True):
+        for index, (chunk, draft) in enumerate(zip(chunks, taken, strict=True)):
             if chunk.is_sampled:
-                outcomes.append(verify(chunk.sequence, draft, choices, next_row))
+                outcome = verify(chunk.sequence, draft, choices, next_row)
+                outcomes.append(outcome)
                 next_row += 1 + len(draft.tree)
+                features.keep(index, chunk, outcome.nodes, len(outcome.new_token_ids))
             else:
-                chunk.sequence.num_computed_tokens += chunk.num_new_tokens
-                self._transfer.publish(chunk.sequence)
+                features.keep(index, chunk)
+                self._finish_chunk(chunk)
         self._move_winners(outcomes)
         # Before the texts grow: a drafter still sees the text its draft was made for.
         self._rounds.end(outcomes)
@@ -280,6 +292,22 @@ class EngineCore:
             sources = torch.cat([source for source, _ in moves])
             destinations = torch.cat([destination for _, destination in moves])
             self._memory.copy_rows(sources.to(self._device), destinations.to(self._device))
+
+    def _finish_chunk(self, chunk: Chunk) -> None:
+        """Commit rows behind which no token was chosen."""
+        sequence = chunk.sequence
+        sequence.num_computed_tokens += chunk.num_new_tokens
+        self._transfer.publish(sequence)
+        if not sequence.num_uncomputed_tokens:
+            self._end(sequence, (), Stop(FinishReason.LENGTH))
+        elif (hidden_states := sequence.take_hidden_states()) is not None:
+            delta = TokenDelta(
+                request_id=sequence.request.request_id,
+                token_ids=(),
+                choice_index=sequence.request.choice_index,
+                hidden_states=hidden_states,
+            )
+            self._events.append(Event(sequence.session_id, delta))
 
     def _finish_step(self, outcome: Outcome, logprobs: tuple[TokenLogprob, ...]) -> None:
         sequence, new_token_ids = outcome.sequence, outcome.new_token_ids
@@ -304,6 +332,7 @@ class EngineCore:
                 choice_index=sequence.request.choice_index,
                 logprobs=logprobs,
                 prompt_logprobs=sequence.take_prompt_logprobs(),
+                hidden_states=sequence.take_hidden_states(),
             )
             self._events.append(Event(sequence.session_id, delta))
         if outcome.error is not None:
@@ -334,6 +363,7 @@ class EngineCore:
             speculation=sequence.speculation.snapshot(),
             logprobs=logprobs,
             prompt_logprobs=sequence.take_prompt_logprobs(),
+            hidden_states=sequence.take_hidden_states(),
         )
         self._events.append(Event(sequence.session_id, delta))
         self._leave(sequence)

@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from deployments.engine.torch_engine.capture import joined
+
 if TYPE_CHECKING:
     from deployments.engine.errors import EngineError
     from deployments.engine.types import TokenDelta
@@ -30,11 +32,13 @@ class DeltaStream:
             self._unread = content
         else:
             unread = self._unread
+            states = [s for s in (unread.hidden_states, content.hidden_states) if s is not None]
             self._unread = replace(
                 content,
                 token_ids=unread.token_ids + content.token_ids,
                 logprobs=unread.logprobs + content.logprobs,
                 prompt_logprobs=unread.prompt_logprobs or content.prompt_logprobs,
+                hidden_states=joined(states),
             )
         self._changed.set()
 

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import threading
 import time
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from deployments.engine.base import Engine
+from deployments.engine.base import Embedder, Engine
+from deployments.engine.embedding import pooled
 from deployments.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -25,11 +27,12 @@ from deployments.engine.torch_engine.mailbox import Submission
 from deployments.engine.torch_engine.validation import validate_request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from opentelemetry.context import Context
     from opentelemetry.trace import Span
 
+    from deployments.engine.embedding import Embedding, EmbeddingRequest
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.torch_engine.core import EngineCore, Event
     from deployments.engine.torch_engine.mailbox import Mailbox
@@ -47,7 +50,7 @@ _HANGS_AFTER_S = 120.0
 _JOIN_TIMEOUT_S = 30.0
 
 
-class TorchEngine(Engine):
+class TorchEngine(Engine, Embedder):
     """Runs an ``EngineCore`` in its own thread."""
 
     def __init__(
@@ -90,7 +93,7 @@ class TorchEngine(Engine):
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """See ``Engine.generate``; errors come with the first delta."""
         self._refuse_if_impossible(request)
         self._loop = asyncio.get_running_loop()
@@ -124,6 +127,11 @@ class TorchEngine(Engine):
             self._close_stream(request, session_id)
             if not is_ended:
                 self._mailbox.abort(session_id)
+
+    async def embed(self, request: EmbeddingRequest) -> Embedding:
+        """See ``Embedder.embed``."""
+        async with aclosing(self.generate(request.as_generation())) as deltas:
+            return await pooled(request, deltas)
 
     def abort(self, request_id: str) -> None:
         """See ``Engine.abort``."""

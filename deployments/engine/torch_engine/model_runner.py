@@ -114,8 +114,7 @@ class ModelRunner:
 
         Args:
             batch: the forward.
-            capture_layers: ``i`` taps the residual stream that enters layer i; ``num_layers`` the
-                stream behind the last layer, before the final norm.
+            capture_layers: as in ``Model.forward``; empty for none.
         """
         if self._narrow is not None and self._is_deterministic:
             return FeatureOutput(*self._narrow.forward_with_features(batch, capture_layers))

@@ -47,7 +47,8 @@ class Chunk(NamedTuple):
     @property
     def is_sampled(self) -> bool:
         """Whether the chunk reaches the last committed token, so that a new token follows."""
-        return self.num_new_tokens == self.sequence.num_uncomputed_tokens
+        is_last = self.num_new_tokens == self.sequence.num_uncomputed_tokens
+        return is_last and self.sequence.has_output
 
 
 class Scheduler:

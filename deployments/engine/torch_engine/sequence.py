@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from deployments.engine.torch_engine.capture import Capture
     from deployments.engine.torch_engine.penalties import PenaltyState
     from deployments.engine.torch_engine.spec_counters import SpeculationCounters
     from deployments.engine.torch_engine.stopping import StopCondition
     from deployments.engine.torch_engine.structure.constraint import Constraint
-    from deployments.engine.types import GenerationRequest, SamplingParams, TokenLogprob
+    from deployments.engine.types import (
+        GenerationRequest,
+        HiddenStates,
+        SamplingParams,
+        TokenLogprob,
+    )
     from kv_store.keys import Namespace, PageKey
 
 
@@ -60,6 +66,7 @@ class Sequence:
         num_tier_cached_tokens: those of them that came from the tier.
         prompt_logprobs: of the leading prompt tokens, as far as they are computed; None if they
             were not asked for or are delivered.
+        capture: the hidden states that are wanted, if any are.
     """
 
     session_id: int
@@ -87,6 +94,7 @@ class Sequence:
     num_cached_tokens: int | None = None
     num_tier_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    capture: Capture | None = None
     _slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
@@ -122,6 +130,15 @@ class Sequence:
     def output_tail(self, num_tokens: int) -> list[int]:
         """The last output tokens, at most so many."""
         return self.token_ids[max(self.num_prompt_tokens, len(self.token_ids) - num_tokens) :]
+
+    @property
+    def has_output(self) -> bool:
+        """Whether tokens follow the prompt; else it is computed for its hidden states alone."""
+        return self.stop.max_output_tokens > 0
+
+    def take_hidden_states(self) -> HiddenStates | None:
+        """Those to deliver with the next delta."""
+        return self.capture.take() if self.capture is not None else None
 
     @property
     def num_remaining_tokens(self) -> int:
@@ -163,12 +180,15 @@ class Sequence:
         """Keys of the pages that may come from a cache.
 
         The last token is always computed anew, or there would be no logits to go on from. So are
-        the rows before prompt tokens whose log probabilities are still wanted.
+        the rows before prompt tokens whose log probabilities are still wanted, and rows whose
+        hidden states are.
         """
         self.extend_page_keys()
         num_reusable = len(self.token_ids) - 1
         if self.prompt_logprobs is not None:
             num_reusable = min(num_reusable, len(self.prompt_logprobs) - 1)
+        if self.capture is not None:
+            num_reusable = min(num_reusable, self.capture.next_row)
         return self.page_keys[: num_reusable // PAGE_TOKENS]
 
     def unscored_positions(self, start: int, end: int) -> range:
@@ -184,12 +204,9 @@ class Sequence:
         return range(first, min(end + 1, self.num_prompt_tokens))
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
-        """The prompt's log probabilities for delivery, once they are complete; None ever after."""
-        taken = self.prompt_logprobs
-        if taken is None or len(taken) < self.num_prompt_tokens:
-            return None
-        self.prompt_logprobs = None
-        return tuple(taken)
+        """The prompt's log probabilities for delivery; None ever after."""
+        taken, self.prompt_logprobs = self.prompt_logprobs, None
+        return None if taken is None else tuple(taken)
 
     def begin(self, cached_pages: SequenceOf[int], new_pages: SequenceOf[int]) -> None:
         """Start running on pages that hold the leading tokens already, and empty ones."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deployments.engine.errors import RequestRejectedError
+from deployments.engine.types import FINAL_NORM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,11 +22,13 @@ class ModelLimits:
         max_model_len: prompt and output tokens of one sequence, at most: the least of what the
             model, the configuration and the page pool allow.
         eos_token_ids: tokens that end an output unless the request ignores them.
+        num_layers: of the model, for requests that want hidden states.
     """
 
     vocab_size: int
     max_model_len: int
     eos_token_ids: frozenset[int]
+    num_layers: int = 0
 
     def max_output_tokens(self, request: GenerationRequest) -> int:
         """Output tokens the request may have: what it asks for, or what the context leaves."""
@@ -47,14 +50,15 @@ def validate_request(request: GenerationRequest, limits: ModelLimits) -> None:
     num_prompt_tokens = len(request.prompt_token_ids)
     if not num_prompt_tokens:
         raise RequestRejectedError("The prompt has no tokens.", "prompt")
-    if num_prompt_tokens >= limits.max_model_len:
+    is_prompt_only = request.capture is not None and request.sampling.max_tokens == 0
+    if num_prompt_tokens + (not is_prompt_only) > limits.max_model_len:
         raise RequestRejectedError(
             f"This model's maximum context length is {limits.max_model_len} tokens, of which one "
             f"must be left for the output. However, the prompt has {num_prompt_tokens} tokens. "
             "Please shorten it.",
             "prompt",
         )
-    if request.sampling.max_tokens < 1:
+    if request.sampling.max_tokens < 1 and not is_prompt_only:
         raise RequestRejectedError("max_tokens must be at least 1.", "max_tokens")
     if len(request.resumed_output_ids) > limits.max_output_tokens(request):
         raise RequestRejectedError(
@@ -68,6 +72,19 @@ def validate_request(request: GenerationRequest, limits: ModelLimits) -> None:
         if not sequence:
             raise RequestRejectedError("A bad word has no tokens.", "bad_words")
         _check_tokens(sequence, limits, "bad_words")
+    if request.capture is not None:
+        _check_layers(request.capture.layers, limits.num_layers)
+
+
+def _check_layers(layers: tuple[int, ...], num_layers: int) -> None:
+    if not layers or len(set(layers)) != len(layers):
+        raise RequestRejectedError("capture.layers must name layers, each once.", "capture.layers")
+    for layer in layers:
+        if not FINAL_NORM <= layer <= num_layers:
+            raise RequestRejectedError(
+                f"Layer {layer} cannot be captured: this model has {num_layers} layers.",
+                "capture.layers",
+            )
 
 
 def _check_tokens(token_ids: Iterable[int], limits: ModelLimits, param: str) -> None:

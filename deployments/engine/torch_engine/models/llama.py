@@ -17,6 +17,7 @@ from deployments.engine.torch_engine.attention import attend, group_spans
 from deployments.engine.torch_engine.kernels import wide
 from deployments.engine.torch_engine.precision import compute_dtype
 from deployments.engine.torch_engine.rotary import inverse_frequencies, rotate, rotation_table
+from deployments.engine.types import FINAL_NORM
 
 if TYPE_CHECKING:
     from deployments.engine.torch_engine.attention import SpanGroup
@@ -250,7 +251,8 @@ class Model(nn.Module):
             kv_cache: a pool with this model's number of layers; rows at ``batch.slots`` are
                 overwritten.
             capture_layers: feature ``i`` is the residual stream that enters layer i;
-                ``num_layers`` is the stream behind the last layer, before the final norm.
+                ``num_layers`` is the stream behind the last layer, before the final norm;
+                ``FINAL_NORM`` is what lies behind that.
         """
         frequencies: Tensor = self.get_buffer("rope_frequencies")
         ctx = LayerContext(
@@ -271,6 +273,8 @@ class Model(nn.Module):
                 streams[index] = x_NE
             x_NE = layer(x_NE, kv_cache.k[index], kv_cache.v[index], ctx)
         streams[len(self.layers)] = x_NE
+        if FINAL_NORM in capture_layers:
+            streams[FINAL_NORM] = self.norm(x_NE)
         x_ME = self.norm(x_NE.index_select(0, batch.logit_rows.to(self.device)))
         return ForwardOutput(
             self.lm_head(x_ME), tuple(streams[i].to(self.dtype) for i in capture_layers)
