@@ -71,6 +71,8 @@ class IngressConfig(_Config):
     """Upper bound on the deadline a client may ask for."""
     max_choices: int = Field(default=8, ge=1, le=64)
     """Sequences of one request (prompts times n), at most."""
+    max_embedding_inputs: int = Field(default=128, ge=1, le=2048)
+    """Texts of one embeddings request, at most."""
     max_resumes: int = Field(default=3, ge=0)
     """Times a request moves to another target replica after its replica died."""
     tokenizer_threads: int = Field(default=2, ge=1)

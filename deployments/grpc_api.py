@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from deployments.engine.embedding import Pooling
 from deployments.engine.types import FinishReason
 from deployments.errors import RequestInvalidError
-from deployments.openai_api import Message
+from deployments.openai_api import EmbeddingCall, Message
 from deployments.openai_structure import StructuredOutputs, requested_structure
 from deployments.sampling import NumLogprobs, SamplingFields, validate
 from deployments.tokenizer import ChatTurn
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from deployments.accounting import RequestTotals
+    from deployments.embedding import EmbeddingAnswer
     from deployments.engine.types import (
         GenerationUsage,
         SpeculationStats,
@@ -40,6 +42,11 @@ _OPTIONAL = (
     "prompt_logprobs",
 )
 
+_POOLINGS = {
+    pb.POOLING_UNSPECIFIED: Pooling.MEAN,
+    pb.POOLING_MEAN: Pooling.MEAN,
+    pb.POOLING_LAST: Pooling.LAST,
+}
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -144,6 +151,38 @@ def chat_turns(chat: pb.ChatMessages) -> list[ChatTurn]:
             raise RequestInvalidError(error.message, f"messages[{index}].{error.param}") from error
         turns.append(ChatTurn(checked.role, checked.text()))
     return turns
+
+
+def embedding_call(request: pb.EmbedRequest) -> EmbeddingCall:
+    """What is asked for; vectors are means of length 1 by default.
+
+    Raises:
+        RequestInvalidError: there are no inputs, or one is missing, or the pooling is unknown.
+    """
+    pooling = _POOLINGS.get(request.pooling)
+    if pooling is None:
+        raise RequestInvalidError("Invalid value for 'pooling'.", param="pooling")
+    if not request.inputs:
+        raise RequestInvalidError("'inputs' must not be empty.", param="inputs")
+    texts: list[str | list[int]] = []
+    for index, item in enumerate(request.inputs):
+        kind = item.WhichOneof("input")
+        if kind is None:
+            raise RequestInvalidError("An input is missing.", param=f"inputs[{index}]")
+        texts.append(item.text if kind == "text" else list(item.token_ids.ids))
+    normalize = request.normalize if request.HasField("normalize") else True
+    return EmbeddingCall(texts, pooling, normalize, param="inputs")
+
+
+def embed_response(answer: EmbeddingAnswer, model: str) -> pb.EmbedResponse:
+    """The vectors, in the order of the inputs."""
+    return pb.EmbedResponse(
+        request_id=answer.request_id,
+        model=model,
+        embeddings=[pb.Embedding(values=vector.tolist()) for vector in answer.vectors],
+        usage=usage_message(answer.usage),
+        replica=answer.replica_id,
+    )
 
 
 def usage_message(usage: GenerationUsage) -> pb.Usage:

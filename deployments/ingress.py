@@ -21,6 +21,7 @@ from deployments import grpc_api
 from deployments.accounting import RequestTotals
 from deployments.admission import AdmissionGate
 from deployments.call import REPLICA_HEADER, CallGuard
+from deployments.embedding import Embeddings
 from deployments.errors import ModelNotFoundError, RequestInvalidError, describe
 from deployments.generation import Generation, Plan
 from deployments.grpc_health import HealthService
@@ -33,8 +34,13 @@ from deployments.http_app import (
 )
 from deployments.metrics import IngressMetrics
 from deployments.model_files import context_length, model_folder, served_model_name
-from deployments.openai_answers import AnswerWriter, model_body, sse_error
-from deployments.openai_api import ChatCompletionRequest, CompletionRequest, parse_body
+from deployments.openai_answers import AnswerWriter, embeddings_body, model_body, sse_error
+from deployments.openai_api import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingsRequest,
+    parse_body,
+)
 from deployments.target_client import TargetClient
 from deployments.target_probe import TargetProbe
 from deployments.tenants import TenantDirectory
@@ -99,6 +105,9 @@ class IngressReplica:
         self._generation = Generation(
             self._tokenizer, client, config, self._metrics, max_model_len=self._max_model_len
         )
+        self._embeddings = Embeddings(
+            self._generation, client, config, self._metrics, max_model_len=self._max_model_len
+        )
         gate = AdmissionGate(config.max_concurrent_requests)
         self._guard = CallGuard(config, TenantDirectory(auth), gate, self._tracing, self._model)
         self._probe = TargetProbe(target)
@@ -119,6 +128,21 @@ class IngressReplica:
     async def completions(self, request: Request) -> Response:
         """Plain completion, whole or streamed."""
         return await self._answer_http(request, CompletionRequest)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(self, request: Request) -> Response:
+        """Vectors of texts."""
+        try:
+            self._guard.authenticate(request.headers)
+            raw = await read_body(request, self._config.max_body_bytes)
+            body = parse_body(raw, EmbeddingsRequest)
+            self._check_model(body.model)
+            with self._guard.call("http", "embeddings", request.headers) as context:
+                answer = await self._embeddings.embed(body.call(), context)
+            content = embeddings_body(answer, self._model, body.encoding_format)
+            return json_response(content, headers={REPLICA_HEADER: answer.replica_id})
+        except Exception as error:  # noqa: BLE001 - root of the request
+            return self._http_error(error)
 
     @app.get("/v1/models")
     async def models(self, request: Request) -> Response:
@@ -182,6 +206,19 @@ class IngressReplica:
         except Exception as error:  # noqa: BLE001 - root of the request
             self._grpc_error(error, grpc_context)
             return pb.GenerateResponse()
+
+    async def Embed(  # noqa: N802
+        self, request: pb.EmbedRequest, grpc_context: RayServegRPCContext
+    ) -> pb.EmbedResponse:
+        """Vectors of texts."""
+        try:
+            with self._guard.call("grpc", "embeddings", _metadata(grpc_context)) as context:
+                self._check_model(request.model)
+                answer = await self._embeddings.embed(grpc_api.embedding_call(request), context)
+            return grpc_api.embed_response(answer, self._model)
+        except Exception as error:  # noqa: BLE001 - root of the request
+            self._grpc_error(error, grpc_context)
+            return pb.EmbedResponse()
 
     async def ModelInfo(  # noqa: N802
         self, request: pb.ModelInfoRequest, grpc_context: RayServegRPCContext

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import base64
+from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
@@ -19,8 +20,12 @@ from deployments.openai_logprobs import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from deployments.accounting import RequestTotals
     from deployments.detokenizer import PlacedLogprob
+    from deployments.embedding import EmbeddingAnswer
     from deployments.engine.types import GenerationUsage, SpeculationStats, TokenLogprob
     from deployments.errors import ApiError
     from deployments.generation import Plan, TextDelta
@@ -265,6 +270,32 @@ class AnswerWriter:
             "logprobs": self._report.logprobs(index, self._logprobs[index], prompt),
             "finish_reason": self._finish[index],
         }
+
+
+def embeddings_body(
+    answer: EmbeddingAnswer, model: str, encoding_format: Literal["float", "base64"]
+) -> dict[str, Any]:
+    """The answer of ``POST /v1/embeddings``."""
+
+    def encoded(vector: NDArray[np.float32]) -> list[float] | str:
+        if encoding_format == "base64":
+            return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        numbers: list[float] = vector.tolist()
+        return numbers
+
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": encoded(vector)}
+            for index, vector in enumerate(answer.vectors)
+        ],
+        "model": model,
+        "usage": {
+            "prompt_tokens": answer.usage.num_prompt_tokens,
+            "total_tokens": answer.usage.num_prompt_tokens,
+            "prompt_tokens_details": {"cached_tokens": answer.usage.num_cached_tokens},
+        },
+    }
 
 
 def model_body(model: str, created: int, max_model_len: int) -> dict[str, Any]:

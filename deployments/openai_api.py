@@ -7,11 +7,12 @@ ever answered as if something it asked for had been done.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import orjson
 from pydantic import Field
 
+from deployments.engine.embedding import Pooling
 from deployments.errors import RequestInvalidError, UnsupportedParameterError
 from deployments.openai_structure import (
     ResponseFormat,
@@ -23,7 +24,7 @@ from deployments.sampling import NumLogprobs, SamplingFields, TokenId, WireModel
 if TYPE_CHECKING:
     from deployments.engine.types import StructuredOutput
 
-R = TypeVar("R", bound="OpenAIRequest")
+R = TypeVar("R", bound=WireModel)
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 MaxTokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
@@ -46,6 +47,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
+    "dimensions": (None,),
 }
 """Parameter -> the values that ask for nothing."""
 
@@ -189,13 +191,56 @@ class CompletionRequest(OpenAIRequest):
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt, in order."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        items: list[str | int | list[int]] = list(self.prompt)
-        token_ids = [item for item in items if isinstance(item, int)]
-        if token_ids:
-            return [token_ids]
-        return [item for item in items if not isinstance(item, int)]
+        return _texts(self.prompt)
+
+
+class EmbeddingCall(NamedTuple):
+    """Texts to embed, whichever surface they came from.
+
+    Attributes:
+        inputs: texts or token ids.
+        param: the client's name for ``inputs``.
+    """
+
+    inputs: list[str | list[int]]
+    pooling: Pooling
+    normalize: bool
+    param: str
+
+
+class EmbeddingsRequest(WireModel):
+    """``POST /v1/embeddings``. Vectors have the model's hidden size; ``dimensions`` is refused."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    """The served model's id."""
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    )
+    """Text or token ids, one input or several."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """Numbers, or little-endian float32 in base64."""
+    pooling: Literal["mean", "last"] = "mean"
+    """Vector of a text: the mean of its tokens' final hidden states, or the last one."""
+    normalize: bool = True
+    """Scale vectors to length 1."""
+
+    def call(self) -> EmbeddingCall:
+        """What is asked for."""
+        pooling = Pooling(self.pooling)
+        return EmbeddingCall(_texts(self.input), pooling, self.normalize, param="input")
+
+
+def _texts(value: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    if isinstance(value, str):
+        return [value]
+    items: list[str | int | list[int]] = list(value)
+    token_ids = [item for item in items if isinstance(item, int)]
+    if token_ids:
+        return [token_ids]
+    return [item for item in items if not isinstance(item, int)]
 
 
 def parse_body(body: bytes, model: type[R]) -> R:
@@ -212,7 +257,11 @@ def parse_body(body: bytes, model: type[R]) -> R:
     if not isinstance(data, dict):
         raise RequestInvalidError("The request body must be a JSON object.")
     request = validate(model, _without_unsupported(data, model))
-    if request.stream_options is not None and not request.stream:
+    if (
+        isinstance(request, OpenAIRequest)
+        and request.stream_options is not None
+        and not request.stream
+    ):
         raise RequestInvalidError(
             "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
         )

@@ -7,6 +7,7 @@ import random
 import time
 from typing import TYPE_CHECKING
 
+from deployments.engine.embedding import EmbeddingRequest
 from deployments.engine.types import GenerationRequest
 from deployments.ping import Ping
 from deployments.prefix_affinity import PrefixAffinity, prefix_hashes
@@ -14,6 +15,9 @@ from deployments.serve_compat import ExactRequestRouter
 
 if TYPE_CHECKING:
     from deployments.serve_compat import PendingRequest, ReplicaID, RunningReplica
+
+TextRequest = GenerationRequest | EmbeddingRequest
+"""What carries a prompt, hence has a replica that may hold its beginning."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ class PrefixAwareRouter(ExactRequestRouter):
         # Without this flag Serve retries in a busy loop while every replica is full.
         pending_request.routing_context.should_backoff = True
         candidates = self._without_avoided(candidate_replicas, pending_request)
-        request = _generation_request(pending_request)
+        request = _text_request(pending_request)
         preferred = self._cached_replica(candidates, request) if request is not None else None
         if preferred is None:
             return [_two_of(candidates), candidates]
@@ -65,7 +69,7 @@ class PrefixAwareRouter(ExactRequestRouter):
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: object
     ) -> None:
         """Remember where a prompt went."""
-        request = _generation_request(pending_request)
+        request = _text_request(pending_request)
         if request is not None:
             hashes = prefix_hashes(request.tenant, request.prompt_token_ids)
             self._affinity.record(hashes, replica_id.unique_id)
@@ -82,7 +86,7 @@ class PrefixAwareRouter(ExactRequestRouter):
         return replicas
 
     def _cached_replica(
-        self, replicas: list[RunningReplica], request: GenerationRequest
+        self, replicas: list[RunningReplica], request: TextRequest
     ) -> RunningReplica | None:
         by_id = {replica.replica_id.unique_id: replica for replica in replicas}
         hashes = prefix_hashes(request.tenant, request.prompt_token_ids)
@@ -98,14 +102,14 @@ class PrefixAwareRouter(ExactRequestRouter):
         return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
 
-def _generation_request(pending_request: PendingRequest) -> GenerationRequest | None:
-    if pending_request.args and isinstance(pending_request.args[0], GenerationRequest):
+def _text_request(pending_request: PendingRequest) -> TextRequest | None:
+    if pending_request.args and isinstance(pending_request.args[0], TextRequest):
         return pending_request.args[0]
     return None
 
 
 def _avoided_replicas(pending_request: PendingRequest) -> tuple[str, ...]:
-    if pending_request.args and isinstance(pending_request.args[0], GenerationRequest | Ping):
+    if pending_request.args and isinstance(pending_request.args[0], TextRequest | Ping):
         return pending_request.args[0].avoid_replicas
     return ()
 

@@ -13,7 +13,8 @@ from opentelemetry.trace import SpanKind
 from ray import serve
 
 from deployments.draft_sessions import DraftSessions
-from deployments.engine.errors import EngineGoneError
+from deployments.engine.base import Embedder
+from deployments.engine.errors import EngineGoneError, RequestRejectedError
 from deployments.engine.factory import build_engine
 from deployments.engine.speculation.grpc_transport import grpc_connector
 from deployments.engine.speculation.handshake import Identity
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from deployments.config import TracingConfig
     from deployments.engine.base import Engine
     from deployments.engine.config import EngineConfig
+    from deployments.engine.embedding import Embedding, EmbeddingRequest
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.types import GenerationRequest
     from deployments.ping import Ping
@@ -53,7 +55,11 @@ _DRAIN_TIMEOUT_S = 600.0
 
 
 class TargetReplica:
-    """Generates tokens; called by the ingress through a streaming handle."""
+    """Generates tokens and embeds texts; called by the ingress through a handle.
+
+    A request of the handle may also ask for hidden states (``GenerationRequest.capture``); none of
+    the public surfaces does.
+    """
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
         self,
@@ -128,6 +134,26 @@ class TargetReplica:
                     yield replace(delta, replica_id=self._replica_id)
             except EngineGoneError as error:
                 raise error.at(self._replica_id) from error
+
+    async def embed(self, request: EmbeddingRequest) -> Embedding:
+        """Embed one text; cancelling the call aborts it and frees its pages.
+
+        Raises:
+            RequestRejectedError: this replica's engine gives no embeddings.
+            EngineError: see ``Embedder.embed``.
+        """
+        if not isinstance(self._engine, Embedder):
+            raise RequestRejectedError("This model's engine gives no embeddings.")
+        attributes: dict[str, str | int | float] = {"paceline.replica": self._replica_id}
+        with self._tracing.span(
+            "target.embed", request.traceparent, attributes, kind=SpanKind.SERVER
+        ) as span:
+            request = replace(request, traceparent=traceparent_of(span))
+            try:
+                embedding = await self._engine.embed(request)
+            except EngineGoneError as error:
+                raise error.at(self._replica_id) from error
+        return replace(embedding, replica_id=self._replica_id)
 
     async def ping(self, _: Ping) -> str:
         """This replica's id, if its engine makes progress.

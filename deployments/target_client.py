@@ -28,6 +28,7 @@ from deployments.serve_compat import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from deployments.engine.embedding import Embedding, EmbeddingRequest
     from deployments.engine.types import GenerationRequest
     from deployments.serve_compat import Handle
 
@@ -52,6 +53,7 @@ class TargetClient:
             on_resume: called at every such move.
         """
         self._generate = target.options(stream=True, method_name="generate")
+        self._embed = target.options(method_name="embed")
         self._max_resumes = max_resumes
         self._on_resume = on_resume
 
@@ -108,11 +110,46 @@ class TargetClient:
                 break
         raise TargetUnavailableError("The model's replicas failed repeatedly under this request.")
 
+    async def embed(self, request: EmbeddingRequest) -> Embedding:
+        """Embed one text. Cancelling the task ends the call at its replica.
+
+        Raises:
+            EngineError: the engine refused or ended the request.
+            TargetBusyError: all replicas and the queue before them are full.
+            TargetUnavailableError: more replicas died than may, see ``max_resumes``.
+            DeadlineExceededError: the deadline passed, reported by the engine or not.
+        """
+        avoid = list(request.avoid_replicas)
+        num_dead_engines = 0
+        for attempt in range(self._max_resumes + 1):
+            if attempt:
+                self._on_resume()
+                await asyncio.sleep(_RESUME_PAUSE_S * attempt)
+            response = self._embed.remote(replace(request, avoid_replicas=tuple(avoid)))
+            try:
+                async with asyncio.timeout_at(_loop_deadline(request.deadline)):
+                    embedding: Embedding = await response
+            except TimeoutError as error:
+                response.cancel()
+                raise DeadlineExceededError("The request's deadline passed.") from error
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except Exception as error:
+                translated = _translated(error)
+                if not isinstance(translated, _ReplicaLostError):
+                    raise translated from error
+                if translated.replica_id:
+                    avoid.append(translated.replica_id)
+                num_dead_engines += translated.is_engine_dead
+            else:
+                return embedding
+            if num_dead_engines > _MAX_RESUMES_AFTER_DEAD_ENGINES:
+                break
+        raise TargetUnavailableError("The model's replicas failed repeatedly under this request.")
+
     async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
-        deadline = None
-        if request.deadline is not None:
-            remaining = request.deadline - time.time() + _DEADLINE_GRACE_S
-            deadline = asyncio.get_running_loop().time() + remaining
+        deadline = _loop_deadline(request.deadline)
         stream = self._generate.remote(request)
         finished = False
         try:
@@ -131,6 +168,13 @@ class TargetClient:
         finally:
             if not finished:
                 stream.cancel()
+
+
+def _loop_deadline(deadline: float | None) -> float | None:
+    """When the engine's own answer to a passed deadline is overdue, on the event loop's clock."""
+    if deadline is None:
+        return None
+    return asyncio.get_running_loop().time() + deadline - time.time() + _DEADLINE_GRACE_S
 
 
 class _ReplicaLostError(Exception):

@@ -11,7 +11,10 @@ import time
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from deployments.engine.base import Engine
+import numpy as np
+
+from deployments.engine.base import Embedder, Engine
+from deployments.engine.embedding import Embedding, Pooling
 from deployments.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -33,11 +36,12 @@ from deployments.engine.types import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
+    from deployments.engine.embedding import EmbeddingRequest
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.types import GenerationRequest
 
 
-class EchoEngine(Engine):
+class EchoEngine(Engine, Embedder):
     """Writes lower-case letters and spaces, one token per step."""
 
     def __init__(
@@ -181,6 +185,17 @@ class EchoEngine(Engine):
             if request.speculation
             else SpeculationStats(),
             **told,
+        )
+
+    async def embed(self, request: EmbeddingRequest) -> Embedding:
+        if self.is_dead:
+            raise EngineDeadError("the engine is dead")
+        await asyncio.sleep(self._step_s)
+        ids = request.prompt_token_ids
+        return Embedding(
+            request_id=request.request_id,
+            values=np.array([len(ids), ids[0], request.pooling is Pooling.LAST], dtype=np.float32),
+            usage=GenerationUsage(num_prompt_tokens=len(ids), num_output_tokens=0),
         )
 
     def abort(self, request_id: str) -> None:

@@ -138,6 +138,31 @@ def test_alternatives_without_log_probabilities_are_refused(sdk: openai.OpenAI) 
     assert caught.value.param == "top_logprobs"
 
 
+def test_both_surfaces_embed(
+    http: httpx.Client, sdk: openai.OpenAI, rpc: pb_grpc.InferenceStub
+) -> None:
+    texts = [f"{letter} cat" for letter in "abcdefghijkl"]
+    answer = http.post("/v1/embeddings", json={"model": MODEL, "input": texts}).json()
+    vectors = [item["embedding"] for item in answer["data"]]
+    assert [vector[0] for vector in vectors] == [5.0] * 12
+    assert len({vector[1] for vector in vectors}) == 12
+    assert answer["usage"]["total_tokens"] == 60
+    # The SDK asks for base64.
+    by_sdk = sdk.embeddings.create(model=MODEL, input=texts)
+    assert [item.embedding for item in by_sdk.data] == vectors
+    inputs = [pb.EmbedInput(text=text) for text in texts]
+    by_rpc = rpc.Embed(pb.EmbedRequest(model=MODEL, inputs=inputs), metadata=METADATA, timeout=30)
+    assert [list(item.values) for item in by_rpc.embeddings] == vectors
+    assert by_rpc.usage.prompt_tokens == 60
+    last = http.post(
+        "/v1/embeddings", json={"model": MODEL, "input": [5, 6, 7], "pooling": "last"}
+    ).json()
+    assert last["data"][0]["embedding"] == [3.0, 5.0, 1.0]
+    refused = http.post("/v1/embeddings", json={"model": MODEL, "input": "a", "dimensions": 2})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "dimensions")
+    assert http.post("/v1/embeddings", json={"model": "no", "input": "a"}).status_code == 404
+
+
 def test_choices_are_streamed_side_by_side(http: httpx.Client) -> None:
     body = PROMPT | {"n": 4, "max_tokens": 10}
     whole = http.post("/v1/completions", json=body).json()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from deployments import grpc_api
+from deployments.engine.embedding import Pooling
 from deployments.errors import RequestInvalidError
 from deployments.tokenizer import ChatTurn
 from protos import inference_pb2 as pb
@@ -100,3 +101,33 @@ def test_conversations() -> None:
     assert caught.value.param == "messages[1].role"
     with pytest.raises(RequestInvalidError):
         grpc_api.chat_turns(pb.ChatMessages())
+
+
+def test_embedding_inputs_may_be_mixed() -> None:
+    request = pb.EmbedRequest(
+        inputs=[
+            pb.EmbedInput(text="one"),
+            pb.EmbedInput(token_ids=pb.TokenIds(ids=[1, 2])),
+            pb.EmbedInput(text=""),
+        ],
+        normalize=False,
+        pooling=pb.POOLING_LAST,
+    )
+    call = grpc_api.embedding_call(request)
+    assert call == (["one", [1, 2], ""], Pooling.LAST, False, "inputs")
+    defaults = grpc_api.embedding_call(pb.EmbedRequest(inputs=[pb.EmbedInput(text="a")]))
+    assert (defaults.pooling, defaults.normalize) == (Pooling.MEAN, True)
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (pb.EmbedRequest(), "inputs"),
+        (pb.EmbedRequest(inputs=[pb.EmbedInput(text="a"), pb.EmbedInput()]), "inputs[1]"),
+        (pb.EmbedRequest(inputs=[pb.EmbedInput(text="a")], pooling=7), "pooling"),
+    ],
+)
+def test_wrong_embed_requests_name_the_field(request_: pb.EmbedRequest, param: str) -> None:
+    with pytest.raises(RequestInvalidError) as caught:
+        grpc_api.embedding_call(request_)
+    assert caught.value.param == param

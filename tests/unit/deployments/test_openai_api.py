@@ -4,8 +4,14 @@ import json
 
 import pytest
 
+from deployments.engine.embedding import Pooling
 from deployments.errors import RequestInvalidError, UnsupportedParameterError, describe
-from deployments.openai_api import ChatCompletionRequest, CompletionRequest, parse_body
+from deployments.openai_api import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingsRequest,
+    parse_body,
+)
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 PLAIN = {"model": "m", "prompt": "hi"}
@@ -230,3 +236,39 @@ def test_values_never_show_in_errors() -> None:
     with pytest.raises(RequestInvalidError) as caught:
         parse_body(chat(temperature="the secret text"), ChatCompletionRequest)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "inputs"),
+    [
+        ("one", ["one"]),
+        (["one", "two"], ["one", "two"]),
+        ([5, 6], [[5, 6]]),
+        ([[5], [6, 7]], [[5], [6, 7]]),
+    ],
+)
+def test_an_embeddings_input_has_four_shapes(value: object, inputs: list[object]) -> None:
+    body = json.dumps({"model": "m", "input": value, "user": "me"}).encode()
+    call = parse_body(body, EmbeddingsRequest).call()
+    assert call == (inputs, Pooling.MEAN, True, "input")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param"),
+    [
+        ({"input": []}, RequestInvalidError, "input"),
+        ({"input": [[]]}, RequestInvalidError, "input[0]"),
+        ({"input": ["a", 1]}, RequestInvalidError, "input[1]"),
+        ({"input": "a", "dimensions": 8}, UnsupportedParameterError, "dimensions"),
+        ({"input": "a", "pooling": "max"}, RequestInvalidError, "pooling"),
+        ({"input": "a", "encoding_format": "int8"}, RequestInvalidError, "encoding_format"),
+        ({"input": "a", "temperature": 1}, RequestInvalidError, "temperature"),
+        ({}, RequestInvalidError, "input"),
+    ],
+)
+def test_wrong_embeddings_requests_name_the_field(
+    fields: dict[str, object], error: type[RequestInvalidError], param: str
+) -> None:
+    with pytest.raises(error) as caught:
+        parse_body(json.dumps({"model": "m"} | fields).encode(), EmbeddingsRequest)
+    assert caught.value.param == param

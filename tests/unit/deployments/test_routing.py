@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from deployments.engine.embedding import EmbeddingRequest
 from deployments.engine.types import GenerationRequest, SamplingParams
 from deployments.ping import Ping
 from deployments.routing import PrefixAwareRouter
@@ -68,6 +69,10 @@ def test_a_known_prompt_goes_back_to_its_replica() -> None:
     router.on_request_routed(pending(request()), B.replica_id, None)
     assert choose(router, [A, B, C], pending(request((*PAGE, 5, 6))))[0] == ["b"]
     assert choose(router, [A, C], pending(request()))[0] != ["b"]
+    embedded = EmbeddingRequest(request_id="e", prompt_token_ids=PAGE, avoid_replicas=("a",))
+    assert choose(router, [A, B, C], pending(embedded))[0] == ["b"]
+    router.on_request_routed(pending(embedded), A.replica_id, None)
+    assert "a" not in choose(router, [A, B, C], pending(embedded))[-1]
 
 
 @pytest.mark.parametrize(("queue", "kept"), [(4, True), (5, False)])

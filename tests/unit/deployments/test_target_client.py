@@ -4,12 +4,14 @@ import asyncio
 import time
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
+from deployments.engine.embedding import Embedding, EmbeddingRequest
 from deployments.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -30,7 +32,7 @@ from deployments.errors import TargetBusyError, TargetUnavailableError, describe
 from deployments.target_client import TargetClient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Generator
 
 LOST = ActorUnavailableError("gone", None)
 
@@ -62,7 +64,7 @@ class Pool:
         self.streams: list[Stream] = []
 
     def options(self, **options: object) -> Pool:
-        assert options == {"stream": True, "method_name": "generate"}
+        assert options in ({"stream": True, "method_name": "generate"}, {"method_name": "embed"})
         return self
 
     def remote(self, request: GenerationRequest) -> Stream:
@@ -294,3 +296,90 @@ async def test_a_replica_that_hangs_past_the_deadline_is_left() -> None:
     with pytest.raises(DeadlineExceededError):
         await tokens(client(pool), request(deadline=time.time() - 10))
     assert pool.streams[0].is_cancelled
+
+
+class Response:
+    """What a unary handle call returns."""
+
+    def __init__(self, answer: Embedding | Exception | None) -> None:
+        self._answer = answer
+        self.is_cancelled = False
+
+    def __await__(self) -> Generator[None, None, Embedding]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Embedding:
+        if self._answer is None:
+            await asyncio.Event().wait()
+        if isinstance(self._answer, Embedding):
+            return self._answer
+        raise self._answer or AssertionError
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class EmbeddingPool(Pool):
+    """A target pool that gives the answers it was told to."""
+
+    def __init__(self, *answers: Embedding | Exception | None) -> None:
+        super().__init__()
+        self.responses = [Response(answer) for answer in answers]
+        self.embedded: list[EmbeddingRequest] = []
+
+    def remote(self, request: Any) -> Any:
+        self.embedded.append(request)
+        return self.responses[len(self.embedded) - 1]
+
+
+VECTOR = Embedding(
+    request_id="e",
+    values=np.ones(2, dtype=np.float32),
+    usage=GenerationUsage(num_prompt_tokens=2, num_output_tokens=0),
+)
+
+
+def text(deadline: float | None = None) -> EmbeddingRequest:
+    return EmbeddingRequest(
+        request_id="e", prompt_token_ids=(1, 2), avoid_replicas=("operator",), deadline=deadline
+    )
+
+
+async def test_an_embedding_survives_dead_replicas() -> None:
+    resumes: list[None] = []
+    pool = EmbeddingPool(as_ray_raises(EngineDeadError("dead", "replica1")), LOST, VECTOR)
+    assert await client(pool, lambda: resumes.append(None)).embed(text()) is VECTOR
+    assert len(resumes) == 2
+    assert pool.embedded[-1].avoid_replicas == ("operator", "replica1")
+
+
+@pytest.mark.parametrize(
+    ("answers", "seen", "num_calls"),
+    [
+        ([BackPressureError(1, 1)], TargetBusyError, 1),
+        ([as_ray_raises(RequestRejectedError("no", "input"))], RequestRejectedError, 1),
+        ([LOST] * 9, TargetUnavailableError, 4),
+        ([EngineDeadError("dead")] * 9, TargetUnavailableError, 3),
+    ],
+)
+async def test_an_embedding_fails_in_this_packages_words(
+    answers: list[Exception], seen: type[Exception], num_calls: int
+) -> None:
+    pool = EmbeddingPool(*answers)
+    with pytest.raises(seen):
+        await client(pool).embed(text())
+    assert len(pool.embedded) == num_calls
+
+
+async def test_an_embedding_that_is_overdue_or_not_wanted_is_cancelled() -> None:
+    pool = EmbeddingPool(None, None)
+    with pytest.raises(DeadlineExceededError):
+        await client(pool).embed(text(deadline=time.time() - 2))
+    task = asyncio.create_task(client(pool).embed(text()))
+    async with asyncio.timeout(5):
+        while len(pool.embedded) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert all(response.is_cancelled for response in pool.responses)
