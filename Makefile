@@ -27,7 +27,7 @@ TEST_WORKERS ?= 2
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
-        check-docs check-spelling check-repository test test-unit test-integration protos reference chart \
+        check-docs check-spelling check-repository test test-unit test-integration test-gpu protos reference chart \
         demo serve bench-engine bench-quality bench-kv chaos-kv fuzz-kv soak-engine clean
 
 help: ## List the targets
@@ -83,6 +83,10 @@ test-unit: $(ENVIRONMENT) ## Unit, contract and chart tests
 
 test-integration: $(ENVIRONMENT) ## Tests against a local Ray, a real Valkey and real weights
 	$(PYTEST) -m "integration and not gpu" -n $(TEST_WORKERS) --dist loadfile
+
+test-gpu: $(ENVIRONMENT) ## The engine's tests on a CUDA device; says so where there is none
+	@$(PY) -c 'import torch; ok = torch.cuda.is_available(); print("CUDA device:", torch.cuda.get_device_name() if ok else "none; the tests will be skipped")'
+	$(PYTEST) -m gpu -rs -s tests/gpu
 
 protos: $(ENVIRONMENT) ## Regenerate the gRPC stubs
 	PATH="$(SCRIPTS):$$PATH" $(PY) -m grpc_tools.protoc -I . \

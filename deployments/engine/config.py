@@ -53,6 +53,9 @@ class TorchEngineConfig(_Config):
     cover are refused."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where weights and pages live."""
+    cuda_graphs: bool = True
+    """Record the forwards that only decode and verify at the start, and replay them: on a GPU,
+    launching their kernels one by one takes longer than running them. Has no effect on a CPU."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of one replica's arithmetic. By default the replica's share of the machine: the
     whole CPUs that its pool asks for (``pools.target.num_cpus``), at least one."""

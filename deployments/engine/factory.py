@@ -44,6 +44,7 @@ def build_engine(
     import torch
 
     from deployments.engine.torch_engine.assembly import EngineParts, start_engine
+    from deployments.engine.torch_engine.cuda_graphs import cuda_graphs
     from deployments.engine.torch_engine.kv_cache import KVCache
     from deployments.engine.torch_engine.model_runner import ModelRunner
     from deployments.engine.torch_engine.weights.loader import load_model
@@ -57,11 +58,29 @@ def build_engine(
         cache_dir=cache_dir,
         weights=config.weights,
     )
-    loaded.config.check_context(config.context_length(loaded.config.max_positions))
+    max_context = config.context_length(loaded.config.max_positions)
+    loaded.config.check_context(max_context)
+    # One page more than the pool hands out: padding of recorded forwards writes there.
     memory = KVCache(
-        loaded.config, config.num_pages, dtype=loaded.model.dtype, device=config.device
+        loaded.config, config.num_pages + 1, dtype=loaded.model.dtype, device=config.device
     )
-    runner = ModelRunner(loaded.model, loaded.config, memory, is_deterministic=config.deterministic)
+    graphs = None
+    if config.cuda_graphs:
+        speculation = config.speculation
+        graphs = cuda_graphs(
+            loaded.model,
+            memory,
+            max_num_seqs=config.max_num_seqs,
+            num_draft_tokens=speculation.num_draft_tokens if speculation.enabled else 0,
+            max_context=max_context,
+        )
+    runner = ModelRunner(
+        loaded.model,
+        loaded.config,
+        memory,
+        is_deterministic=config.deterministic,
+        graphs=graphs,
+    )
     if config.deterministic:
         loaded.model.drop_dense()
     layout = loaded.page_layout(runner.arithmetic)

@@ -74,7 +74,7 @@ def _group(spans: Sequence[SequenceSpan], dtype: torch.dtype, device: torch.devi
     sees_all = length == 1 and min(lengths_L) == longest and all(s.tail_mask is None for s in spans)
     mask = None
     if not (is_causal or sees_all):
-        visible = torch.stack([_visible(span, longest) for span in spans]).unsqueeze(1)
+        visible = torch.stack([visible_rows(span, longest) for span in spans]).unsqueeze(1)
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf).to(device)
     return SpanGroup(rows.to(device), slots.to(device), len(spans), mask, is_causal)
 
@@ -84,7 +84,7 @@ def _pad(slots: Tensor, length: int) -> Tensor:
     return torch.cat((slots, slots[-1:].expand(missing))) if missing else slots
 
 
-def _visible(span: SequenceSpan, longest: int) -> Tensor:
+def visible_rows(span: SequenceSpan, longest: int) -> Tensor:
     """[Q, longest] bool: which rows each new row of a span sees."""
     num_rows = span.kv_slots.shape[0]
     tail = span.tail_mask
@@ -92,7 +92,7 @@ def _visible(span: SequenceSpan, longest: int) -> Tensor:
         tail = torch.ones(span.length, span.length, dtype=torch.bool).tril()
     visible = torch.zeros(span.length, longest, dtype=torch.bool)
     visible[:, : num_rows - tail.shape[1]] = True
-    visible[:, num_rows - tail.shape[1] : num_rows] = tail.cpu()
+    visible[:, num_rows - tail.shape[1] : num_rows] = tail
     return visible
 
 
@@ -115,14 +115,44 @@ def attend(q_NHD: Tensor, k_pool: Tensor, v_pool: Tensor, groups: Sequence[SpanG
         q_BQHD = q_NHD.index_select(0, group.rows).view(B, -1, num_heads, head_dim)
         k_BLKD = k_pool.index_select(0, group.slots).to(q_NHD.dtype).view(B, -1, *k_pool.shape[1:])
         v_BLKD = v_pool.index_select(0, group.slots).to(q_NHD.dtype).view(B, -1, *v_pool.shape[1:])
-        attended_BHQD = F.scaled_dot_product_attention(
-            q_BQHD.transpose(1, 2),
-            k_BLKD.transpose(1, 2),
-            v_BLKD.transpose(1, 2),
-            attn_mask=group.mask,
-            is_causal=group.is_causal,
-            enable_gqa=num_heads != k_pool.shape[1],
-        )
-        attended = attended_BHQD.transpose(1, 2).reshape(-1, num_heads, head_dim)
+        if q_NHD.is_cuda and group.mask is not None:
+            attended = attend_folded(q_BQHD, k_BLKD, v_BLKD, group.mask).flatten(0, 1)
+        else:
+            attended_BHQD = F.scaled_dot_product_attention(
+                q_BQHD.transpose(1, 2),
+                k_BLKD.transpose(1, 2),
+                v_BLKD.transpose(1, 2),
+                attn_mask=group.mask,
+                is_causal=group.is_causal,
+                enable_gqa=num_heads != k_pool.shape[1],
+            )
+            attended = attended_BHQD.transpose(1, 2).reshape(-1, num_heads, head_dim)
         output_NHD.index_copy_(0, group.rows, attended)
     return output_NHD
+
+
+def attend_folded(q_BQHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, mask: Tensor) -> Tensor:
+    """Masked attention without grouped heads: heads that share keys become rows of one head.
+
+    torch's fused CUDA kernels take a mask or grouped heads, not both; with both it falls back to
+    one that writes all scores to memory.
+
+    Args:
+        q_BQHD: queries.
+        k_BLKD: keys.
+        v_BLKD: values.
+        mask: [B, 1, Q, L], additive.
+
+    Returns:
+        [B, Q, H, D].
+    """
+    B, Q, H, D = q_BQHD.shape
+    K = k_BLKD.shape[2]
+    rows_BKRD = q_BQHD.view(B, Q, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+    attended_BKRD = F.scaled_dot_product_attention(
+        rows_BKRD,
+        k_BLKD.transpose(1, 2),
+        v_BLKD.transpose(1, 2),
+        attn_mask=mask.repeat(1, 1, H // K, 1),
+    )
+    return attended_BKRD.view(B, K, H // K, Q, D).permute(0, 3, 1, 2, 4).reshape(B, Q, H, D)

@@ -40,15 +40,12 @@ class PlannedStep(NamedTuple):
     prompt_rows: list[PromptRow]
 
 
-def build_step(
-    chunks: SequenceOf[Chunk], trees: SequenceOf[DraftTree], device: torch.device
-) -> PlannedStep:
+def build_step(chunks: SequenceOf[Chunk], trees: SequenceOf[DraftTree]) -> PlannedStep:
     """Lay out the chunks one behind the other.
 
     Args:
         chunks: the scheduler's plan.
         trees: the draft behind each chunk; empty for chunks that verify none.
-        device: where the model lives.
     """
     token_ids: list[int] = []
     positions: list[int] = []
@@ -73,8 +70,8 @@ def build_step(
             SequenceSpan(
                 start=first_row,
                 length=num_rows - start,
-                kv_slots=sequence.slots(0, num_rows).to(device),
-                tail_mask=None if tree.is_chain else _tail_mask(tree).to(device),
+                kv_slots=sequence.slots(0, num_rows),
+                tail_mask=None if tree.is_chain else _tail_mask(tree),
             )
         )
         if chunk.is_sampled:
@@ -84,11 +81,11 @@ def build_step(
             scored_rows.append(first_row + position - 1 - start)
             prompt_rows.append(PromptRow(sequence, position))
     batch = ForwardBatch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        slots=torch.cat(slots).to(device),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        slots=torch.cat(slots),
         spans=tuple(spans),
-        logit_rows=torch.tensor(logit_rows + scored_rows, dtype=torch.int64, device=device),
+        logit_rows=torch.tensor(logit_rows + scored_rows, dtype=torch.int64),
     )
     return PlannedStep(batch, sample_rows, prompt_rows)
 

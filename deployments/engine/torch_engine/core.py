@@ -157,7 +157,7 @@ class EngineCore:
             return False
         self._count_admitted(chunks)
         taken = self._rounds.begin(chunks)
-        planned = build_step(chunks, [draft.tree for draft in taken], self._device)
+        planned = build_step(chunks, [draft.tree for draft in taken])
         logits_MV, features = forward(self._runner, chunks, planned.batch)
         choices = sample(logits_MV[: len(planned.sample_rows)], planned.sample_rows)
         score_prompts(logits_MV[len(planned.sample_rows) :], planned.prompt_rows)

@@ -34,7 +34,7 @@ class SequenceSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
-    """One forward.
+    """One forward. Its tensors live on the CPU, where they are made; the model moves them at once.
 
     Attributes:
         token_ids: [N] int64.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from kv_store.errors import LayoutMismatchError
 from kv_store.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -52,6 +52,10 @@ class KVCache:
         self.num_pages = num_pages
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        # A GPU copies to and from pinned memory at the full speed of its bus.
+        self._pinned: Tensor | None = None
+        if self.k.is_cuda:
+            self._pinned = torch.empty(self.page_nbytes, dtype=torch.uint8, pin_memory=True)
 
     @property
     def num_slots(self) -> int:
@@ -72,8 +76,11 @@ class KVCache:
         """
         rows = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
         both = torch.stack((self.k[:, rows], self.v[:, rows]), dim=1)
-        flat: NDArray[np.uint8] = both.view(torch.uint8).flatten().cpu().numpy()
-        return flat
+        flat = both.view(torch.uint8).flatten()
+        if self._pinned is not None:
+            flat = self._pinned.copy_(flat).clone()
+        raw: NDArray[np.uint8] = flat.numpy()
+        return raw
 
     def write_page(self, page: int, raw: NDArray[np.uint8]) -> None:
         """Fill one page from the bytes ``read_page`` gave.
@@ -84,9 +91,13 @@ class KVCache:
         if raw.nbytes != self.page_nbytes:
             raise LayoutMismatchError(f"a page has {self.page_nbytes} bytes, got {raw.nbytes}")
         layers, _, heads, dim = self.k.shape
-        # frombuffer on a copy: received pages may be read-only, which torch refuses to wrap.
-        both = torch.frombuffer(bytearray(raw.tobytes()), dtype=self.k.dtype)
-        both = both.view(layers, 2, PAGE_TOKENS, heads, dim).to(self.k.device)
+        if self._pinned is None:
+            # frombuffer on a copy: received pages may be read-only, which torch refuses to wrap.
+            flat = torch.frombuffer(bytearray(raw.tobytes()), dtype=torch.uint8)
+        else:
+            self._pinned.numpy()[:] = raw.reshape(-1).view(np.uint8)
+            flat = self._pinned.to(self.k.device)
+        both = flat.view(self.k.dtype).view(layers, 2, PAGE_TOKENS, heads, dim)
         rows = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
         self.k[:, rows] = both[:, 0]
         self.v[:, rows] = both[:, 1]

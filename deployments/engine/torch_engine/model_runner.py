@@ -19,6 +19,7 @@ from deployments.engine.torch_engine.kernels.narrow_forward import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deployments.engine.torch_engine.cuda_graphs import CudaGraphs
     from deployments.engine.torch_engine.kv_cache import KVCache
     from deployments.engine.torch_engine.model_config import ModelConfig
     from deployments.engine.torch_engine.models.llama import ForwardOutput, Model, Weight
@@ -46,15 +47,17 @@ class ModelRunner:
         kv_cache: KVCache,
         *,
         is_deterministic: bool = False,
+        graphs: CudaGraphs | None = None,
     ) -> None:
         """Join a filled model and a pool of its shape.
 
         Args:
             model: filled.
             config: its own.
-            kv_cache: where it writes.
+            kv_cache: where it writes, on the model's device.
             is_deterministic: compute every width with the arithmetic whose bits depend on nothing
                 but a row's own text.
+            graphs: recorded forwards of this model and pool, on a GPU.
 
         Raises:
             ValueError: the pool has another shape or dtype than the model's rows.
@@ -68,6 +71,7 @@ class ModelRunner:
         self.model = model
         self.config = config
         self.kv_cache = kv_cache
+        self._graphs = graphs
         self._is_deterministic = is_deterministic
         self._narrow: NarrowForward | None = None
         reason = obstacle(model, kv_cache)
@@ -104,6 +108,8 @@ class ModelRunner:
             self._is_deterministic or batch.token_ids.shape[0] <= narrow.max_tokens
         ):
             return narrow.forward(batch)
+        if self._graphs is not None and (logits := self._graphs.forward(batch)) is not None:
+            return logits
         return self.forward_with_features(batch, ()).logits
 
     @torch.inference_mode()

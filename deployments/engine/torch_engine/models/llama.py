@@ -247,27 +247,43 @@ class Model(nn.Module):
         """Run every new token of the batch through all layers.
 
         Args:
-            batch: on any device.
+            batch: on the CPU.
             kv_cache: a pool with this model's number of layers; rows at ``batch.slots`` are
                 overwritten.
             capture_layers: feature ``i`` is the residual stream that enters layer i;
                 ``num_layers`` is the stream behind the last layer, before the final norm;
                 ``FINAL_NORM`` is what lies behind that.
         """
+        return self.compute(
+            batch.token_ids.to(self.device),
+            batch.positions.to(self.device),
+            batch.slots.to(self.device),
+            group_spans(batch, self.compute_dtype, self.device),
+            batch.logit_rows.to(self.device),
+            kv_cache,
+            capture_layers,
+        )
+
+    def compute(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        groups: tuple[SpanGroup, ...],
+        logit_rows: Tensor,
+        kv_cache: KVCache,
+        capture_layers: tuple[int, ...] = (),
+    ) -> ForwardOutput:
+        """``forward`` with everything on the model's device; nothing in here waits for a GPU."""
         frequencies: Tensor = self.get_buffer("rope_frequencies")
+        amplitude = self.config.rope.amplitude
         ctx = LayerContext(
-            rotation=rotation_table(
-                batch.positions.to(self.device),
-                frequencies,
-                self.config.rope.amplitude,
-                self.compute_dtype,
-            ),
-            slots=batch.slots.to(self.device),
-            groups=group_spans(batch, self.compute_dtype, self.device),
+            rotation=rotation_table(positions, frequencies, amplitude, self.compute_dtype),
+            slots=slots,
+            groups=groups,
         )
         streams: dict[int, Tensor] = {}
-        x_NE = F.embedding(batch.token_ids.to(self.device), self.embed_tokens.weight)
-        x_NE = x_NE.to(self.compute_dtype)
+        x_NE = F.embedding(token_ids, self.embed_tokens.weight).to(self.compute_dtype)
         for index, layer in enumerate(self.layers):
             if index in capture_layers:
                 streams[index] = x_NE
@@ -275,7 +291,7 @@ class Model(nn.Module):
         streams[len(self.layers)] = x_NE
         if FINAL_NORM in capture_layers:
             streams[FINAL_NORM] = self.norm(x_NE)
-        x_ME = self.norm(x_NE.index_select(0, batch.logit_rows.to(self.device)))
+        x_ME = self.norm(x_NE.index_select(0, logit_rows))
         return ForwardOutput(
             self.lm_head(x_ME), tuple(streams[i].to(self.dtype) for i in capture_layers)
         )
