@@ -204,9 +204,14 @@ class Sequence:
         return range(first, min(end + 1, self.num_prompt_tokens))
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
-        """The prompt's log probabilities for delivery; None ever after."""
+        """The prompt's log probabilities for delivery; None ever after.
+
+        A request that ends before its prompt is computed gets none rather than a part.
+        """
         taken, self.prompt_logprobs = self.prompt_logprobs, None
-        return None if taken is None else tuple(taken)
+        if taken is None or len(taken) < self.num_prompt_tokens:
+            return None
+        return tuple(taken)
 
     def begin(self, cached_pages: SequenceOf[int], new_pages: SequenceOf[int]) -> None:
         """Start running on pages that hold the leading tokens already, and empty ones."""
