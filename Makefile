@@ -24,6 +24,8 @@ SCRIPTS = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 TEST_WORKERS ?= 2
+# These tests start whole clusters: on two cores a second one makes Ray's own start time out.
+INTEGRATION_WORKERS ?= 1
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
@@ -82,7 +84,7 @@ test-unit: $(ENVIRONMENT) ## Unit, contract and chart tests
 	$(PYTEST) -m "not integration and not gpu" -n $(TEST_WORKERS)
 
 test-integration: $(ENVIRONMENT) ## Tests against a local Ray, a real Valkey and real weights
-	$(PYTEST) -m "integration and not gpu" -n $(TEST_WORKERS) --dist loadfile
+	$(PYTEST) -m "integration and not gpu" -n $(INTEGRATION_WORKERS) --dist loadfile
 
 test-gpu: $(ENVIRONMENT) ## The engine's tests on a CUDA device; says so where there is none
 	@$(PY) -c 'import torch; ok = torch.cuda.is_available(); print("CUDA device:", torch.cuda.get_device_name() if ok else "none; the tests will be skipped")'

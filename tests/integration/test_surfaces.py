@@ -26,7 +26,7 @@ from tests.ray_cluster import Broadcaster, Ports, ray_serve, wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 KEY = "integration-key"
 AUTH = {"authorization": f"Bearer {KEY}"}
