@@ -42,15 +42,16 @@ class TorchEngineConfig(_Config):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic and KV precision. float32 is token-for-token reproducible across batch shapes."""
     weights: Literal["dense", "file", "int8", "int4"] = "dense"
-    """``dense`` keeps one number of ``dtype`` per weight. ``file`` lets steps of few tokens read
-    the Q4_1 and Q8_0 blocks of a GGUF file as they are, which is several times faster on a CPU;
-    longer forwards use the dense values of the same blocks. ``int8`` and ``int4`` round the
-    matrices of any checkpoint to such blocks when it is loaded; vocabulary matrices keep 8 bits."""
+    """``dense`` keeps one number of ``dtype`` per weight. ``file`` reads the Q4_1 and Q8_0 blocks
+    of a GGUF file as they are, which is several times faster on a CPU; only where the processor
+    multiplies bfloat16, long forwards use the dense values of the same blocks. ``int8`` and
+    ``int4`` round the matrices of any checkpoint to such blocks when it is loaded; vocabulary
+    matrices keep 8 bits."""
     deterministic: bool = False
     """The same seed gives the same text to the bit, in both dtypes, whatever the batch, chunks,
     caches, threads or drafts: one arithmetic computes every width. Prefill is slower where the
-    processor has matrix units; decoding is not. CPU only; models that the compiled kernels do not
-    cover are refused."""
+    processor multiplies bfloat16, or weights are dense; decoding is not. CPU only; models that the
+    compiled kernels do not cover are refused."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where weights and pages live."""
     cuda_graphs: bool = True

@@ -47,7 +47,7 @@ def build_engine(
     from deployments.engine.torch_engine.cuda_graphs import cuda_graphs
     from deployments.engine.torch_engine.kv_cache import KVCache
     from deployments.engine.torch_engine.model_runner import ModelRunner
-    from deployments.engine.torch_engine.weights.loader import load_model
+    from deployments.engine.torch_engine.weights.loader import load_model, return_freed_memory
 
     # Whoever builds an engine without a pool around it has the process' CPUs to give.
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
@@ -81,8 +81,9 @@ def build_engine(
         is_deterministic=config.deterministic,
         graphs=graphs,
     )
-    if config.deterministic:
+    if runner.is_compiled:
         loaded.model.drop_dense()
+    return_freed_memory()
     layout = loaded.page_layout(runner.arithmetic)
     runner.warm_up()
     parts = EngineParts(

@@ -72,22 +72,30 @@ class ModelRunner:
         self.config = config
         self.kv_cache = kv_cache
         self._graphs = graphs
-        self._is_deterministic = is_deterministic
         self._narrow: NarrowForward | None = None
+        self._is_compiled = False
         reason = obstacle(model, kv_cache)
         if reason is None:
-            max_tokens = TILE_TOKENS if is_deterministic else max_narrow_tokens(model)
-            self._narrow = NarrowForward(model, kv_cache, max_tokens, torch.get_num_threads())
+            max_tokens = None if is_deterministic else max_narrow_tokens(model)
+            self._is_compiled = max_tokens is None
+            self._narrow = NarrowForward(
+                model, kv_cache, max_tokens or TILE_TOKENS, torch.get_num_threads()
+            )
         elif is_deterministic:
             raise UnsupportedModelError(f"engine.deterministic: {reason}")
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether compiled code computes every width, so that packed weights are all it reads."""
+        return self._is_compiled
+
+    @property
     def arithmetic(self) -> str:
         """Who computes the KV rows, as ``PageLayout.engine`` wants it: their bits depend on it."""
-        if not self._is_deterministic:
+        if not self._is_compiled:
             return "torch"
         form = "dense" if cast("Weight", self.model.lm_head).packed is None else "packed"
-        return f"torch-deterministic {form} {machine()}"
+        return f"compiled {form} {machine()}"
 
     def warm_up(self) -> None:
         """Do before the first request what its first forwards would wait for: compile.
@@ -105,7 +113,7 @@ class ModelRunner:
         """Write the batch's KV rows and score what follows its ``logit_rows``: [M, V] float32."""
         narrow = self._narrow
         if narrow is not None and (
-            self._is_deterministic or batch.token_ids.shape[0] <= narrow.max_tokens
+            self._is_compiled or batch.token_ids.shape[0] <= narrow.max_tokens
         ):
             return narrow.forward(batch)
         if self._graphs is not None and (logits := self._graphs.forward(batch)) is not None:
@@ -122,7 +130,7 @@ class ModelRunner:
             batch: the forward.
             capture_layers: as in ``Model.forward``; empty for none.
         """
-        if self._narrow is not None and self._is_deterministic:
+        if self._narrow is not None and self._is_compiled:
             return FeatureOutput(*self._narrow.forward_with_features(batch, capture_layers))
         output: ForwardOutput = self.model(batch, self.kv_cache, capture_layers)
         return FeatureOutput(output.logits.float(), output.features)

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from deployments.engine.torch_engine.kernels.compiling import kernel
 from deployments.engine.torch_engine.kernels.elementwise import exponential
+from deployments.engine.torch_engine.kernels.memory import address
 from deployments.engine.torch_engine.kernels.vectors import (
     DENSE_BF16,
     DENSE_F32,
@@ -41,6 +42,8 @@ _ROW_BYTES = {DENSE_F32: 4, DENSE_BF16: 2}
 _WIDTH = 8
 _ROWS = 4
 """Rows that are scored at once: with three heads, twelve of AVX2's sixteen registers are sums."""
+SCORES = 3 * (CHUNK + _ROWS)
+"""Numbers that one thread keeps of three heads: their scores, and the highest ones."""
 
 
 @intrinsic(prefer_literal=True)
@@ -142,21 +145,22 @@ def _attend_heads(
     """``heads`` neighbouring query heads; ``out`` is [heads, D + PARTIAL_EXTRA]."""
     literally(kind)
     literally(heads)
-    highest = np.empty(_ROWS * heads, dtype=np.float32)
+    highest = scores[heads * CHUNK :]
     _score_rows(
-        kind, heads, query, keys, stride, slots, count, size, scores_at, highest.ctypes.data
-    )
+        kind, heads, query, keys, stride, slots, count, size, scores_at,
+        scores_at + 4 * heads * CHUNK,
+    )  # fmt: skip
     for h in range(heads):
         best = highest[_ROWS * h]
         for i in range(1, _ROWS):
             best = max(best, highest[_ROWS * h + i])
-        total = np.float32(0)
-        for i in range(h * CHUNK, h * CHUNK + count):
-            scores[i] = exponential((scores[i] - best) * scale)
-            total += scores[i]
+        total, own = np.float32(0), scores[h * CHUNK : h * CHUNK + count]
+        for i in range(count):
+            own[i] = exponential((own[i] - best) * scale)
+            total += own[i]
         out[h, size], out[h, size + 1] = best * scale, total
     row_bytes = 4 if kind == DENSE_F32 else 2
-    start, out_at, out_stride = 0, out.ctypes.data, 4 * (size + PARTIAL_EXTRA)
+    start, out_at, out_stride = 0, address(out), 4 * (size + PARTIAL_EXTRA)
     while start + 4 * _WIDTH <= size:
         _mix_rows(
             kind, heads, 4, scores_at, values + row_bytes * start, stride, slots, count,
@@ -216,7 +220,7 @@ def attend(
         count: their number, at least 1.
         size: D, a multiple of sixteen.
         scale: of the scores.
-        scores: [3 * CHUNK] float32, overwritten.
+        scores: [SCORES] float32, overwritten.
         scores_at: its address.
         out: [num_heads, D + PARTIAL_EXTRA] float32, contiguous: per head the weighted sum of the
             values, the highest score, and the sum of the weights.
@@ -234,24 +238,32 @@ def attend(
 
 
 @kernel
-def join_chunks(partial, count, size, out):
+def join_chunks(partial, count, size, places, shares, out):
     """One head's attention from that over its chunks.
 
     Args:
-        partial: [chunks or more, D + PARTIAL_EXTRA] float32, what ``attend`` gave.
+        partial: [chunks or more, D + PARTIAL_EXTRA] float32, what ``attend`` gave; a view whose
+            rows are evenly spaced.
         count: chunks.
         size: D.
-        out: [D] float32.
+        places: [chunks or more] int64, counting up from 0.
+        shares: [chunks or more] float32, overwritten.
+        out: [D] float32, contiguous.
     """
     best = partial[0, size]
     for c in range(1, count):
         best = max(best, partial[c, size])
     total = np.float32(0)
-    out[:size] = 0
     for c in range(count):
-        share = exponential(partial[c, size] - best)
-        total += share * partial[c, size + 1]
-        for d in range(size):
-            out[d] += share * partial[c, d]
-    for d in range(size):
-        out[d] /= total
+        shares[c] = exponential(partial[c, size] - best)
+        total += shares[c] * partial[c, size + 1]
+    for c in range(count):
+        shares[c] /= total
+    stride, start, out_at = partial.strides[0], 0, address(out)
+    shares_at, places_at, values = address(shares), address(places), address(partial)
+    while start < size:
+        _mix_rows(
+            DENSE_F32, 1, 2, shares_at, values + 4 * start, stride, places_at, count,
+            out_at + 4 * start, 0,
+        )  # fmt: skip
+        start += 2 * _WIDTH

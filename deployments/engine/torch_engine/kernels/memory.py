@@ -6,6 +6,7 @@ import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -57,6 +58,12 @@ def bits_of_float(typing_context, number):
         return builder.bitcast(args[0], I32)
 
     return types.int32(types.float32), generate
+
+
+@kernel
+def address(array):
+    """Where an array's numbers begin."""
+    return np.int64(array.ctypes.data)
 
 
 @intrinsic

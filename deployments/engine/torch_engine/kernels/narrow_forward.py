@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from deployments.engine.torch_engine.kernels.attention import CHUNK, PARTIAL_EXTRA
+from deployments.engine.torch_engine.kernels.attention import CHUNK, PARTIAL_EXTRA, SCORES
 from deployments.engine.torch_engine.kernels.memory import SLEEPERS
 from deployments.engine.torch_engine.kernels.packing import matrix_row
 from deployments.engine.torch_engine.kernels.step import Pool, Scratch, Stack, Tokens, run_layers
+from deployments.engine.torch_engine.kernels.unpacking import unpack_rows
 from deployments.engine.torch_engine.kernels.vectors import BLOCK, DENSE_BF16, DENSE_F32, LANES
 from deployments.engine.torch_engine.models.llama import DecoderLayer, Weight
+from deployments.engine.torch_engine.precision import multiplies_bfloat16
 from deployments.engine.torch_engine.rotary import RotationRows
 
 if TYPE_CHECKING:
@@ -84,18 +86,16 @@ class NarrowForward:
 
         self._scratch = Scratch(
             x=rows(config.hidden_size),
-            normed=np.zeros((num_threads, max_tokens, config.hidden_size), dtype=np.float32),
-            sums=np.zeros((num_threads, 2 * max_tokens * (widest // BLOCK + 1)), dtype=np.float32),
-            rounded=np.zeros((num_threads, max_tokens * widest), dtype=np.int16),
+            normed=rows(config.hidden_size),
+            rounded=np.zeros(max_tokens * widest, dtype=np.int16),
+            sums=np.zeros(2 * max_tokens * (widest // BLOCK + 1), dtype=np.float32),
             qkv=rows(_padded(qkv_rows)),
-            partial=self._partial(_CHUNKS_STEP),
-            attended=np.zeros(
-                (num_threads, max_tokens, config.num_heads * config.head_dim), dtype=np.float32
-            ),
+            scores=np.zeros((num_threads, SCORES), dtype=np.float32),
+            attended=rows(config.num_heads * config.head_dim),
             projected=rows(_padded(config.hidden_size)),
             gate_up=rows(_padded(2 * config.intermediate_size)),
             hidden=rows(config.intermediate_size),
-            scores=np.zeros((num_threads, 3 * CHUNK), dtype=np.float32),
+            **self._room_for(_CHUNKS_STEP),
             logits=rows(_padded(config.vocab_size)),
         )
 
@@ -149,11 +149,15 @@ class NarrowForward:
         num_chunks = -(-longest // CHUNK)
         if num_chunks > self._scratch.partial.shape[1]:
             num_chunks = -(-num_chunks // _CHUNKS_STEP) * _CHUNKS_STEP
-            self._scratch = self._scratch._replace(partial=self._partial(num_chunks))
+            self._scratch = self._scratch._replace(**self._room_for(num_chunks))
 
     def _embed(self, token_ids: Tensor) -> None:
-        embedded = F.embedding(token_ids, self._model.embed_tokens.weight)
-        torch.from_numpy(self._scratch.x)[: token_ids.shape[0]] = embedded
+        table = self._model.embed_tokens
+        if table.packed is not None:
+            unpack_rows(table.packed, token_ids.numpy(), self._scratch.x)
+        else:
+            embedded = F.embedding(token_ids, table.weight)
+            torch.from_numpy(self._scratch.x)[: token_ids.shape[0]] = embedded
 
     def _run(self, tokens: Tokens, first: int, behind: int) -> None:
         """Layers ``first`` to ``behind``; the head only behind the last one."""
@@ -175,11 +179,16 @@ class NarrowForward:
         for future in running:
             future.result()
 
-    def _partial(self, num_chunks: int) -> NDArray[np.float32]:
+    def _room_for(self, num_chunks: int) -> dict[str, Any]:
         config = self._model.config
         size = config.head_dim + PARTIAL_EXTRA
-        shape = (self.max_tokens, num_chunks, config.num_heads, size)
-        return np.zeros(shape, dtype=np.float32)
+        return {
+            "partial": np.zeros(
+                (self.max_tokens, num_chunks, config.num_heads, size), dtype=np.float32
+            ),
+            "places": np.arange(num_chunks),
+            "shares": np.zeros((self._num_threads, num_chunks), dtype=np.float32),
+        }
 
     def _stack_of(self, model: Model) -> Stack:
         config = model.config
@@ -275,9 +284,11 @@ def obstacle(model: Model, kv_cache: KVCache) -> str | None:
     return None
 
 
-def max_narrow_tokens(model: Model) -> int:
-    """Tokens up to which a forward is faster here than in the model's modules."""
+def max_narrow_tokens(model: Model) -> int | None:
+    """Tokens up to which a forward is faster here than in the model's modules; None for all."""
+    head = cast("Weight", model.lm_head)
+    if head.packed is not None and not multiplies_bfloat16():
+        return None
     if model.compute_dtype != model.dtype:
         return _MAX_TOKENS_WIDENED
-    head = cast("Weight", model.lm_head)
     return _MAX_TOKENS[model.dtype, head.packed is not None]

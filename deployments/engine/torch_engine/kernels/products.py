@@ -279,9 +279,6 @@ def multiply(matrix, x, sums, y, y_stride, part, num_parts, num_tokens):
         part: which share.
         num_parts: shares that make the whole.
         num_tokens: rows of x.
-
-    Returns:
-        The first and the last output row of the share.
     """
     w, form, rows, size = matrix[0], matrix[1], matrix[2], matrix[3]
     num_tiles = (rows + LANES - 1) // LANES
@@ -303,4 +300,3 @@ def multiply(matrix, x, sums, y, y_stride, part, num_parts, num_tokens):
             out = carray(pointer(y + n * y_stride), rows)
             for r in range(first_row, last_row):
                 out[r] += bias[r]
-    return first_row, last_row

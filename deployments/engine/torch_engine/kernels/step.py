@@ -19,9 +19,9 @@ from deployments.engine.torch_engine.kernels.elementwise import (
     round_blocks,
     sum_blocks,
 )
-from deployments.engine.torch_engine.kernels.memory import bits_of_float, wait_for_all
+from deployments.engine.torch_engine.kernels.memory import address, bits_of_float, wait_for_all
 from deployments.engine.torch_engine.kernels.products import multiply
-from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, LANES, Q4_1, Q4_1_SHORT
+from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, Q4_1, Q4_1_SHORT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -89,53 +89,50 @@ class Tokens(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Activations. The first axis of what every thread has for itself is the thread.
+    """Activations, shared by all threads unless the first axis is the thread.
 
     Attributes:
         x: [N, E], the residual stream; holds the embeddings at the start.
-        normed: per thread.
-        sums: per thread, of the blocks of a product's inputs; with their scales where they are
-            rounded.
-        rounded: per thread, a product's inputs as whole numbers.
+        rounded: [N * inputs], a product's inputs as whole numbers.
+        sums: of the blocks of a product's inputs; with their scales where they are rounded.
         partial: [N, chunks, H, D + 2], attention over each chunk of a token's context.
-        attended: per thread.
-        scores: per thread.
+        places: [chunks], counting up from 0.
+        shares: [threads, chunks].
+        scores: [threads, SCORES].
         logits: [M, V or more].
     """
 
     x: NDArray[np.float32]
     normed: NDArray[np.float32]
-    sums: NDArray[np.float32]
     rounded: NDArray[np.int16]
+    sums: NDArray[np.float32]
     qkv: NDArray[np.float32]
     partial: NDArray[np.float32]
+    places: NDArray[np.int64]
+    shares: NDArray[np.float32]
+    scores: NDArray[np.float32]
     attended: NDArray[np.float32]
     projected: NDArray[np.float32]
     gate_up: NDArray[np.float32]
     hidden: NDArray[np.float32]
-    scores: NDArray[np.float32]
     logits: NDArray[np.float32]
 
 
 @kernel
-def _address(array):
-    return np.int64(array.ctypes.data)
+def _prepare(matrix, x, first, last, scratch):
+    """What ``matrix`` wants of its inputs besides the numbers, for rows ``first`` to ``last``."""
+    if matrix[1] == Q4_1:
+        sum_blocks(x, first, last, matrix[3], scratch.sums)
+    elif matrix[1] == Q4_1_SHORT:
+        round_blocks(x, first, last, matrix[3], scratch.rounded, scratch.sums)
 
 
 @kernel
 def _apply(matrix, x, num_tokens, scratch, y, part, num_parts):
-    """``y = matrix @ x`` on this thread's rows, which are returned as (first, last)."""
-    sums, rounded = scratch.sums[part], scratch.rounded[part]
-    x_at = _address(x)
-    if matrix[1] == Q4_1:
-        sum_blocks(x, num_tokens, matrix[3], sums)
-    elif matrix[1] == Q4_1_SHORT:
-        round_blocks(x, num_tokens, matrix[3], rounded, sums)
-        x_at = _address(rounded)
+    """``y = matrix @ x`` on this thread's rows of the matrix; ``x`` is prepared."""
+    x_at = address(scratch.rounded) if matrix[1] == Q4_1_SHORT else address(x)
     y_stride = y.shape[1] * 4
-    return multiply(
-        matrix, x_at, _address(sums), _address(y), y_stride, part, num_parts, num_tokens
-    )
+    multiply(matrix, x_at, address(scratch.sums), address(y), y_stride, part, num_parts, num_tokens)
 
 
 @kernel
@@ -179,8 +176,9 @@ def _place_heads(stack, layer, pool, tokens, qkv, part, num_parts):
 def _attend(stack, layer, pool, tokens, scratch, part, num_parts):
     """``scratch.qkv`` and the pool to this thread's pieces of ``scratch.partial``.
 
-    A piece is one chunk of one token's context. Neighbouring pieces read the same rows if their
-    tokens belong to one sequence. Threads take turns, because contexts differ in length.
+    A piece is one chunk of one token's context. Tokens of one sequence read the same rows one after
+    the other, a head at a time, so that these stay in the nearest cache. Threads take every other
+    token, or every other chunk where there are few tokens: contexts differ in length.
     """
     H, K, D = stack.num_heads, stack.num_kv_heads, stack.head_dim
     G, N = H // K, tokens.slots.shape[0]
@@ -188,57 +186,70 @@ def _attend(stack, layer, pool, tokens, scratch, part, num_parts):
     layer_at = layer * pool.k.shape[1] * K * D * row_bytes
     scores = scratch.scores[part]
     scale = np.float32(1.0 / np.sqrt(D))
-    for item in range(part, scratch.partial.shape[1] * N, num_parts):
-        chunk, n = item // N, item % N
+    is_by_token = num_parts * 2 <= N
+    first_chunk, every_chunk = (0, 1) if is_by_token else (part, num_parts)
+    first_token, every_token = (part, num_parts) if is_by_token else (0, 1)
+    for chunk in range(first_chunk, scratch.partial.shape[1], every_chunk):
         start = chunk * CHUNK
-        if start >= tokens.num_seen[n]:
-            continue
         for head in range(K):
             at = layer_at + head * D * row_bytes
-            attend(
-                pool.form,
-                G,
-                _address(scratch.qkv) + 4 * (n * scratch.qkv.shape[1] + head * G * D),
-                pool.k_at + at,
-                pool.v_at + at,
-                K * D * row_bytes,
-                tokens.seen[n] + 8 * start,
-                min(CHUNK, tokens.num_seen[n] - start),
+            for n in range(first_token, N, every_token):
+                if start >= tokens.num_seen[n]:
+                    continue
+                attend(
+                    pool.form,
+                    G,
+                    address(scratch.qkv) + 4 * (n * scratch.qkv.shape[1] + head * G * D),
+                    pool.k_at + at,
+                    pool.v_at + at,
+                    K * D * row_bytes,
+                    tokens.seen[n] + 8 * start,
+                    min(CHUNK, tokens.num_seen[n] - start),
+                    D,
+                    scale,
+                    scores,
+                    address(scores),
+                    scratch.partial[n, chunk, head * G : head * G + G],
+                )
+
+
+@kernel
+def _join(stack, tokens, scratch, first, last, part):
+    """``scratch.partial`` of some tokens to every head of ``scratch.attended``."""
+    D = stack.head_dim
+    for n in range(first, last):
+        num_chunks = (tokens.num_seen[n] + CHUNK - 1) // CHUNK
+        for head in range(stack.num_heads):
+            join_chunks(
+                scratch.partial[n, :, head],
+                num_chunks,
                 D,
-                scale,
-                scores,
-                _address(scores),
-                scratch.partial[n, chunk, head * G : head * G + G],
+                scratch.places,
+                scratch.shares[part],
+                scratch.attended[n, head * D : head * D + D],
             )
 
 
 @kernel
-def _join(stack, tokens, scratch, attended):
-    """``scratch.partial`` to every head of ``attended``."""
-    D = stack.head_dim
-    for n in range(tokens.slots.shape[0]):
-        num_chunks = (tokens.num_seen[n] + CHUNK - 1) // CHUNK
-        for head in range(stack.num_heads):
-            partial, out = scratch.partial[n, :, head], attended[n, head * D : head * D + D]
-            join_chunks(partial, num_chunks, D, out)
+def _add(x, y, first, last):
+    size = x.shape[1]
+    for n in range(first, last):
+        total, more = x[n], y[n]
+        for i in range(size):
+            total[i] += more[i]
 
 
 @kernel
-def _add(x, y, num_tokens, first, last):
-    for n in range(num_tokens):
-        for i in range(first, last):
-            x[n, i] += y[n, i]
-
-
-@kernel
-def _normalise_rows(x, num_rows, weight, eps, out):
-    for n in range(num_rows):
+def _normalise_rows(x, first, last, weight, eps, out):
+    for n in range(first, last):
         normalise(x, n, 0, weight.shape[0], weight, eps, out, n, 0)
 
 
 @kernel
 def run_layers(stack, pool, tokens, scratch, counter, part, num_parts):
     """One thread's part of a forward.
+
+    Threads share the products by rows of the matrix and what stands between them by tokens.
 
     Args:
         stack: weights.
@@ -250,39 +261,46 @@ def run_layers(stack, pool, tokens, scratch, counter, part, num_parts):
         num_parts: threads that run this together.
     """
     N, E, I = tokens.slots.shape[0], stack.norm.shape[0], scratch.hidden.shape[1]
-    normed, attended = scratch.normed[part], scratch.attended[part]
+    first, last = N * part // num_parts, N * (part + 1) // num_parts
+    x, normed, hidden, eps = scratch.x, scratch.normed, scratch.hidden, stack.eps
     met = 0
     for layer in range(stack.qkv.shape[0]):
-        _normalise_rows(scratch.x, N, stack.input_norm[layer], stack.eps, normed)
-        _apply(stack.qkv[layer], normed, N, scratch, scratch.qkv, part, num_parts)
+        qkv, o, down = stack.qkv[layer], stack.o[layer], stack.down[layer]
+        gate_up = stack.gate_up[layer]
+        _normalise_rows(x, first, last, stack.input_norm[layer], eps, normed)
+        _prepare(qkv, normed, first, last, scratch)
         wait_for_all(counter, num_parts, met + 1)
-        _place_heads(stack, layer, pool, tokens, scratch.qkv, part, num_parts)
+        _apply(qkv, normed, N, scratch, scratch.qkv, part, num_parts)
         wait_for_all(counter, num_parts, met + 2)
-        _attend(stack, layer, pool, tokens, scratch, part, num_parts)
+        _place_heads(stack, layer, pool, tokens, scratch.qkv, part, num_parts)
         wait_for_all(counter, num_parts, met + 3)
-        # Every thread needs all heads: to join them again costs less than to meet once more.
-        _join(stack, tokens, scratch, attended)
-        first, last = _apply(
-            stack.o[layer], attended, N, scratch, scratch.projected, part, num_parts
-        )
-        _add(scratch.x, scratch.projected, N, first, last)
+        _attend(stack, layer, pool, tokens, scratch, part, num_parts)
         wait_for_all(counter, num_parts, met + 4)
-        _normalise_rows(scratch.x, N, stack.post_attention_norm[layer], stack.eps, normed)
-        _apply(stack.gate_up[layer], normed, N, scratch, scratch.gate_up, part, num_parts)
+        _join(stack, tokens, scratch, first, last, part)
+        _prepare(o, scratch.attended, first, last, scratch)
         wait_for_all(counter, num_parts, met + 5)
-        # Whole vectors, or a column's code would depend on where another thread begins.
-        num_vectors = I // LANES
-        first = num_vectors * part // num_parts * LANES
-        last = num_vectors * (part + 1) // num_parts * LANES
-        gate(scratch.gate_up, N, I, first, last, scratch.hidden)
+        _apply(o, scratch.attended, N, scratch, scratch.projected, part, num_parts)
         wait_for_all(counter, num_parts, met + 6)
-        first, last = _apply(
-            stack.down[layer], scratch.hidden, N, scratch, scratch.projected, part, num_parts
-        )
-        _add(scratch.x, scratch.projected, N, first, last)
-        met += 7
+        _add(x, scratch.projected, first, last)
+        _normalise_rows(x, first, last, stack.post_attention_norm[layer], eps, normed)
+        _prepare(gate_up, normed, first, last, scratch)
+        wait_for_all(counter, num_parts, met + 7)
+        _apply(gate_up, normed, N, scratch, scratch.gate_up, part, num_parts)
+        wait_for_all(counter, num_parts, met + 8)
+        gate(scratch.gate_up, first, last, I, hidden)
+        _prepare(down, hidden, first, last, scratch)
+        wait_for_all(counter, num_parts, met + 9)
+        _apply(down, hidden, N, scratch, scratch.projected, part, num_parts)
+        met += 10
         wait_for_all(counter, num_parts, met)
+        _add(x, scratch.projected, first, last)
     M = tokens.logit_rows.shape[0]
-    for m in range(M):
-        normalise(scratch.x, tokens.logit_rows[m], 0, E, stack.norm, stack.eps, normed, m, 0)
+    if M == 0:
+        return
+    wait_for_all(counter, num_parts, met + 1)
+    first, last = M * part // num_parts, M * (part + 1) // num_parts
+    for m in range(first, last):
+        normalise(x, tokens.logit_rows[m], 0, E, stack.norm, eps, normed, m, 0)
+    _prepare(stack.head[0], normed, first, last, scratch)
+    wait_for_all(counter, num_parts, met + 2)
     _apply(stack.head[0], normed, M, scratch, scratch.logits, part, num_parts)

@@ -149,6 +149,32 @@ class Emitter:
         """int32 as float32."""
         return self.builder.sitofp(ints, self.floats)
 
+    def nearest(self, floats: Value) -> Value:
+        """Rounded to whole numbers, still as floats; halves upwards."""
+        half = ir.Constant(self.floats, [0.5] * self.lanes)
+        signature = ir.FunctionType(self.floats, [self.floats])
+        name = f"llvm.floor.v{self.lanes}f32"
+        floor = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        return self.builder.call(floor, [self.builder.fadd(floats, half)])
+
+    def store_shorts(self, floats: Value, address: Value) -> None:
+        """Write whole numbers as int16."""
+        ints = self.builder.fptosi(floats, self._ints)
+        shorts = self.builder.trunc(ints, ir.VectorType(I16, self.lanes))
+        self.builder.store(
+            shorts, self.builder.inttoptr(address, shorts.type.as_pointer())
+        ).align = 2
+
+    def largest_size(self, floats: Value) -> Value:
+        """The highest absolute value; not a number where a lane is none."""
+        # Floats without a sign are in the order of their bits.
+        bits = self.builder.bitcast(floats, self._ints)
+        bits = self.builder.and_(bits, self._every(0x7FFFFFFF))
+        name = f"llvm.vector.reduce.smax.v{self.lanes}i32"
+        signature = ir.FunctionType(I32, [self._ints])
+        largest = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        return self.builder.bitcast(self.builder.call(largest, [bits]), F32)
+
     def total(self, vector: Value) -> Value:
         """The sum of the lanes, in an order that is always the same."""
         width = self.lanes

@@ -297,9 +297,9 @@ class Model(nn.Module):
         )
 
     def drop_dense(self) -> None:
-        """Give back the dense copies of packed matrices, where every forward is a narrow one."""
+        """Give back the dense copies of packed matrices, where compiled code computes all."""
         for weight in self.modules():
-            if isinstance(weight, Weight) and weight.packed and weight is not self.embed_tokens:
+            if isinstance(weight, Weight) and weight.packed:
                 weight.weight = nn.Parameter(weight.weight.new_empty(0), requires_grad=False)
 
     def weight_targets(self) -> dict[str, Tensor]:

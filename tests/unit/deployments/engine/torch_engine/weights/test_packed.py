@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from deployments.engine.errors import UnsupportedModelError
+from deployments.engine.torch_engine.kernels import narrow_forward
 from deployments.engine.torch_engine.kernels import vectors as kernel_forms
+from deployments.engine.torch_engine.kernels.packing import pack_blocks
+from deployments.engine.torch_engine.kernels.unpacking import unpack_rows
 from deployments.engine.torch_engine.kv_cache import KVCache
 from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.model_runner import ModelRunner
@@ -160,13 +163,32 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
         load_model(str(tmp_path), dtype="float32", cache_dir=tmp_path, weights="int8")
 
 
-def test_a_deterministic_runner_needs_no_dense_copies(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_bfloat16_units_compiled_code_computes_all_widths(dtype, tmp_path, monkeypatch):
     write_model(tmp_path)
-    loaded = load_model(str(tmp_path), dtype="bfloat16", cache_dir=tmp_path, weights="file")
-    cache = KVCache(loaded.config, 1, dtype=torch.bfloat16)
-    runner = ModelRunner(loaded.model, loaded.config, cache, is_deterministic=True)
+    loaded = load_model(str(tmp_path), dtype=dtype, cache_dir=tmp_path, weights="file")
+    cache = KVCache(loaded.config, 1, dtype=loaded.model.dtype)
     batch = batch_of((list(range(3, 12)), range(9), range(9), [], None))
+    for has_units in (True, False):
+        monkeypatch.setattr(narrow_forward, "multiplies_bfloat16", lambda has=has_units: has)
+        runner = ModelRunner(loaded.model, loaded.config, cache)
+        assert runner.is_compiled is not has_units
+        assert runner.arithmetic.startswith("torch" if has_units else "compiled packed ")
     expected = runner.forward(batch)
     loaded.model.drop_dense()
     assert torch.equal(runner.forward(batch), expected)
-    assert loaded.model.layers[0].mlp.down_proj.weight.numel() == 0
+    assert all(m.weight.numel() == 0 for m in loaded.model.modules() if isinstance(m, llama.Weight))
+
+
+@pytest.mark.parametrize("kind", [Q4_1, Q8_0])
+def test_rows_are_unpacked_to_what_their_blocks_mean(kind):
+    generator = np.random.default_rng(1)
+    blocks = gguf.quants.quantize(generator.standard_normal((37, 96), dtype=np.float32), kind)
+    form = kernel_forms.Q4_1 if kind == Q4_1 else kernel_forms.Q8_0
+    rows = np.array([36, 0, 17, 17, 5])
+    out = np.full((7, 96), np.nan, dtype=np.float32)
+    unpack_rows(pack_blocks([blocks[:20], blocks[20:]], form), rows, out)
+    np.testing.assert_allclose(
+        out[:5], gguf.quants.dequantize(blocks, kind)[rows], rtol=1e-6, atol=1e-6
+    )
+    assert np.isnan(out[5:]).all()
