@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deployments.config import AuthConfig, DraftPoolConfig, IngressConfig, TracingConfig
 from deployments.engine.config import EngineConfig, TorchEngineConfig
+from deployments.engine.training.config import DraftTrainingConfig
 from kv_store.config import EmbeddedValkeyTierConfig, KVStoreConfig, SsdTierConfig
 
 _LAPTOP_SSD_BYTES = 2 << 30
@@ -130,6 +131,8 @@ class ClusterConfig(_Config):
     """Where spans go."""
     server: ServerConfig = ServerConfig()
     """Ports and addresses of a local cluster."""
+    training: DraftTrainingConfig = DraftTrainingConfig()
+    """How ``paceline train draft`` makes a draft; a cluster that serves does not read it."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Of every process of the cluster."""
 

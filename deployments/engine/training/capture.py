@@ -32,12 +32,21 @@ class AnsweredPrompt(NamedTuple):
     token_ids: Sequence[int]
     prompt_length: int
 
+    def fits(self, max_length: int) -> bool:
+        """Whether there is something of an answer within the length."""
+        return 0 < self.prompt_length < min(len(self.token_ids), max_length)
+
 
 class FeatureCapture:
     """Runs a target over texts. Holds one KV pool, for one text at a time."""
 
     def __init__(
-        self, loaded: LoadedModel, aux_layers: tuple[int, ...], *, max_length: int
+        self,
+        loaded: LoadedModel,
+        aux_layers: tuple[int, ...],
+        *,
+        max_length: int,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Allocate the pool.
 
@@ -45,9 +54,11 @@ class FeatureCapture:
             loaded: the target.
             aux_layers: layers (counted from 0) whose outputs are kept.
             max_length: tokens of a text; the rest is cut off.
+            dtype: of what is kept; the model's own by default.
         """
         model = loaded.model
         self._max_length = max_length
+        self._dtype = dtype or model.dtype
         self._layers = (*(layer + 1 for layer in aux_layers), loaded.config.num_layers)
         num_pages = -(-max_length // PAGE_TOKENS)
         cache = KVCache(loaded.config, num_pages, dtype=model.dtype, device=model.device)
@@ -57,9 +68,8 @@ class FeatureCapture:
     def texts(self, answered: Iterable[AnsweredPrompt]) -> Iterator[FeatureText]:
         """One text with features for each that has an answer within the length, in order."""
         for prompt in answered:
-            token_ids = list(prompt.token_ids[: self._max_length])
-            if 0 < prompt.prompt_length < len(token_ids):
-                yield self._run(token_ids, prompt.prompt_length)
+            if prompt.fits(self._max_length):
+                yield self._run(list(prompt.token_ids[: self._max_length]), prompt.prompt_length)
 
     @torch.inference_mode()
     def _run(self, token_ids: list[int], prompt_length: int) -> FeatureText:
@@ -76,8 +86,8 @@ class FeatureCapture:
         wanted = [self._model.lm_head(part).argmax(1) for part in hidden.split(_LOGIT_ROWS)]
         return FeatureText(
             token_ids=torch.tensor(token_ids, dtype=torch.int32),
-            features=torch.cat(aux, dim=1).cpu(),
-            hidden=hidden.cpu(),
+            features=torch.cat(aux, dim=1).to("cpu", self._dtype),
+            hidden=hidden.to("cpu", self._dtype),
             wanted=torch.cat(wanted).to("cpu", torch.int32),
             # The last row stands before a token that is not there.
             is_answer=(rows >= prompt_length - 1) & (rows < len(rows) - 1),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deployments.engine.training.losses import LossName
+LossName: TypeAlias = Literal["cross_entropy", "kl", "acceptance", "hybrid"]
 
 
 class _Config(BaseModel):
@@ -65,3 +65,40 @@ class TrainingConfig(_Config):
     """Evaluations without a better one after which the run ends; 0 goes on to the end."""
     num_draft_tokens: int = Field(default=5, ge=1, le=16)
     """Length of the chains that evaluations draft."""
+
+
+class AnswersConfig(_Config):
+    """What the target writes for its draft to learn from."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    """Of one answer."""
+    per_prompt: int = Field(default=1, ge=1)
+    """Answers to each prompt: the first one greedy, all others sampled."""
+    temperature: float = Field(default=0.8, gt=0)
+    """Of sampled answers."""
+    held_out_prompts: int = Field(default=16, ge=1)
+    """Prompts that only evaluations see, drawn by ``seed``, with greedy answers; never more than
+    half of all."""
+    seed: int = Field(default=0, ge=0)
+    """Of sampled answers and of the choice of held-out prompts."""
+
+
+class FeaturesConfig(_Config):
+    """What the target computes on its answers, on disk."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of what is stored: a text token takes eight (float32: sixteen) bytes per unit of the target's
+    hidden size."""
+    max_bytes: int = Field(default=8 << 30, ge=1 << 20)
+    """Of the training texts' folder; texts that no longer fit are left out, and that is said."""
+
+
+class DraftTrainingConfig(_Config):
+    """Everything about ``paceline train draft``."""
+
+    answers: AnswersConfig = AnswersConfig()
+    """What the target writes for its draft to learn from."""
+    features: FeaturesConfig = FeaturesConfig()
+    """What the target computes on its answers, on disk."""
+    run: TrainingConfig = TrainingConfig()
+    """The training itself."""

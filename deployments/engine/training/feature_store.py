@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from deployments.engine.errors import WeightsMismatchError
 from deployments.engine.training.batches import FeatureText
+from deployments.engine.training.errors import RunMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -27,7 +28,11 @@ _FIELDS = FeatureText._fields
 
 
 class FeatureStore:
-    """A folder of shards of one capture."""
+    """A folder of shards of one capture.
+
+    Attributes:
+        seconds: that the capture of what is stored took, in all processes.
+    """
 
     def __init__(self, folder: Path, *, fingerprint: str) -> None:
         """Open a folder, which is made where it is missing.
@@ -37,10 +42,11 @@ class FeatureStore:
             fingerprint: of target, prompts and settings; a folder keeps features of one only.
 
         Raises:
-            WeightsMismatchError: the folder keeps features of something else, or a damaged shard.
+            RunMismatchError: the folder keeps features of something else, or a damaged shard.
         """
         self._folder = folder
         self._fingerprint = fingerprint
+        self.seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         self._lengths = [self._read_lengths(path) for path in self._paths()]
         self._files: dict[int, Any] = {}
@@ -69,15 +75,21 @@ class FeatureStore:
             The number of stored texts after each shard.
         """
         waiting: list[FeatureText] = []
+        started = time.monotonic()
         for text in texts:
             waiting.append(text)
             if len(waiting) == texts_per_shard:
-                if not self._write(waiting, max_bytes):
+                if not self._write(waiting, max_bytes, time.monotonic() - started):
                     return
                 waiting = []
                 yield self.num_texts
-        if waiting and self._write(waiting, max_bytes):
+                started = time.monotonic()
+        if waiting and self._write(waiting, max_bytes, time.monotonic() - started):
             yield self.num_texts
+
+    def __iter__(self) -> Iterator[FeatureText]:
+        """All texts, in order; one is in memory at a time."""
+        return map(self.text, range(self.num_texts))
 
     @property
     def lengths(self) -> list[int]:
@@ -113,16 +125,17 @@ class FeatureStore:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 lengths: list[int] = file.get_tensor("lengths").tolist()
-        except (OSError, SafetensorError) as error:
-            raise WeightsMismatchError(f"{path} cannot be read: {error}") from error
+            self.seconds += float(metadata.get("seconds", 0.0))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RunMismatchError(f"{path} cannot be read: {error}") from error
         if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != self._fingerprint:
-            raise WeightsMismatchError(
+            raise RunMismatchError(
                 f"{path.parent} keeps features of another target, prompt set or setting; "
                 "choose another folder or remove it"
             )
         return lengths
 
-    def _write(self, texts: list[FeatureText], max_bytes: int) -> bool:
+    def _write(self, texts: list[FeatureText], max_bytes: int, seconds: float) -> bool:
         tensors = {name: torch.cat([getattr(text, name) for text in texts]) for name in _FIELDS}
         tensors["lengths"] = torch.tensor([text.num_tokens for text in texts])
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -130,9 +143,14 @@ class FeatureStore:
             return False
         path = self._folder / f"features-{len(self._lengths):06}.safetensors"
         partial = path.with_suffix(".partial")
-        metadata = {"format": _FORMAT, "fingerprint": self._fingerprint}
+        metadata = {
+            "format": _FORMAT,
+            "fingerprint": self._fingerprint,
+            "seconds": f"{seconds:.3f}",
+        }
         save_file(tensors, partial, metadata=metadata)
         partial.replace(path)
+        self.seconds += seconds
         self._lengths.append([text.num_tokens for text in texts])
         return True
 

@@ -26,15 +26,12 @@ if TYPE_CHECKING:
 _RIDGE = 1e-3
 
 
-def draft_vocabulary(texts: Iterable[FeatureText], size: int, vocab_size: int) -> Tensor:
+def draft_vocabulary(written: Iterable[int], size: int, vocab_size: int) -> Tensor:
     """The tokens that answers hold most often, then the lowest ids: [size] int64, ascending.
 
     A byte-pair vocabulary numbers its tokens by how early they were merged: low ids are frequent.
     """
-    counts: Counter[int] = Counter()
-    for text in texts:
-        counts.update(text.token_ids[1:][text.is_answer[:-1]].tolist())
-    kept = {token_id for token_id, _ in counts.most_common(size)}
+    kept = {token_id for token_id, _ in Counter(written).most_common(size)}
     for token_id in range(vocab_size):
         if len(kept) >= size:
             break
@@ -56,13 +53,13 @@ def start_from_target(head: Eagle3Head, target: Model, texts: Iterable[FeatureTe
     """Give a head the target's norm and head, and solve for the fusion.
 
     Args:
-        head: overwritten.
-        target: on the CPU.
+        head: on the CPU; overwritten.
+        target: on any device.
         texts: to fit on; some ten thousand positions are enough.
     """
-    scale = target.norm.weight.float()
+    scale = target.norm.weight.float().cpu()
     head.norm.weight.copy_(target.norm.weight)
-    rows = target.lm_head.get_parameter("weight")[head.draft_token_ids]
+    rows = target.lm_head.get_parameter("weight")[head.draft_token_ids.to(target.device)]
     head.lm_head.weight.copy_(rows)
     head.midlayer.self_attn.o_proj.weight.zero_()
     head.midlayer.mlp.down_proj.weight.zero_()

@@ -6,7 +6,7 @@ Every loss compares the draft's distribution q with the target's p over the draf
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 from torch.nn import functional as F
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-LossName: TypeAlias = Literal["cross_entropy", "kl", "acceptance", "hybrid"]
+    from deployments.engine.training.config import LossName
 
 _TINY = 1e-9
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import distributed
 
-from deployments.engine.errors import WeightsMismatchError
 from deployments.engine.training.checkpoint import save_head
 from deployments.engine.training.eagle3 import Eagle3Head
+from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.training.evaluation import DraftQuality, evaluate
+from deployments.engine.training.pace import Pace
 from deployments.engine.training.plan import plan_epoch, share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from deployments.engine.training.batches import FeatureText
@@ -76,8 +77,10 @@ class DraftRun:
         trainer: DraftTrainer,
         config: TrainingConfig,
         texts: Texts,
-        held_out: Sequence[FeatureText],
+        held_out: Iterable[FeatureText],
         progress: Callable[[str], None],
+        *,
+        fingerprint: str,
     ) -> None:
         """Begin a run, or go on with the one whose checkpoint the folder holds.
 
@@ -86,11 +89,12 @@ class DraftRun:
             trainer: with nothing done yet.
             config: the same as when the run began.
             texts: likewise.
-            held_out: for evaluations.
+            held_out: for evaluations; gone through anew for each.
             progress: gets short lines for a person to read.
+            fingerprint: of target and texts; a folder continues with the same only.
 
         Raises:
-            WeightsMismatchError: the folder's checkpoint is of another run.
+            RunMismatchError: the folder's checkpoint is of another run.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -99,6 +103,7 @@ class DraftRun:
         self._texts = texts
         self._held_out = held_out
         self._progress = progress
+        self._fingerprint = fingerprint
         self._is_first = not distributed.is_initialized() or distributed.get_rank() == 0
         self._num_tokens = 0
         self._seconds = 0.0
@@ -113,21 +118,30 @@ class DraftRun:
             The best evaluation; its draft is in the folder.
         """
         started = time.monotonic() - self._seconds
+        pace = Pace(
+            "steps",
+            num_steps(self._texts.lengths, self._config),
+            self._progress,
+            done=self._trainer.num_steps_done,
+        )
         if not self.curve:
             self._evaluate(0.0)
         for batches in self._steps_ahead():
+            # Asked before a step, so that a run that stopped does not go on when it is repeated.
+            if self._is_idle():
+                self._progress("no better draft for a while: stopping early")
+                break
             report = self._trainer.step(batches)
             self._losses.append(report.loss)
-            self._num_tokens += self._total(report.num_tokens)
+            num_tokens = self._total(report.num_tokens)
+            self._num_tokens += num_tokens
+            pace.advance(num_tokens, note=f"loss {report.loss:.3f}")
             self._seconds = time.monotonic() - started
             done = self._trainer.num_steps_done
             if done % self._config.evaluate_steps == 0:
                 self._evaluate(self._seconds)
             if done % self._config.checkpoint_steps == 0:
                 self._save()
-            if self._is_idle():
-                self._progress("no better draft for a while: stopping early")
-                break
         if self._losses:
             self._evaluate(time.monotonic() - started)
         self._save()
@@ -152,11 +166,11 @@ class DraftRun:
             done = max(0, done - len(steps))
 
     def _evaluate(self, seconds: float) -> None:
-        objective = self._trainer.objective
-        head = _whole_head(self._trainer)
+        embedding = self._trainer.objective.get_buffer("embedding")
+        head = _whole_head(self._trainer).to(embedding.device)
         quality = evaluate(
             head,
-            objective.get_buffer("embedding"),
+            embedding,
             self._held_out,
             self._config.num_draft_tokens,
         )
@@ -199,6 +213,7 @@ class DraftRun:
             return
         state |= {
             "config": self._config.model_dump(),
+            "fingerprint": self._fingerprint,
             "num_tokens": self._num_tokens,
             "seconds": self._seconds,
             "losses": self._losses,
@@ -214,7 +229,13 @@ class DraftRun:
             return
         state: dict[str, Any] = torch.load(path, weights_only=True)
         if state["config"] != self._config.model_dump():
-            raise WeightsMismatchError(f"{path} belongs to a run with other settings")
+            raise RunMismatchError(
+                f"{path} belongs to a run with other settings; choose another folder or remove it"
+            )
+        if state["fingerprint"] != self._fingerprint:
+            raise RunMismatchError(
+                f"{path} belongs to a run on other texts; choose another folder or remove it"
+            )
         self._trainer.load_state(state)
         self._num_tokens, self._seconds = state["num_tokens"], state["seconds"]
         self._losses = state["losses"]

@@ -43,7 +43,7 @@ def test_help_lists_every_command():
     assert all(f" {command} " in result.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "train student"])
+@pytest.mark.parametrize("command", [*COMMANDS, "train student", "train draft"])
 def test_every_command_explains_itself(command):
     result = CliRunner().invoke(cli.app, [*command.split(), "--help"])
     assert result.exit_code == 0

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deployments.engine.errors import WeightsMismatchError
+from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.training.feature_store import FeatureStore
 from tests.unit.deployments.engine.training.tiny_training import texts
 
@@ -48,8 +48,8 @@ def test_features_of_something_else_are_refused(tmp_path):
             texts()[:2], texts_per_shard=5, max_bytes=PLENTY
         )
     )
-    with pytest.raises(WeightsMismatchError, match="another target"):
+    with pytest.raises(RunMismatchError, match="another target"):
         FeatureStore(tmp_path, fingerprint="two")
     (tmp_path / "features-000000.safetensors").write_bytes(b"damaged")
-    with pytest.raises(WeightsMismatchError, match="cannot be read"):
+    with pytest.raises(RunMismatchError, match="cannot be read"):
         FeatureStore(tmp_path, fingerprint="one")

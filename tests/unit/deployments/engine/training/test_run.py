@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deployments.engine.errors import WeightsMismatchError
 from deployments.engine.training.checkpoint import load_head
+from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.training.initial import start_from_target
 from deployments.engine.training.run import DraftRun, num_steps
 from deployments.engine.training.trainer import DraftTrainer
@@ -43,13 +43,15 @@ class InMemory:
         return self._kept[index]
 
 
-def draft_run(folder, config=RUN, progress=lambda _: None, held_out=None):
+def draft_run(folder, config=RUN, progress=lambda _: None, held_out=None, fingerprint="texts"):
     kept = InMemory(texts())
     a_head = head()
     start_from_target(a_head, target().model, texts())
     trained = objective(a_head)
     trainer = DraftTrainer(trained, config, num_steps(kept.lengths, config), "cpu")
-    return DraftRun(folder, trainer, config, kept, held_out or texts(4, seed=9), progress), trainer
+    held_out = held_out or texts(4, seed=9)
+    run = DraftRun(folder, trainer, config, kept, held_out, progress, fingerprint=fingerprint)
+    return run, trainer
 
 
 def test_a_run_makes_a_better_draft(tmp_path):
@@ -94,8 +96,10 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path):
 def test_another_run_s_checkpoint_is_refused(tmp_path):
     run, _ = draft_run(tmp_path)
     run.run()
-    with pytest.raises(WeightsMismatchError, match="other settings"):
+    with pytest.raises(RunMismatchError, match="other settings"):
         draft_run(tmp_path, RUN.model_copy(update={"seed": 1}))
+    with pytest.raises(RunMismatchError, match="other texts"):
+        draft_run(tmp_path, fingerprint="others")
 
 
 def test_patience_ends_a_run_that_does_not_improve(tmp_path):

@@ -46,7 +46,10 @@ def head_config():
 
 
 def head(seed=1, of=None):
-    return random_head(head_config(), draft_vocabulary(of or texts(), 40, 97), seed)
+    written = [
+        i for text in of or texts() for i in text.token_ids[1:][text.is_answer[:-1]].tolist()
+    ]
+    return random_head(head_config(), draft_vocabulary(written, 40, 97), seed)
 
 
 def batch(count=3):

@@ -1,0 +1,209 @@
+"""The card and the curve that a trained draft comes with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cluster.training_prompts import PromptSource
+    from deployments.engine.training.config import DraftTrainingConfig
+    from deployments.engine.training.job import JobReport
+    from deployments.engine.training.run import CurvePoint
+
+_CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftCard:
+    """What a card tells.
+
+    Attributes:
+        target: the model that the draft guesses for.
+        sources: of the prompts that were trained on, and of those held out where none are named.
+        held_out: sources of held-out prompts only.
+        training: settings; the card names those that are not the default.
+        command_line: that made the draft.
+        has_picture: whether ``curve.png`` lies beside the card.
+    """
+
+    target: str
+    sources: tuple[PromptSource, ...]
+    held_out: tuple[PromptSource, ...]
+    num_training_prompts: int
+    num_held_out_prompts: int
+    training: DraftTrainingConfig
+    report: JobReport
+    command_line: str
+    has_picture: bool
+
+
+def write_card(card: DraftCard, folder: Path) -> None:
+    """Write ``README.md`` into a draft's folder."""
+    (folder / _CARD).write_text("\n".join(_lines(card)) + "\n", encoding="utf-8")
+
+
+def draw_curve(report: JobReport, path: Path) -> bool:
+    """Write a picture of quality against tokens; False where matplotlib is not installed."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return False
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (length, share) = plt.subplots(1, 2, figsize=(11, 4.5))
+    tokens = [point.num_tokens for point in report.curve]
+    chains = range(1, len(report.best.quality.acceptance) + 1)
+    for chain in chains:
+        label = f"{chain} draft token" + ("s" if chain > 1 else "")
+        values = [point.quality.mean_acceptance_length[chain - 1] for point in report.curve]
+        length.plot(tokens, values, marker=".", label=label)
+        values = [point.quality.acceptance[chain - 1] for point in report.curve]
+        share.plot(tokens, values, marker=".", label=f"position {chain}")
+    length.set_ylabel("tokens that a round commits")
+    share.set_ylabel("accepted, of chains right so far")
+    for axes in (length, share):
+        axes.set_xlabel("tokens trained on")
+        axes.legend()
+    figure.suptitle("greedy drafts on held-out prompts")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _lines(card: DraftCard) -> Iterator[str]:
+    report, run = card.report, card.training.run
+    yield f"# A draft for {card.target}"
+    yield ""
+    yield (
+        f"An EAGLE-3 head of {report.num_weights / 1e6:.1f} million weights that guesses what "
+        f"{card.target} writes next, among {run.draft_vocab_size} tokens. It reads the target's "
+        "features and is of no use without it. The format is SGLang's `LlamaForCausalLMEagle3`."
+    )
+    yield ""
+    yield "## Quality"
+    yield ""
+    yield (
+        f"Greedy chains on {card.num_held_out_prompts} held-out prompts, drafted behind each of "
+        f"{report.best.quality.num_positions} positions of the target's greedy answers; "
+        f"{report.best.quality.coverage:.1%} of their tokens can be drafted. Sampled text was not "
+        "measured."
+    )
+    yield ""
+    yield from _quality(report)
+    if card.has_picture:
+        yield ""
+        yield "![Quality against tokens trained on](curve.png)"
+    yield ""
+    yield "## Data"
+    yield ""
+    yield "Prompts only; all answers were written by the target itself."
+    yield ""
+    yield "| file | prompts | licence | digest (BLAKE2b, 128 bits) |"
+    yield "|---|---|---|---|"
+    for source in card.sources:
+        yield f"| {source.name} | {len(source.prompts)} | {source.licence} | `{source.digest}` |"
+    for source in card.held_out:
+        yield (
+            f"| {source.name} (held out) | {len(source.prompts)} | {source.licence} "
+            f"| `{source.digest}` |"
+        )
+    yield ""
+    yield (
+        f"{card.num_training_prompts} distinct prompts were trained on, with "
+        f"{card.training.answers.per_prompt} answers each; {report.num_left_out} texts were left "
+        "out for want of room."
+    )
+    yield ""
+    yield "## Making"
+    yield ""
+    yield from _making(report)
+    yield ""
+    yield f"Machine: {_machine()}."
+    yield ""
+    yield "```shell"
+    yield card.command_line
+    yield "```"
+    changed = card.training.model_dump(exclude_defaults=True)
+    if changed:
+        yield ""
+        yield "Settings that differ from the defaults:"
+        yield ""
+        for path, value in _flat("training", changed):
+            yield f"- `{path}: {value}`"
+
+
+def _quality(report: JobReport) -> Iterator[str]:
+    chains = range(1, len(report.best.quality.acceptance) + 1)
+    yield "| | " + " | ".join(f"K = {chain}" for chain in chains) + " |"
+    yield "|---|" + "---|" * len(chains)
+
+    def row(name: str, values: tuple[float, ...]) -> str:
+        return f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |"
+
+    points: tuple[tuple[str, CurvePoint], ...] = (
+        ("before training", report.curve[0]),
+        ("this draft", report.best),
+    )
+    for name, point in points:
+        quality = point.quality
+        yield row(
+            f"tokens a round of K draft tokens commits, {name}", quality.mean_acceptance_length
+        )
+    for name, point in points:
+        yield row(f"share accepted at position K, {name}", point.quality.acceptance)
+
+
+def _making(report: JobReport) -> Iterator[str]:
+    last = report.curve[-1]
+    rows = (
+        ("answers of the target", report.answers.num_tokens, report.answers.seconds),
+        ("features captured", report.features.num_tokens, report.features.seconds),
+        ("training, evaluations included", last.num_tokens, last.seconds),
+    )
+    yield "| stage | tokens | seconds | tokens/s |"
+    yield "|---|---|---|---|"
+    for name, num_tokens, seconds in rows:
+        yield f"| {name} | {num_tokens} | {seconds:.0f} | {num_tokens / max(seconds, 1e-9):.0f} |"
+    yield ""
+    yield (
+        f"The features took {report.num_features_bytes / 1e6:.0f} MB on disk. The draft was kept "
+        f"after step {report.best.step} of {last.step}."
+    )
+
+
+def _machine() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in _cpuinfo().splitlines()
+        if line.startswith("model name")
+    ]
+    cpu = names[0] if names else platform.machine()
+    memory = psutil.virtual_memory().total / (1 << 30)
+    return (
+        f"{len(os.sched_getaffinity(0))} cores of {cpu}, {memory:.0f} GiB, torch {version('torch')}"
+    )
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _flat(prefix: str, settings: dict[str, object]) -> Iterator[tuple[str, object]]:
+    for name, value in settings.items():
+        path = f"{prefix}.{name}"
+        if isinstance(value, dict):
+            yield from _flat(path, value)
+        else:
+            yield path, value

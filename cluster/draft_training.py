@@ -1,0 +1,170 @@
+"""Makes a draft for a configuration's model: the work behind ``paceline train draft``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+from cluster.draft_card import DraftCard, draw_curve, write_card
+from cluster.errors import ConfigError
+from cluster.training_prompts import NO_LICENCE, PromptSource, builtin_prompts, read_prompts
+from deployments.engine.errors import UnsupportedModelError, WeightsMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from cluster.config import ClusterConfig
+    from deployments.engine.training.job import DraftJob, JobReport
+    from deployments.tokenizer import Tokenizer
+
+
+def train_draft(
+    config: ClusterConfig,
+    folder: Path,
+    *,
+    prompt_files: Sequence[Path],
+    licences: Sequence[str],
+    held_out_files: Sequence[Path],
+    command_line: str,
+    on_progress: Callable[[str], None],
+) -> tuple[JobReport, Path]:
+    """Train a draft from prompts to a folder that can be loaded; or go on where that was left.
+
+    Args:
+        config: the target, and ``training``.
+        folder: of the job; the same folder and settings go on with an interrupted one.
+        prompt_files: see ``training_prompts``; the package's own where there are none.
+        licences: of the prompt files, one each, or none at all.
+        held_out_files: prompts for evaluations; some of the others where there are none.
+        command_line: for the card.
+        on_progress: told what happens, a short line at a time.
+
+    Returns:
+        What was done, and the draft's folder: weights, card and, with matplotlib, the curve.
+
+    Raises:
+        WeightsMissingError: the model is not here.
+        ConfigError: a file, a setting or the folder is wrong.
+    """
+    from deployments.engine.torch_engine.model_config import ModelConfig
+    from deployments.engine.torch_engine.weights.loader import load_model, weights_digest
+    from deployments.engine.training.errors import RunMismatchError
+    from deployments.engine.training.job import DraftJob, split_prompts
+    from deployments.model_files import context_length, model_folder
+    from deployments.tokenizer import Tokenizer
+
+    engine = config.engine
+    model = model_folder(engine.model, config.cache_dir)
+    tokenizer = Tokenizer.load(model)
+    sources = _sources(prompt_files, licences, tokenizer)
+    held_out = [read_prompts(path, NO_LICENCE, tokenizer, "--held-out") for path in held_out_files]
+    longest = min(context_length(engine, model), config.training.run.max_length)
+    try:
+        prompts = split_prompts(
+            (prompt for source in sources for prompt in source.prompts),
+            (prompt for source in held_out for prompt in source.prompts),
+            num_held_out=config.training.answers.held_out_prompts,
+            max_prompt_tokens=longest - 1,
+            seed=config.training.answers.seed,
+        )
+        job = DraftJob(
+            folder,
+            config.training,
+            prompts,
+            target_config=ModelConfig.from_folder(model),
+            target_digest=f"{weights_digest(model)} {engine.dtype} {engine.weights}",
+            progress=on_progress,
+        )
+    except ValueError as error:
+        raise ConfigError((str(error),)) from error
+    except RunMismatchError as error:
+        raise ConfigError((f"--out: {error}",)) from error
+    except UnsupportedModelError as error:
+        raise ConfigError((f"engine.model: {error}",)) from error
+    on_progress(
+        f"{len(prompts.training)} prompts to train on, {len(prompts.held_out)} held out, "
+        f"{prompts.num_dropped} repeated or too long"
+    )
+    try:
+        if not job.is_answered:
+            _answer(config, tokenizer, job, on_progress)
+        _use_threads(config)
+        on_progress(f"loading {engine.model}")
+        loaded = load_model(
+            engine.model, dtype=engine.dtype, device=engine.device, cache_dir=config.cache_dir
+        )
+        job.capture(loaded)
+        report = job.fit(loaded)
+    except RunMismatchError as error:
+        raise ConfigError((f"--out: {error}",)) from error
+    except (UnsupportedModelError, WeightsMismatchError) as error:
+        raise ConfigError((f"engine.model: {error}",)) from error
+    has_picture = draw_curve(report, job.draft_folder / "curve.png")
+    card = DraftCard(
+        target=config.served_model_name,
+        sources=tuple(sources),
+        held_out=tuple(held_out),
+        num_training_prompts=len(prompts.training),
+        num_held_out_prompts=len(prompts.held_out),
+        training=config.training,
+        report=report,
+        command_line=command_line,
+        has_picture=has_picture,
+    )
+    write_card(card, job.draft_folder)
+    return report, job.draft_folder
+
+
+def _sources(
+    prompt_files: Sequence[Path], licences: Sequence[str], tokenizer: Tokenizer
+) -> list[PromptSource]:
+    if licences and len(licences) != len(prompt_files):
+        raise ConfigError(
+            (f"--licence: {len(licences)} for {len(prompt_files)} files of --prompts",)
+        )
+    if not prompt_files:
+        return [builtin_prompts(tokenizer)]
+    stated = licences or [NO_LICENCE] * len(prompt_files)
+    return [
+        read_prompts(path, licence, tokenizer, "--prompts")
+        for path, licence in zip(prompt_files, stated, strict=True)
+    ]
+
+
+def _answer(
+    config: ClusterConfig,
+    tokenizer: Tokenizer,
+    job: DraftJob,
+    on_progress: Callable[[str], None],
+) -> None:
+    """Run the target on what has no answer yet, and let go of its memory."""
+    from deployments.engine.factory import build_engine
+    from deployments.engine.speculation.speculator import NoSpeculation
+
+    on_progress(f"starting {config.engine.model}")
+    engine = build_engine(
+        config.engine,
+        cache_dir=config.cache_dir,
+        page_store_factory=None,
+        speculator=NoSpeculation(),
+        detokenize=tokenizer.decode,
+    )
+
+    # Twice as many as run, so that none waits for the next to arrive; all may have to wait at once.
+    num_concurrent = min(2 * config.engine.max_num_seqs, config.engine.max_waiting)
+
+    async def answer() -> None:
+        try:
+            await job.answer(engine, num_concurrent)
+        finally:
+            await engine.close()
+
+    asyncio.run(answer())
+
+
+def _use_threads(config: ClusterConfig) -> None:
+    import torch
+
+    torch.set_num_threads(config.engine.num_threads or len(os.sched_getaffinity(0)))

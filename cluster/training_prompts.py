@@ -1,0 +1,144 @@
+"""Reads the prompts that a draft is trained on.
+
+A text file holds one prompt a line. A ``.jsonl`` file holds one conversation a line, as
+``messages`` or ``conversations`` with ``role`` and ``content`` (or ``from`` and ``value``), or one
+``prompt``. Of a conversation, what stands behind its last user message is not read: the target
+writes its own answers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from deployments.tokenizer import ChatTurn, Tokenizer
+
+NO_LICENCE = "not stated"
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSource:
+    """Prompts of one file.
+
+    Attributes:
+        name: of the file.
+        licence: as its user states it.
+        digest: hex, of the file's bytes.
+        prompts: in the target's tokens, up to where the answer begins.
+    """
+
+    name: str
+    licence: str
+    digest: str
+    prompts: tuple[tuple[int, ...], ...]
+
+
+def builtin_prompts(tokenizer: Tokenizer) -> PromptSource:
+    """The prompts that come with the package."""
+    source = files("deployments.engine.torch_engine") / "data" / "student_prompts.txt"
+    return _source(
+        Path(source.name),
+        source.read_bytes(),
+        "Apache-2.0; every second line MIT (GSM8K, test split)",
+        tokenizer,
+        "the built-in prompts",
+    )
+
+
+def read_prompts(path: Path, licence: str, tokenizer: Tokenizer, option: str) -> PromptSource:
+    """The prompts of a file.
+
+    Args:
+        path: ``.jsonl``, or any text.
+        licence: of its contents.
+        tokenizer: the target's.
+        option: that named the file, for messages.
+
+    Raises:
+        ConfigError: the file cannot be read or holds something else; the message names the line.
+    """
+    where = f"{option}: {path}"
+    try:
+        return _source(path, path.read_bytes(), licence, tokenizer, where)
+    except OSError as error:
+        raise ConfigError((f"{where}: {error.strerror or error}",)) from error
+
+
+def _source(
+    path: Path, data: bytes, licence: str, tokenizer: Tokenizer, where: str
+) -> PromptSource:
+    from deployments.errors import RequestInvalidError
+    from deployments.tokenizer import ChatTurn
+
+    try:
+        lines = data.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError((f"{where}: not UTF-8: {error}",)) from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        at = f"{where}:{number}"
+        if path.suffix == ".jsonl":
+            turns = _conversation(line, at)
+        else:
+            turns = [ChatTurn("user", line.strip())]
+        try:
+            prompts.append(_encode(turns, tokenizer))
+        except RequestInvalidError as error:
+            raise ConfigError((f"{at}: {error}",)) from error
+    if not prompts:
+        raise ConfigError((f"{where}: no prompts",))
+    digest = blake2b(data, digest_size=16).hexdigest()
+    return PromptSource(name=path.name, licence=licence, digest=digest, prompts=tuple(prompts))
+
+
+def _encode(turns: list[ChatTurn], tokenizer: Tokenizer) -> tuple[int, ...]:
+    if tokenizer.has_chat_template or len(turns) > 1:
+        return tuple(tokenizer.encode_chat(turns))
+    return tuple(tokenizer.encode(turns[0].content))
+
+
+def _conversation(line: str, at: str) -> list[ChatTurn]:
+    from deployments.tokenizer import ChatTurn
+
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError((f"{at}: not JSON: {error}",)) from error
+    if not isinstance(row, dict):
+        raise ConfigError((f"{at}: not a JSON object",))
+    if isinstance(row.get("prompt"), str):
+        return [ChatTurn("user", row["prompt"])]
+    messages = row.get("messages", row.get("conversations"))
+    if not isinstance(messages, list):
+        raise ConfigError((f"{at}: has none of 'messages', 'conversations' and 'prompt'",))
+    turns = list(_turns(messages, at))
+    while turns and turns[-1].role != "user":
+        turns.pop()
+    if not turns:
+        raise ConfigError((f"{at}: no message of a user",))
+    return turns
+
+
+def _turns(messages: list[Any], at: str) -> Iterator[ChatTurn]:
+    from deployments.tokenizer import ChatTurn
+
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ConfigError((f"{at}: message {index} is not an object",))
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ConfigError((f"{at}: message {index} needs a role and a content, both texts",))
+        yield ChatTurn(_ROLES.get(role, role), content)

@@ -1,0 +1,322 @@
+"""The whole way from prompts to a trained head, in one folder.
+
+Each stage keeps its work as it goes and passes over what is there, so a job that was interrupted,
+even by SIGKILL, goes on where it was when it is started again in the same folder::
+
+    answers.jsonl                what the target wrote
+    features/training/, held-out/    what it computed on that
+    checkpoint.pt, curve.jsonl   the training
+    draft/                       the best head so far
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from deployments.engine.training.answers import AnswerLog, Question, regenerate
+from deployments.engine.training.capture import AnsweredPrompt, FeatureCapture
+from deployments.engine.training.eagle3 import Eagle3Config
+from deployments.engine.training.feature_store import FeatureStore, fingerprint
+from deployments.engine.training.initial import draft_vocabulary, random_head, start_from_target
+from deployments.engine.training.objective import DraftObjective
+from deployments.engine.training.pace import Pace
+from deployments.engine.training.run import DRAFT_FOLDER, CurvePoint, DraftRun, num_steps
+from deployments.engine.training.trainer import DraftTrainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from deployments.engine.base import Engine
+    from deployments.engine.torch_engine.model_config import ModelConfig
+    from deployments.engine.torch_engine.weights.loader import LoadedModel
+    from deployments.engine.training.batches import FeatureText
+    from deployments.engine.training.config import DraftTrainingConfig
+
+_TEXTS_PER_SHARD = 32
+_START_TOKENS = 20_000
+"""The closed-form start is fitted on so many; more change little."""
+
+PromptIds = tuple[int, ...]
+
+
+class PromptSplit(NamedTuple):
+    """Prompts to train on, and prompts that only evaluations see; none is in both.
+
+    Attributes:
+        num_dropped: were too long, or are there already.
+    """
+
+    training: list[PromptIds]
+    held_out: list[PromptIds]
+    num_dropped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """What a stage has made so far.
+
+    Attributes:
+        seconds: in all processes that worked on it.
+    """
+
+    num_texts: int
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobReport:
+    """A finished job.
+
+    Attributes:
+        answers: prompts not counted; an answer's end is a token.
+        features: of training and held-out texts, prompts included.
+        num_features_bytes: of both, on disk.
+        num_left_out: training texts for which there was no room left on disk.
+        num_weights: of the head.
+        curve: first the head before its first gradient step.
+        best: the point whose head was kept.
+    """
+
+    answers: StageReport
+    features: StageReport
+    num_features_bytes: int
+    num_left_out: int
+    num_weights: int
+    curve: tuple[CurvePoint, ...]
+    best: CurvePoint
+
+
+def split_prompts(
+    prompts: Iterable[PromptIds],
+    held_out: Iterable[PromptIds],
+    *,
+    num_held_out: int,
+    max_prompt_tokens: int,
+    seed: int,
+) -> PromptSplit:
+    """Decide which prompts are used, and which of them are held out.
+
+    Args:
+        prompts: all, in order.
+        held_out: those that are chosen already; where there are none, some are drawn.
+        num_held_out: to draw; never more than half.
+        max_prompt_tokens: longer ones leave no room for an answer and are dropped.
+        seed: of the draw.
+
+    Raises:
+        ValueError: nothing is left to train on.
+    """
+    offered = [list(prompts), list(held_out)]
+    fitting = [[prompt for prompt in of if len(prompt) <= max_prompt_tokens] for of in offered]
+    kept = dict.fromkeys(fitting[1])
+    distinct = [prompt for prompt in dict.fromkeys(fitting[0]) if prompt not in kept]
+    num_dropped = sum(map(len, offered)) - len(kept) - len(distinct)
+    if not kept:
+        count = min(num_held_out, len(distinct) // 2)
+        kept = dict.fromkeys(random.Random(seed).sample(distinct, count))  # noqa: S311 - no secret
+    training = [prompt for prompt in distinct if prompt not in kept]
+    if not training or not kept:
+        raise ValueError(
+            "at least one prompt to train on and another one to hold out are needed, of at most "
+            f"{max_prompt_tokens} tokens"
+        )
+    return PromptSplit(training, list(kept), num_dropped)
+
+
+class DraftJob:
+    """One job; ``answer``, ``capture`` and ``fit`` are called in that order."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: DraftTrainingConfig,
+        prompts: PromptSplit,
+        *,
+        target_config: ModelConfig,
+        target_digest: str,
+        progress: Callable[[str], None],
+    ) -> None:
+        """Begin a job, or go on with the one that the folder holds.
+
+        Args:
+            folder: made where it is missing.
+            config: of the job.
+            prompts: in the target's tokens.
+            target_config: the target's shape.
+            target_digest: differs whenever the target's answers might.
+            progress: gets short lines for a person to read.
+
+        Raises:
+            RunMismatchError: the folder keeps another job.
+            ValueError: the target is too small to have a draft head.
+        """
+        run = config.run
+        self._config = config
+        self._folder = folder
+        self._progress = progress
+        self._head_config = Eagle3Config.for_target(
+            target_config, min(run.draft_vocab_size, target_config.vocab_size)
+        )
+        count = config.answers.per_prompt
+        self._questions = [
+            Question(prompt, config.answers.temperature if sample else 0.0)
+            for prompt in prompts.training
+            for sample in range(count)
+        ]
+        self._num_training = len(self._questions)
+        self._questions += [Question(prompt, 0.0) for prompt in prompts.held_out]
+        answers = fingerprint(
+            target=target_digest,
+            questions=blake2b(repr(self._questions).encode()).hexdigest(),
+            answers=config.answers.model_dump(),
+        )
+        self._log = AnswerLog(folder / "answers.jsonl", fingerprint=answers)
+        self._features = fingerprint(
+            answers=answers,
+            dtype=config.features.dtype,
+            max_length=run.max_length,
+            layers=self._head_config.aux_layers,
+        )
+        self._training = FeatureStore(folder / "features" / "training", fingerprint=self._features)
+        self._held_out = FeatureStore(folder / "features" / "held-out", fingerprint=self._features)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether ``answer`` has nothing left to do."""
+        return len(self._log.answers) == len(self._questions)
+
+    async def answer(self, engine: Engine, num_concurrent: int) -> None:
+        """Let the target write what is missing; see ``regenerate``."""
+        await regenerate(
+            engine,
+            self._questions,
+            self._log,
+            max_tokens=self._config.answers.max_tokens,
+            seed=self._config.answers.seed,
+            num_concurrent=num_concurrent,
+            progress=self._progress,
+        )
+
+    def capture(self, loaded: LoadedModel) -> None:
+        """Store features of all answers that have none yet."""
+        capture = FeatureCapture(
+            loaded,
+            self._head_config.aux_layers,
+            max_length=self._config.run.max_length,
+            dtype=getattr(torch, self._config.features.dtype),
+        )
+        stores = ((self._held_out, self._held_out_texts()), (self._training, self._texts()))
+        for store, answered in stores:
+            missing = answered[store.num_texts :]
+            pace = Pace("features", len(answered), self._progress, done=store.num_texts)
+            shards = store.extend(
+                self._paced(capture.texts(missing), pace),
+                texts_per_shard=_TEXTS_PER_SHARD,
+                max_bytes=self._config.features.max_bytes,
+            )
+            for _ in shards:
+                pass
+        if left_out := self._num_training - self._training.num_texts:
+            self._progress(
+                f"warning: {left_out} of {self._num_training} texts are left out: "
+                "training.features.max_bytes is reached"
+            )
+
+    def fit(self, loaded: LoadedModel) -> JobReport:
+        """Train the head on what was captured.
+
+        Args:
+            loaded: the target, on the device of the training.
+
+        Raises:
+            RunMismatchError: the folder's checkpoint is of other settings or texts.
+        """
+        config = self._config.run
+        head = random_head(self._head_config, self._draft_vocabulary(), config.seed)
+        if config.start == "target":
+            self._progress("solving for the start")
+            start_from_target(head, loaded.model, self._first_texts())
+        device = loaded.model.device
+        objective = DraftObjective(head, loaded.model, config.objective).to(device)
+        steps = num_steps(self._training.lengths, config)
+        run = DraftRun(
+            self._folder,
+            DraftTrainer(objective, config, steps, str(device)),
+            config,
+            self._training,
+            self._held_out,
+            self._progress,
+            fingerprint=fingerprint(features=self._features, num_texts=self._training.num_texts),
+        )
+        best = run.run()
+        return self._report(run, best, sum(weight.numel() for weight in head.parameters()))
+
+    @property
+    def draft_folder(self) -> Path:
+        """Where the best head is."""
+        return self._folder / DRAFT_FOLDER
+
+    def _report(self, run: DraftRun, best: CurvePoint, num_weights: int) -> JobReport:
+        stores = (self._training, self._held_out)
+        return JobReport(
+            answers=StageReport(
+                num_texts=len(self._log.answers),
+                num_tokens=sum(map(len, self._log.answers.values())),
+                seconds=self._log.seconds,
+            ),
+            features=StageReport(
+                num_texts=sum(store.num_texts for store in stores),
+                num_tokens=sum(sum(store.lengths) for store in stores),
+                seconds=sum(store.seconds for store in stores),
+            ),
+            num_features_bytes=sum(store.num_bytes for store in stores),
+            num_left_out=self._num_training - self._training.num_texts,
+            num_weights=num_weights,
+            curve=tuple(run.curve),
+            best=best,
+        )
+
+    def _answered(self, indices: range) -> list[AnsweredPrompt]:
+        """The texts among these questions that can be used, in order."""
+        texts = []
+        for index in indices:
+            prompt = self._questions[index].prompt_token_ids
+            texts.append(AnsweredPrompt((*prompt, *self._log.answers[index]), len(prompt)))
+        return [text for text in texts if text.fits(self._config.run.max_length)]
+
+    def _texts(self) -> list[AnsweredPrompt]:
+        return self._answered(range(self._num_training))
+
+    def _held_out_texts(self) -> list[AnsweredPrompt]:
+        return self._answered(range(self._num_training, len(self._questions)))
+
+    def _draft_vocabulary(self) -> torch.Tensor:
+        texts = self._texts()[: self._training.num_texts]
+        written = (
+            token_id
+            for text in texts
+            for token_id in text.token_ids[text.prompt_length : self._config.run.max_length]
+        )
+        config = self._head_config
+        return draft_vocabulary(written, config.draft_vocab_size, config.vocab_size)
+
+    def _first_texts(self) -> Iterator[FeatureText]:
+        num_tokens = 0
+        for text in self._training:
+            yield text
+            num_tokens += text.num_tokens
+            if num_tokens >= _START_TOKENS:
+                return
+
+    @staticmethod
+    def _paced(texts: Iterable[FeatureText], pace: Pace) -> Iterator[FeatureText]:
+        for text in texts:
+            yield text
+            pace.advance(text.num_tokens)

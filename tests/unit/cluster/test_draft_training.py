@@ -1,0 +1,206 @@
+"""``paceline train draft`` from end to end, on a model of six tiny layers."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cluster import cli
+from cluster.config_loader import load_config
+from cluster.draft_training import train_draft
+from cluster.errors import ConfigError
+from deployments.engine.training.checkpoint import load_head
+from tests.fakes_tokenizer import write_tokenizer
+
+SETTINGS = {
+    "engine": {"num_pages": 64, "max_num_seqs": 4, "deterministic": True, "num_threads": 1},
+    "training": {
+        "answers": {"max_tokens": 24, "held_out_prompts": 4, "per_prompt": 2},
+        "run": {
+            "draft_vocab_size": 64,
+            "objective": {"num_unrolls": 2},
+            "batch_tokens": 256,
+            "max_length": 128,
+            "epochs": 3,
+            "learning_rate": 3e-3,
+            "checkpoint_steps": 2,
+            "evaluate_steps": 4,
+            "num_draft_tokens": 3,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Six layers and the byte tokenizer."""
+    folder = write_tokenizer(tmp_path_factory.mktemp("model"))
+    torch.manual_seed(3)
+    shape = LlamaConfig(
+        vocab_size=264,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path, model):
+    """A config file and prompts in an empty folder."""
+    settings = SETTINGS | {
+        "cache_dir": str(tmp_path / "cache"),
+        "engine": SETTINGS["engine"] | {"model": str(model)},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    (tmp_path / "p.txt").write_text("".join(f"question {i} of some\n" for i in range(16)))
+    return tmp_path
+
+
+def train(work, out="out", tell=lambda _: None, config=None, **changes):
+    arguments = {
+        "prompt_files": [work / "p.txt"],
+        "licences": ["CC0"],
+        "held_out_files": [],
+        "command_line": "paceline train draft",
+        "on_progress": tell,
+    } | changes
+    return train_draft(config or load_config(work / "c.yaml"), work / out, **arguments)
+
+
+@pytest.fixture
+def paceline(monkeypatch, capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["paceline", "train", "draft", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        return ended.value.code or 0, shown.out, shown.err
+
+    return run
+
+
+def test_the_command_makes_a_draft_with_a_card(paceline, work):
+    code, printed, said = paceline(
+        *("--config", str(work / "c.yaml"), "--out", str(work / "out")),
+        *("--prompts", str(work / "p.txt"), "--licence", "CC0"),
+    )
+    assert code == 0, said
+    assert "the draft and its card are in" in printed
+    for stage in ("12 prompts to train on, 4 held out", "answers: 28 of 28", "features: 24 of 24"):
+        assert stage in said
+    folder = work / "out" / "draft"
+    assert load_head(folder).config.draft_vocab_size == 64
+    card = (folder / "README.md").read_text()
+    assert "| p.txt | 16 | CC0 |" in card
+    assert f"paceline train draft --config {work / 'c.yaml'}" in card
+    assert "- `training.run.objective.num_unrolls: 2`" in card
+    assert "| answers of the target |" in card
+
+
+class Interrupted(BaseException):
+    """As abrupt as a signal, as far as one process can be."""
+
+
+def test_interrupted_anywhere_the_same_command_ends_with_the_same_weights(work):
+    report, folder = train(work, "whole")
+    assert report.answers.num_texts == 28
+    assert report.curve[-1].step > 4
+    seen: list[str] = []
+    for stage in ("starting", "loading", "solving", "step 0,", "step 4,", "step 8,"):
+
+        def tell(line: str, stage: str = stage) -> None:
+            seen.append(line)
+            if line.startswith(stage):
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            train(work, "cut", tell)
+    lines: list[str] = []
+    again, cut = train(work, "cut", lines.append)
+    assert any(line.startswith("going on behind step") for line in lines)
+    assert not any(line.startswith("starting") for line in lines)
+    whole, other = (load_file(of / "model.safetensors") for of in (folder, cut))
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+    assert [point.quality for point in again.curve] == [point.quality for point in report.curve]
+    states = [torch.load(work / name / "checkpoint.pt") for name in ("whole", "cut")]
+    weights = [state["model"] for state in states]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_finished_job_does_nothing_more(work):
+    report, folder = train(work)
+    before = (folder / "model.safetensors").read_bytes()
+    again, _ = train(work)
+    assert [point.step for point in again.curve] == [point.step for point in report.curve]
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_of_another_job_is_refused(work):
+    train(work)
+    (work / "p.txt").write_text("".join(f"another {i}\n" for i in range(16)))
+    with pytest.raises(ConfigError, match=r"--out: .* another target, prompt set or setting"):
+        train(work)
+
+
+def test_a_full_disk_allowance_leaves_texts_out(work, monkeypatch):
+    monkeypatch.setattr("deployments.engine.training.job._TEXTS_PER_SHARD", 5)
+    config = load_config(work / "c.yaml")
+    features = config.training.features.model_copy(update={"max_bytes": 300_000})
+    training = config.training.model_copy(update={"features": features})
+    lines: list[str] = []
+    report, folder = train(
+        work, tell=lines.append, config=config.model_copy(update={"training": training})
+    )
+    assert report.num_left_out in range(4, 24, 5)
+    assert any(line.startswith("warning: ") and "max_bytes" in line for line in lines)
+    kept = folder.parent / "features" / "training"
+    assert sum(path.stat().st_size for path in kept.iterdir()) <= 300_000
+    assert f"{report.num_left_out} texts were left out" in (folder / "README.md").read_text()
+
+
+def test_held_out_prompts_can_be_named(work):
+    (work / "h.jsonl").write_text('{"prompt": "question 3 of some"}\n{"prompt": "else"}\n')
+    lines: list[str] = []
+    _, folder = train(work, tell=lines.append, held_out_files=[work / "h.jsonl"])
+    assert "15 prompts to train on, 2 held out, 1 repeated or too long" in lines
+    assert "| h.jsonl (held out) | 2 | not stated |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt: No such file"),
+        (["--licence", "CC0"], "--licence: 1 for 0 files of --prompts"),
+        (["--prompts", "one.txt"], "at least one prompt to train on"),
+    ],
+)
+def test_what_cannot_be_is_one_line(paceline, work, monkeypatch, arguments, problem):
+    monkeypatch.chdir(work)
+    (work / "one.txt").write_text("only one\n")
+    code, _, said = paceline("--config", "c.yaml", "--out", "out", *arguments)
+    assert code == ConfigError.exit_code
+    assert problem in said
+    assert "Traceback" not in said
+
+
+def test_a_model_too_small_for_a_draft_is_refused_before_the_work(work, model, tmp_path_factory):
+    small = write_tokenizer(tmp_path_factory.mktemp("small"))
+    shape = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 4}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(small)
+    settings = json.loads((work / "c.yaml").read_text())
+    settings["engine"]["model"] = str(small)
+    (work / "c.yaml").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="4 layers"):
+        train(work)
+    assert not (work / "out" / "answers.jsonl").exists()
