@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import TYPE_CHECKING
 
 from cluster.draft_card import DraftCard, draw_curve, write_card
+from cluster.draft_fit import JobPlan, capture_and_fit, open_job
 from cluster.errors import ConfigError
 from cluster.training_prompts import NO_LICENCE, PromptSource, builtin_prompts, read_prompts
 from deployments.engine.errors import UnsupportedModelError, WeightsMismatchError
@@ -47,11 +47,10 @@ def train_draft(
     Raises:
         WeightsMissingError: the model is not here.
         ConfigError: a file, a setting or the folder is wrong.
+        TrainingError: one of several training processes died.
     """
-    from deployments.engine.torch_engine.model_config import ModelConfig
-    from deployments.engine.torch_engine.weights.loader import load_model, weights_digest
     from deployments.engine.training.errors import RunMismatchError
-    from deployments.engine.training.job import DraftJob, split_prompts
+    from deployments.engine.training.job import split_prompts
     from deployments.model_files import context_length, model_folder
     from deployments.tokenizer import Tokenizer
 
@@ -69,14 +68,8 @@ def train_draft(
             max_prompt_tokens=longest - 1,
             seed=config.training.answers.seed,
         )
-        job = DraftJob(
-            folder,
-            config.training,
-            prompts,
-            target_config=ModelConfig.from_folder(model),
-            target_digest=f"{weights_digest(model)} {engine.dtype} {engine.weights}",
-            progress=on_progress,
-        )
+        plan = JobPlan(config, folder, prompts)
+        job = open_job(plan, on_progress)
     except ValueError as error:
         raise ConfigError((str(error),)) from error
     except RunMismatchError as error:
@@ -90,13 +83,7 @@ def train_draft(
     try:
         if not job.is_answered:
             _answer(config, tokenizer, job, on_progress)
-        _use_threads(config)
-        on_progress(f"loading {engine.model}")
-        loaded = load_model(
-            engine.model, dtype=engine.dtype, device=engine.device, cache_dir=config.cache_dir
-        )
-        job.capture(loaded)
-        report = job.fit(loaded)
+        report = capture_and_fit(plan, job, on_progress)
     except RunMismatchError as error:
         raise ConfigError((f"--out: {error}",)) from error
     except (UnsupportedModelError, WeightsMismatchError) as error:
@@ -162,9 +149,3 @@ def _answer(
             await engine.close()
 
     asyncio.run(answer())
-
-
-def _use_threads(config: ClusterConfig) -> None:
-    import torch
-
-    torch.set_num_threads(config.engine.num_threads or len(os.sched_getaffinity(0)))

@@ -5,6 +5,7 @@ ClusterError
 ├── PortInUseError        a configured port is taken
 ├── ClusterStartError     the cluster did not become ready
 ├── NoClusterError        a command needs a running cluster and there is none
+├── TrainingError         a process of a training died
 └── RequestError          a running cluster refused a request, or broke it off
 """
 
@@ -76,3 +77,9 @@ class RequestError(ClusterError):
     """A running cluster refused a request, broke it off, or did not answer."""
 
     exit_code = 7
+
+
+class TrainingError(ClusterError):
+    """A process of a training died."""
+
+    exit_code = 8

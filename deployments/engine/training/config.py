@@ -35,8 +35,8 @@ class TrainingConfig(_Config):
     """Tokens that can be drafted: the ones that the answers hold most often."""
     start: Literal["target", "random"] = "target"
     """``target`` takes norm and head of the target and solves for the fusion of its features."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """At its highest, after the warm-up."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """At its highest, after the warm-up; SpecForge's value. Ten times more undoes the start."""
     warmup_share: float = Field(default=0.02, ge=0, lt=1)
     """Of all steps."""
     decay_share: float = Field(default=0.4, ge=0, le=1)
@@ -102,3 +102,6 @@ class DraftTrainingConfig(_Config):
     """What the target computes on its answers, on disk."""
     run: TrainingConfig = TrainingConfig()
     """The training itself."""
+    num_processes: int = Field(default=1, ge=1)
+    """Of the training, on this machine; they share every step. With CUDA each takes a GPU, on a CPU
+    its share of the threads. A run may go on with another number of them."""

@@ -17,15 +17,22 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import distributed
 
 from deployments.engine.training.answers import AnswerLog, Question, regenerate
 from deployments.engine.training.capture import AnsweredPrompt, FeatureCapture
 from deployments.engine.training.eagle3 import Eagle3Config
 from deployments.engine.training.feature_store import FeatureStore, fingerprint
-from deployments.engine.training.initial import draft_vocabulary, random_head, start_from_target
+from deployments.engine.training.initial import (
+    draft_vocabulary,
+    feature_scale,
+    random_head,
+    start_from_target,
+)
 from deployments.engine.training.objective import DraftObjective
 from deployments.engine.training.pace import Pace
 from deployments.engine.training.run import DRAFT_FOLDER, CurvePoint, DraftRun, num_steps
+from deployments.engine.training.sharding import shard
 from deployments.engine.training.trainer import DraftTrainer
 
 if TYPE_CHECKING:
@@ -230,7 +237,7 @@ class DraftJob:
             )
 
     def fit(self, loaded: LoadedModel) -> JobReport:
-        """Train the head on what was captured.
+        """Train the head on what was captured, together with the other processes of a group.
 
         Args:
             loaded: the target, on the device of the training.
@@ -240,11 +247,14 @@ class DraftJob:
         """
         config = self._config.run
         head = random_head(self._head_config, self._draft_vocabulary(), config.seed)
+        scale = feature_scale(self._first_texts())
         if config.start == "target":
             self._progress("solving for the start")
-            start_from_target(head, loaded.model, self._first_texts())
+            start_from_target(head, loaded.model, self._first_texts(), scale)
         device = loaded.model.device
-        objective = DraftObjective(head, loaded.model, config.objective).to(device)
+        objective = DraftObjective(head, loaded.model, config.objective, scale).to(device)
+        if distributed.is_initialized():
+            shard(objective)
         steps = num_steps(self._training.lengths, config)
         run = DraftRun(
             self._folder,

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deployments.engine.training.eagle3 import Eagle3Head
 from deployments.engine.training.losses import LOSSES
 from deployments.engine.training.training_time_test import unroll
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from deployments.engine.torch_engine.models.llama import Model
     from deployments.engine.training.batches import FeatureBatch
     from deployments.engine.training.config import ObjectiveConfig
-    from deployments.engine.training.eagle3 import Eagle3Head
 
 
 class ObjectiveOutput(NamedTuple):
@@ -36,15 +38,19 @@ class ObjectiveOutput(NamedTuple):
 class DraftObjective(nn.Module):
     """Training-time test of a head against its target's distributions."""
 
-    def __init__(self, head: Eagle3Head, target: Model, config: ObjectiveConfig) -> None:
+    def __init__(
+        self, head: Eagle3Head, target: Model, config: ObjectiveConfig, scale: Tensor
+    ) -> None:
         """Copy what is needed of the target: embedding, the head's drafted rows, the norm's scale.
 
         Args:
-            head: its draft vocabulary is final.
+            head: its draft vocabulary is final, and its fusion is for scaled features.
             target: not trained, not kept.
             config: weights of the parts.
+            scale: [3E], by which features are divided; ``trained_head`` takes it back.
         """
         super().__init__()
+        self.register_buffer("feature_scale", scale)
         self.head = head
         self._config = config
         rows = target.lm_head.get_parameter("weight")[head.draft_token_ids.to(target.device)]
@@ -75,6 +81,7 @@ class DraftObjective(nn.Module):
                 the losses of those batches add up to the mean.
         """
         config = self._config
+        batch = batch._replace(features=batch.features / self.get_buffer("feature_scale"))
         loss = batch.features.new_zeros(())
         right = []
         embedding = self.get_buffer("embedding")
@@ -91,6 +98,25 @@ class DraftObjective(nn.Module):
             tokens = self.head.draft_token_ids[logits.argmax(-1)]
             right.append((tokens == drafted.wanted[kept]).sum())
         return ObjectiveOutput(loss, torch.stack(right))
+
+    def trained_head(self, weights: Mapping[str, Tensor]) -> Eagle3Head:
+        """A copy of the head that reads the target's features as they are.
+
+        Args:
+            weights: of this module, whole and on the CPU.
+        """
+        prefix = "head."
+        head = Eagle3Head(self.head.config)
+        head.load_state_dict(
+            {
+                name.removeprefix(prefix): tensor
+                for name, tensor in weights.items()
+                if name.startswith(prefix)
+            }
+        )
+        with torch.no_grad():
+            head.fc.weight.div_(weights["feature_scale"])
+        return head.eval()
 
     def _distance(self, hidden: Tensor, teacher: Tensor) -> Tensor:
         """Mean square between both streams, each at unit root mean square."""

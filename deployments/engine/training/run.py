@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import distributed
 
 from deployments.engine.training.checkpoint import save_head
-from deployments.engine.training.eagle3 import Eagle3Head
 from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.training.evaluation import DraftQuality, evaluate
 from deployments.engine.training.pace import Pace
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from deployments.engine.training.batches import FeatureText
     from deployments.engine.training.config import TrainingConfig
+    from deployments.engine.training.eagle3 import Eagle3Head
     from deployments.engine.training.trainer import DraftTrainer
 
 DRAFT_FOLDER = "draft"
@@ -166,14 +166,8 @@ class DraftRun:
             done = max(0, done - len(steps))
 
     def _evaluate(self, seconds: float) -> None:
-        embedding = self._trainer.objective.get_buffer("embedding")
-        head = _whole_head(self._trainer).to(embedding.device)
-        quality = evaluate(
-            head,
-            embedding,
-            self._held_out,
-            self._config.num_draft_tokens,
-        )
+        head = _whole_head(self._trainer)
+        quality = self._quality(head)
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses = []
         point = CurvePoint(
@@ -184,7 +178,7 @@ class DraftRun:
             quality=quality,
         )
         self.curve.append(point)
-        if self._is_first:
+        if head is not None:
             if self.best is point:
                 save_head(head, self._folder / DRAFT_FOLDER, torch.bfloat16)
             lines = [json.dumps(asdict(each)) + "\n" for each in self.curve]
@@ -195,6 +189,23 @@ class DraftRun:
             f"step {point.step}, {point.num_tokens} tokens{taught}: a round of "
             f"{self._config.num_draft_tokens} commits {point.score:.3f}; acceptance {shown}"
         )
+
+    def _quality(self, head: Eagle3Head | None) -> DraftQuality:
+        """The first process measures, the others hear of it: all must decide alike."""
+        told: list[DraftQuality | None] = [None]
+        if head is not None:
+            embedding = self._trainer.objective.get_buffer("embedding")
+            told = [
+                evaluate(
+                    head.to(embedding.device),
+                    embedding,
+                    self._held_out,
+                    self._config.num_draft_tokens,
+                )
+            ]
+        if distributed.is_initialized():
+            distributed.broadcast_object_list(told)
+        return cast("DraftQuality", told[0])
 
     def _is_idle(self) -> bool:
         patience = self._config.patience
@@ -261,13 +272,13 @@ def num_steps(lengths: Sequence[int], config: TrainingConfig) -> int:
     return sum(len(epoch_steps(lengths, config, epoch)) for epoch in range(config.epochs))
 
 
-def _whole_head(trainer: DraftTrainer) -> Eagle3Head:
-    """A copy of the trained head, put together from all processes; every one must ask."""
-    prefix = "head."
+def _whole_head(trainer: DraftTrainer) -> Eagle3Head | None:
+    """A copy of the trained head, put together from all processes; every one must ask.
+
+    Only the first process is given it.
+    """
     weights = trainer.state()["model"]
-    head = Eagle3Head(trainer.objective.head.config)
-    head.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
-    return head.eval()
+    return trainer.objective.trained_head(weights) if weights else None
 
 
 def _point(raw: dict[str, Any]) -> CurvePoint:

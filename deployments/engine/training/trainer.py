@@ -111,7 +111,10 @@ class DraftTrainer:
         )
 
     def state(self) -> dict[str, Any]:
-        """All that the next steps depend on, as plain tensors; every process must ask."""
+        """All that the next steps depend on, as plain tensors.
+
+        Every process must ask; the first one is given the tensors.
+        """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model, optimizer = get_state_dict(self.objective, self._optimizer, options=options)
         return {"model": model, "optimizer": optimizer, "num_steps_done": self.num_steps_done}

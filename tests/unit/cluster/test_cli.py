@@ -8,7 +8,13 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster import cli
-from cluster.errors import ConfigError, NoClusterError, PortInUseError, RequestError
+from cluster.errors import (
+    ConfigError,
+    NoClusterError,
+    PortInUseError,
+    RequestError,
+    TrainingError,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +118,7 @@ def test_kv_of_a_config_measures_its_folder(paceline, tmp_path):
 
 
 def test_every_error_of_the_package_has_an_exit_code_of_its_own():
-    errors = [ConfigError, PortInUseError, NoClusterError, RequestError]
+    errors = [ConfigError, PortInUseError, NoClusterError, RequestError, TrainingError]
     codes = [error.exit_code for error in errors] + [cli.WEIGHTS_MISSING_EXIT_CODE]
     assert len(set(codes)) == len(codes)
     assert all(code > 1 for code in codes)

@@ -138,6 +138,22 @@ def test_interrupted_anywhere_the_same_command_ends_with_the_same_weights(work):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_two_processes_train_what_one_would(work, monkeypatch):
+    _, folder = train(work, "one")
+    monkeypatch.setenv("PACELINE_TRAINING__NUM_PROCESSES", "2")
+    lines: list[str] = []
+    report, together = train(work, "two", lines.append)
+    assert any(line.startswith("steps: ") for line in lines)
+    assert report.curve[-1].step > 4
+    for name, weight in torch.load(folder.parent / "checkpoint.pt")["model"].items():
+        other = torch.load(together.parent / "checkpoint.pt")["model"][name]
+        torch.testing.assert_close(other, weight, rtol=0, atol=1e-4)
+    lines.clear()
+    monkeypatch.setenv("PACELINE_TRAINING__NUM_PROCESSES", "1")
+    train(work, "two", lines.append)
+    assert any(line.startswith("going on behind step") for line in lines)
+
+
 def test_a_finished_job_does_nothing_more(work):
     report, folder = train(work)
     before = (folder / "model.safetensors").read_bytes()

@@ -19,6 +19,7 @@ from tests.unit.deployments.engine.training.tiny_training import (
     CONFIG,
     head,
     objective,
+    scale,
     target,
     texts,
 )
@@ -46,7 +47,7 @@ class InMemory:
 def draft_run(folder, config=RUN, progress=lambda _: None, held_out=None, fingerprint="texts"):
     kept = InMemory(texts())
     a_head = head()
-    start_from_target(a_head, target().model, texts())
+    start_from_target(a_head, target().model, texts(), scale())
     trained = objective(a_head)
     trainer = DraftTrainer(trained, config, num_steps(kept.lengths, config), "cpu")
     held_out = held_out or texts(4, seed=9)

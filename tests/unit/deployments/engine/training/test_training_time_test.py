@@ -7,12 +7,14 @@ from deployments.engine.training.batches import collate
 from deployments.engine.training.eagle3 import Eagle3Config
 from deployments.engine.training.initial import start_from_target
 from deployments.engine.training.training_time_test import unroll
+from tests.eagle3_inference import drafted_one_by_one
 from tests.unit.deployments.engine.torch_engine.tiny_models import loaded_model
 from tests.unit.deployments.engine.training.tiny_training import (
     batch,
     head,
     head_config,
     objective,
+    scale,
     target,
     texts,
 )
@@ -20,50 +22,14 @@ from tests.unit.deployments.engine.training.tiny_training import (
 STEPS = 4
 
 
-@torch.no_grad()
-def drafted_one_by_one(a_head, text, at, num_steps):
-    """What inference computes: committed rows one by one, then the head on its own output."""
-    embedding = target().model.embed_tokens.weight
-    fused = a_head.fuse(text.features.float())
-    keys, values, outputs = [], [], []
-    feature = None
-    for position in range(at + num_steps):
-        feature = fused[position] if position <= at else feature
-        token = int(text.token_ids[position + 1])
-        attention = a_head.midlayer.self_attn
-        embedded = a_head.midlayer.input_layernorm(embedding[token])
-        joined = torch.cat((embedded, a_head.midlayer.hidden_norm(feature)))
-        q, k, v = (
-            getattr(attention, name)(joined).view(-1, attention.head_dim)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        angles = position * attention.get_buffer("frequencies")
-        q, k = (rotated(x, angles) for x in (q, k))
-        keys.append(k)
-        values.append(v)
-        group = q.shape[0] // k.shape[0]
-        all_k = torch.stack(keys).repeat_interleave(group, dim=1)
-        all_v = torch.stack(values).repeat_interleave(group, dim=1)
-        weights = torch.einsum("hd,thd->ht", q, all_k).div(attention.head_dim**0.5).softmax(-1)
-        x = feature + attention.o_proj(torch.einsum("ht,thd->hd", weights, all_v).flatten())
-        feature = x + a_head.midlayer.mlp(a_head.midlayer.post_attention_layernorm(x))
-        outputs.append(a_head.logits(feature))
-    return outputs[at:]
-
-
-def rotated(x, angles):
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def test_unrolled_training_is_step_by_step_inference():
     a_head, text = head(), texts()[0]
+    embedding = target().model.embed_tokens.weight
     one = collate([text], torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        steps = list(unroll(a_head, target().model.embed_tokens.weight, one, STEPS))
+        steps = list(unroll(a_head, embedding, one, STEPS))
     for at in (0, 7, 20):
-        expected = drafted_one_by_one(a_head, text, at, STEPS)
+        expected = drafted_one_by_one(a_head, embedding, text, at, STEPS)
         for step, logits in enumerate(expected):
             found = a_head.logits(steps[step].hidden[0, at])
             torch.testing.assert_close(found, logits, rtol=0, atol=1e-4)
@@ -130,7 +96,7 @@ def test_batches_of_one_step_add_up_to_one_batch():
 
 def test_a_start_from_the_target_guesses_better_than_chance():
     fresh, started = head(), head()
-    start_from_target(started, target().model, texts())
+    start_from_target(started, target().model, texts(), scale())
     whole = batch(8)
     chance, informed = objective(fresh), objective(started)
     count = chance.count(whole)

@@ -10,7 +10,7 @@ from deployments.engine.training.batches import collate
 from deployments.engine.training.capture import AnsweredPrompt, FeatureCapture
 from deployments.engine.training.config import ObjectiveConfig, TrainingConfig
 from deployments.engine.training.eagle3 import Eagle3Config
-from deployments.engine.training.initial import draft_vocabulary, random_head
+from deployments.engine.training.initial import draft_vocabulary, feature_scale, random_head
 from deployments.engine.training.objective import DraftObjective
 from tests.unit.deployments.engine.torch_engine.tiny_models import loaded_model
 
@@ -52,10 +52,14 @@ def head(seed=1, of=None):
     return random_head(head_config(), draft_vocabulary(written, 40, 97), seed)
 
 
+def scale():
+    return feature_scale(texts())
+
+
 def batch(count=3):
     return collate(texts()[:count], torch.device("cpu"), torch.float32)
 
 
 def objective(a_head=None, **changes):
     config = CONFIG.objective.model_copy(update=changes)
-    return DraftObjective(a_head or head(), target().model, config)
+    return DraftObjective(a_head or head(), target().model, config, scale())
