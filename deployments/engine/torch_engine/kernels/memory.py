@@ -25,6 +25,10 @@ and a sleep costs more."""
 
 SLEEPERS = 64
 """Bytes from a barrier's counter to the number of threads that sleep there, another cache line."""
+ITEMS = 128
+"""Bytes from there to the first phase's counter of items; each has its own cache line."""
+LINE = 64
+"""Bytes of one."""
 
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if _IS_LINUX else 0
 _WAIT, _WAKE, _ALL = 128, 129, 1 << 30  # both of them private to the process
@@ -122,6 +126,15 @@ def _sleep_until_changed(counter, seen):
     _add(counter + SLEEPERS, 1)
     _futex(counter, _WAIT, seen)
     _add(counter + SLEEPERS, -1)
+
+
+@kernel
+def next_item(counter):
+    """A number that no other thread gets, counting up from what the counter holds.
+
+    Whoever is done early takes more: processors that other programs use too are not equally fast.
+    """
+    return _add(counter, 1) - 1
 
 
 @kernel

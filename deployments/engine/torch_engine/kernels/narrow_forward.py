@@ -11,9 +11,16 @@ import torch
 from torch.nn import functional as F
 
 from deployments.engine.torch_engine.kernels.attention import CHUNK, PARTIAL_EXTRA, SCORES
-from deployments.engine.torch_engine.kernels.memory import SLEEPERS
+from deployments.engine.torch_engine.kernels.memory import ITEMS, LINE
 from deployments.engine.torch_engine.kernels.packing import matrix_row
-from deployments.engine.torch_engine.kernels.step import Pool, Scratch, Stack, Tokens, run_layers
+from deployments.engine.torch_engine.kernels.step import (
+    PHASES,
+    Pool,
+    Scratch,
+    Stack,
+    Tokens,
+    run_layers,
+)
 from deployments.engine.torch_engine.kernels.unpacking import unpack_rows
 from deployments.engine.torch_engine.kernels.vectors import BLOCK, DENSE_BF16, DENSE_F32, LANES
 from deployments.engine.torch_engine.models.llama import DecoderLayer, Weight
@@ -72,7 +79,8 @@ class NarrowForward:
         self._num_threads = num_threads
         self._rotations = RotationRows(model.get_buffer("rope_frequencies"), config.rope.amplitude)
         self._others = ThreadPoolExecutor(num_threads - 1, "narrow") if num_threads > 1 else None
-        self._counter = np.zeros(SLEEPERS // 8 + 1, dtype=np.int64)
+        num_lines = ITEMS // LINE + PHASES * config.num_layers + 1
+        self._counter = np.zeros(num_lines * LINE // 8, dtype=np.int64)
         self._kept: list[NDArray[np.float32]] = []
         self._stack = self._stack_of(model)
         self._pool = _pool_of(kv_cache)
@@ -166,7 +174,7 @@ class NarrowForward:
             tokens = tokens._replace(logit_rows=tokens.logit_rows[:0])
         if (first, behind) != (0, self._model.config.num_layers):
             stack, pool = _stack_part(stack, first, behind), _pool_part(pool, first, behind)
-        self._counter[0] = 0
+        self._counter[:] = 0
         shared = (stack, pool, tokens, self._scratch, self._counter.ctypes.data)
         if self._others is None:
             run_layers(*shared, 0, 1)

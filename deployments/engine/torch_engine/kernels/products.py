@@ -266,8 +266,8 @@ def _tile_rows(kind, w, x, sums, y, y_stride, first, last, num_tokens, size):
 
 
 @kernel
-def multiply(matrix, x, sums, y, y_stride, part, num_parts, num_tokens):
-    """This part's share of ``y = x @ matrix.T + bias``.
+def multiply(matrix, x, sums, y, y_stride, first, last, num_tokens):
+    """Some rows of ``y = x @ matrix.T + bias``.
 
     Args:
         matrix: [5] int64: address, form, rows, columns, address of a float32 bias or 0.
@@ -276,13 +276,11 @@ def multiply(matrix, x, sums, y, y_stride, part, num_parts, num_tokens):
             only. For ``Q4_1_SHORT`` [num_tokens, columns / 32, 2], scales and sums.
         y: address of the output; rows are padded to a multiple of sixteen.
         y_stride: bytes between two tokens of the output.
-        part: which share.
-        num_parts: shares that make the whole.
+        first: the first tile to compute, sixteen rows each.
+        last: the tile behind the last one.
         num_tokens: rows of x.
     """
     w, form, rows, size = matrix[0], matrix[1], matrix[2], matrix[3]
-    num_tiles = (rows + LANES - 1) // LANES
-    first, last = num_tiles * part // num_parts, num_tiles * (part + 1) // num_parts
     first_row, last_row = first * LANES, min(last * LANES, rows)
     if form == Q4_1:
         _tile_rows(Q4_1, w, x, sums, y, y_stride, first, last, num_tokens, size)

@@ -19,12 +19,24 @@ from deployments.engine.torch_engine.kernels.elementwise import (
     round_blocks,
     sum_blocks,
 )
-from deployments.engine.torch_engine.kernels.memory import address, bits_of_float, wait_for_all
+from deployments.engine.torch_engine.kernels.memory import (
+    ITEMS,
+    LINE,
+    address,
+    bits_of_float,
+    next_item,
+    wait_for_all,
+)
 from deployments.engine.torch_engine.kernels.products import multiply
-from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, Q4_1, Q4_1_SHORT
+from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, LANES, Q4_1, Q4_1_SHORT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+PHASES = 10
+"""Times that threads meet in a layer."""
+_ITEMS_PER_THREAD = 8
+"""Pieces of a product: enough for the fast to help the slow, few enough to cost nothing."""
 
 
 class Stack(NamedTuple):
@@ -128,11 +140,17 @@ def _prepare(matrix, x, first, last, scratch):
 
 
 @kernel
-def _apply(matrix, x, num_tokens, scratch, y, part, num_parts):
-    """``y = matrix @ x`` on this thread's rows of the matrix; ``x`` is prepared."""
+def _apply(matrix, x, num_tokens, scratch, y, items, num_parts):
+    """``y = matrix @ x`` together with the other threads; ``x`` is prepared."""
     x_at = address(scratch.rounded) if matrix[1] == Q4_1_SHORT else address(x)
-    y_stride = y.shape[1] * 4
-    multiply(matrix, x_at, address(scratch.sums), address(y), y_stride, part, num_parts, num_tokens)
+    num_tiles = (matrix[2] + LANES - 1) // LANES
+    size = max(1, num_tiles // (_ITEMS_PER_THREAD * num_parts))
+    first = next_item(items) * size
+    while first < num_tiles:
+        last = min(first + size, num_tiles)
+        y_at, y_stride = address(y), y.shape[1] * 4
+        multiply(matrix, x_at, address(scratch.sums), y_at, y_stride, first, last, num_tokens)
+        first = next_item(items) * size
 
 
 @kernel
@@ -173,12 +191,11 @@ def _place_heads(stack, layer, pool, tokens, qkv, part, num_parts):
 
 
 @kernel
-def _attend(stack, layer, pool, tokens, scratch, part, num_parts):
-    """``scratch.qkv`` and the pool to this thread's pieces of ``scratch.partial``.
+def _attend(stack, layer, pool, tokens, scratch, items, part, num_parts):
+    """``scratch.qkv`` and the pool to ``scratch.partial``, together with the other threads.
 
-    A piece is one chunk of one token's context. Tokens of one sequence read the same rows one after
-    the other, a head at a time, so that these stay in the nearest cache. Threads take every other
-    token, or every other chunk where there are few tokens: contexts differ in length.
+    An item is one chunk and one head for some neighbouring tokens: if these belong to one sequence,
+    the rows they read stay in the nearest cache.
     """
     H, K, D = stack.num_heads, stack.num_kv_heads, stack.head_dim
     G, N = H // K, tokens.slots.shape[0]
@@ -186,16 +203,15 @@ def _attend(stack, layer, pool, tokens, scratch, part, num_parts):
     layer_at = layer * pool.k.shape[1] * K * D * row_bytes
     scores = scratch.scores[part]
     scale = np.float32(1.0 / np.sqrt(D))
-    is_by_token = num_parts * 2 <= N
-    first_chunk, every_chunk = (0, 1) if is_by_token else (part, num_parts)
-    first_token, every_token = (part, num_parts) if is_by_token else (0, 1)
-    for chunk in range(first_chunk, scratch.partial.shape[1], every_chunk):
-        start = chunk * CHUNK
-        for head in range(K):
-            at = layer_at + head * D * row_bytes
-            for n in range(first_token, N, every_token):
-                if start >= tokens.num_seen[n]:
-                    continue
+    num_tokens = max(1, N // (2 * num_parts))
+    num_groups = (N + num_tokens - 1) // num_tokens
+    num_items = (tokens.num_seen.max() + CHUNK - 1) // CHUNK * K * num_groups
+    item = next_item(items)
+    while item < num_items:
+        chunk, head, group = item // (K * num_groups), item // num_groups % K, item % num_groups
+        start, at = chunk * CHUNK, layer_at + head * D * row_bytes
+        for n in range(group * num_tokens, min(group * num_tokens + num_tokens, N)):
+            if start < tokens.num_seen[n]:
                 attend(
                     pool.form,
                     G,
@@ -211,6 +227,7 @@ def _attend(stack, layer, pool, tokens, scratch, part, num_parts):
                     address(scores),
                     scratch.partial[n, chunk, head * G : head * G + G],
                 )
+        item = next_item(items)
 
 
 @kernel
@@ -249,49 +266,50 @@ def _normalise_rows(x, first, last, weight, eps, out):
 def run_layers(stack, pool, tokens, scratch, counter, part, num_parts):
     """One thread's part of a forward.
 
-    Threads share the products by rows of the matrix and what stands between them by tokens.
+    Threads share what stands between the products by tokens; of products and attention each takes
+    one item after the other.
 
     Args:
         stack: weights.
         pool: KV rows; those at ``tokens.slots`` are written.
         tokens: what to compute.
         scratch: shared by all threads; ``logits`` is the result.
-        counter: address of an int64 of value 0.
+        counter: address of zeros: a barrier, and from ``ITEMS`` on a line for each of its phases.
         part: this thread.
         num_parts: threads that run this together.
     """
     N, E, I = tokens.slots.shape[0], stack.norm.shape[0], scratch.hidden.shape[1]
     first, last = N * part // num_parts, N * (part + 1) // num_parts
     x, normed, hidden, eps = scratch.x, scratch.normed, scratch.hidden, stack.eps
-    met = 0
+    met, items = 0, counter + ITEMS
     for layer in range(stack.qkv.shape[0]):
         qkv, o, down = stack.qkv[layer], stack.o[layer], stack.down[layer]
         gate_up = stack.gate_up[layer]
         _normalise_rows(x, first, last, stack.input_norm[layer], eps, normed)
         _prepare(qkv, normed, first, last, scratch)
         wait_for_all(counter, num_parts, met + 1)
-        _apply(qkv, normed, N, scratch, scratch.qkv, part, num_parts)
+        _apply(qkv, normed, N, scratch, scratch.qkv, items + 1 * LINE, num_parts)
         wait_for_all(counter, num_parts, met + 2)
         _place_heads(stack, layer, pool, tokens, scratch.qkv, part, num_parts)
         wait_for_all(counter, num_parts, met + 3)
-        _attend(stack, layer, pool, tokens, scratch, part, num_parts)
+        _attend(stack, layer, pool, tokens, scratch, items + 3 * LINE, part, num_parts)
         wait_for_all(counter, num_parts, met + 4)
         _join(stack, tokens, scratch, first, last, part)
         _prepare(o, scratch.attended, first, last, scratch)
         wait_for_all(counter, num_parts, met + 5)
-        _apply(o, scratch.attended, N, scratch, scratch.projected, part, num_parts)
+        _apply(o, scratch.attended, N, scratch, scratch.projected, items + 5 * LINE, num_parts)
         wait_for_all(counter, num_parts, met + 6)
         _add(x, scratch.projected, first, last)
         _normalise_rows(x, first, last, stack.post_attention_norm[layer], eps, normed)
         _prepare(gate_up, normed, first, last, scratch)
         wait_for_all(counter, num_parts, met + 7)
-        _apply(gate_up, normed, N, scratch, scratch.gate_up, part, num_parts)
+        _apply(gate_up, normed, N, scratch, scratch.gate_up, items + 7 * LINE, num_parts)
         wait_for_all(counter, num_parts, met + 8)
         gate(scratch.gate_up, first, last, I, hidden)
         _prepare(down, hidden, first, last, scratch)
         wait_for_all(counter, num_parts, met + 9)
-        _apply(down, hidden, N, scratch, scratch.projected, part, num_parts)
-        met += 10
+        _apply(down, hidden, N, scratch, scratch.projected, items + 9 * LINE, num_parts)
+        met, items = met + PHASES, items + PHASES * LINE
         wait_for_all(counter, num_parts, met)
         _add(x, scratch.projected, first, last)
     M = tokens.logit_rows.shape[0]
@@ -303,4 +321,4 @@ def run_layers(stack, pool, tokens, scratch, counter, part, num_parts):
         normalise(x, tokens.logit_rows[m], 0, E, stack.norm, eps, normed, m, 0)
     _prepare(stack.head[0], normed, first, last, scratch)
     wait_for_all(counter, num_parts, met + 2)
-    _apply(stack.head[0], normed, M, scratch, scratch.logits, part, num_parts)
+    _apply(stack.head[0], normed, M, scratch, scratch.logits, items, num_parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import gguf
 import numpy as np
 import pytest
@@ -34,9 +36,10 @@ def rounded_blocks(x):
 
 def multiplied(matrix, x, sums, rows, num_parts):
     y = np.full((len(x), -(-rows // 16) * 16), np.nan, dtype=np.float32)
-    for part in range(num_parts):
+    cuts = np.linspace(0, -(-rows // 16), num_parts + 1).astype(int)
+    for first, last in pairwise(cuts):
         multiply(
-            matrix, x.ctypes.data, sums.ctypes.data, y.ctypes.data, y.strides[0], part, num_parts,
+            matrix, x.ctypes.data, sums.ctypes.data, y.ctypes.data, y.strides[0], first, last,
             len(x),
         )  # fmt: skip
     return y[:, :rows]
@@ -93,7 +96,7 @@ def test_dense_rows_are_multiplied_where_they_lie(dtype, num_tokens):
     x = inputs(num_tokens, 48)
     matrix = np.array(matrix_row(weight, bias, None), dtype=np.int64)
     y = np.zeros((num_tokens, 48), dtype=np.float32)
-    for part in range(2):
-        multiply(matrix, x.ctypes.data, 0, y.ctypes.data, y.strides[0], part, 2, num_tokens)
+    for tile in range(3):
+        multiply(matrix, x.ctypes.data, 0, y.ctypes.data, y.strides[0], tile, tile + 1, num_tokens)
     expected = x.astype(np.float64) @ weight.double().numpy().T + bias
     np.testing.assert_allclose(y[:, :37], expected, rtol=1e-5, atol=2e-5)
