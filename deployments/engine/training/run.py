@@ -159,11 +159,15 @@ class DraftRun:
         for epoch in range(self._config.epochs):
             steps = epoch_steps(self._texts.lengths, self._config, epoch)
             for step in steps[done:]:
-                yield [
-                    [self._texts.text(index) for index in share(batch, rank, world_size)]
-                    for batch in step
-                ]
+                yield [self._share(batch, rank, world_size) for batch in step]
             done = max(0, done - len(steps))
+
+    def _share(self, batch: list[int], rank: int, world_size: int) -> list[FeatureText]:
+        if mine := share(batch, rank, world_size):
+            return [self._texts.text(index) for index in mine]
+        # Every forward gathers weights from all processes: who has nothing to learn from runs too.
+        text = self._texts.text(batch[0])
+        return [text._replace(is_answer=torch.zeros_like(text.is_answer))]
 
     def _evaluate(self, seconds: float) -> None:
         head = _whole_head(self._trainer)

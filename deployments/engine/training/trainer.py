@@ -78,10 +78,10 @@ class DraftTrainer:
         """One optimiser step.
 
         Args:
-            batches: this process's texts of each batch of the step; a list may be empty only where
-                another process has texts.
+            batches: this process's texts of each batch of the step, at least one each; one without
+                any answer counts for nothing.
         """
-        filled = [collate(batch, self._device, torch.float32) for batch in batches if batch]
+        filled = [collate(batch, self._device, torch.float32) for batch in batches]
         count = torch.zeros(self.objective.num_steps, device=self._device)
         for batch in filled:
             count += self.objective.count(batch)
@@ -107,7 +107,9 @@ class DraftTrainer:
             loss=float(loss),
             accuracy=float(right[0] / count[0].clamp(min=1)),
             grad_norm=float(_whole(norm)),
-            num_tokens=sum(text.num_tokens for batch in batches for text in batch),
+            num_tokens=sum(
+                text.num_tokens for batch in batches for text in batch if text.is_answer.any()
+            ),
         )
 
     def state(self) -> dict[str, Any]:
