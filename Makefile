@@ -108,12 +108,12 @@ demo: install ## Start a cluster here, put real prompts through it, report, stop
 serve: install ## The same cluster, kept running until Ctrl-C
 	$(PY) -m cluster serve --prepare
 
-bench-engine: $(ENVIRONMENT) ## The embedded engine beside vLLM, OpenVINO GenAI and transformers; about ten minutes
+bench-engine: $(ENVIRONMENT) ## The embedded engine beside vLLM, OpenVINO GenAI and transformers; about twenty minutes
 	@$(PY) -c 'import matplotlib' 2>/dev/null \
 	  || $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
 	$(PY) -m tests.bench.engine $(if $(QUICK),--quick)
 
-bench-quality: $(ENVIRONMENT) ## What quantised weights cost in meaning, on a text of 22 528 tokens; some minutes
+bench-quality: $(ENVIRONMENT) ## What quantised weights cost in meaning, on a text of 22 528 tokens; about ten minutes
 	$(PY) -m tests.bench.engine.quality
 
 bench-kv: $(ENVIRONMENT) ## Codecs, Valkey and SSD beside their peers and limits; about two minutes

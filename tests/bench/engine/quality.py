@@ -52,6 +52,7 @@ _COMPARED_WIDTHS, _COMPARED_TOKENS = (1, 2, 3, 4, 8, 16, 96), 96
 _AGREEMENT_BELOW_BF16 = 0.006
 _PERPLEXITY_OFF = 0.005
 _WIDTHS_OFF = 0.001
+_FOUR_BITS = ("file", "int4")
 _REFERENCE = ("float32", "dense", "wide")
 _BF16 = ("bfloat16", "dense", "wide")
 
@@ -105,7 +106,7 @@ def main() -> int:
 def hold_bars(
     rows: Sequence[dict[str, Any]], differences: dict[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """Each bar's name -> value, bar, holds; for every reading with quantised weights.
+    """Each bar's name -> value, bar, holds; for every reading with four bits a weight.
 
     Args:
         rows: of ``_rows``.
@@ -119,7 +120,7 @@ def hold_bars(
         bars[name] = {"value": value, "bar": bar, "holds": holds}
 
     for row in rows:
-        if row["weights"] == "dense":
+        if row["weights"] not in _FOUR_BITS:
             continue
         name = f"{row['dtype']}, {row['weights']}, {row['way']}"
         agreement, off = row["agreement"], abs(row["perplexity_of_reference"] - 1)

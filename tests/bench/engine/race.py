@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from statistics import median
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from tests.bench.engine.protocol import prompt
@@ -20,6 +21,8 @@ WIDTHS = (1, 2, 4, 8, 16, 32)
 _WIDTH_CONTEXT = 512
 _LONG_TURN_S = 8.0
 """What takes longer than this is not asked again in a later round."""
+_TOO_LONG_S = 30.0
+"""What would take this long by the contestant's own speed at shorter prompts is not asked."""
 _CALM_S = 0.05
 """Between two contestants, so that threads of the one that has answered have gone to sleep."""
 
@@ -145,7 +148,7 @@ def race(
         entries: who takes part; all are started before the first question.
         loads: parts of the names of the questions to ask.
         rounds: at least 1, of which later ones are left out if they would not end in time.
-        limit_s: when the last round should have ended.
+        limit_s: when no question is asked any more, and no round is begun that would end later.
         log: what the contestants write.
 
     Returns:
@@ -169,6 +172,9 @@ def race(
             for question in _questions(turn):
                 if not any(part in question.key for part in loads):
                     continue
+                if time.perf_counter() - started > limit_s:
+                    _say(f"out of time before {question.key}")
+                    break
                 for runner in [each for each in runners if each.row["name"] not in dead]:
                     try:
                         _ask(runner, question)
@@ -187,7 +193,7 @@ def race(
 
 
 def _ask(runner: Runner, question: Question) -> None:
-    if question.key in runner.finished:
+    if question.key in runner.finished or _expected_s(runner, question) > _TOO_LONG_S:
         return
     began = time.perf_counter()
     answer = runner.ask(**question.told)
@@ -195,6 +201,14 @@ def _ask(runner: Runner, question: Question) -> None:
         runner.finished.add(question.key)
     if answer is not None:
         runner.keep(_samples(question, answer))
+
+
+def _expected_s(runner: Runner, question: Question) -> float:
+    """Until the first tokens of a load, if long prompts are computed as fast as one was already."""
+    speeds = runner.row["samples"].get("prefill 1024")
+    if speeds is None or not isinstance(question.load, Load):
+        return 0.0
+    return question.load.context * question.load.batch / median(speeds)
 
 
 def _questions(turn: int) -> Iterator[Question]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from tests.bench.engine import protocol
 from tests.bench.engine.bars import hold_bars
 from tests.bench.engine.contestants.stepping import SteppedEngine
-from tests.bench.engine.environments import BEST, OURS_BFLOAT16
+from tests.bench.engine.environments import BEST, OURS_BFLOAT16, Entry
 from tests.bench.engine.quality import hold_bars as hold_quality_bars
+from tests.bench.engine.race import race
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -124,3 +126,32 @@ def test_memory_that_was_never_touched_is_not_counted() -> None:
     assert protocol._present_bytes([block]) >= 3 * page
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.munmap(address, size)
+
+
+CONTESTANT = """
+import json, sys
+print(json.dumps({"version": "1"}), flush=True)
+for line in sys.stdin:
+    answer = [float(sys.argv[1]), 0.01]
+    print(json.dumps({"answer": answer, "peak_mb": 1, "resident_mb": 1}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("ttft_s", "is_asked"), [(1.0, True), (20.0, False)])
+def test_what_would_take_too_long_is_not_asked(ttft_s, is_asked, tmp_path):
+    command = [sys.executable, "-c", CONTESTANT, str(ttft_s)]
+    entry = Entry("other", command, {}, is_ours=False, is_essential=True)
+    with (tmp_path / "log").open("w") as log:
+        [row], dead = race([entry], ["context 1024", "prefill 4096"], 1, 60, log)
+    assert not dead
+    assert row["samples"]["prefill 1024"] == [pytest.approx(1024 / ttft_s)]
+    assert ("prefill 4096" in row["samples"]) is is_asked
+
+
+def test_no_question_is_asked_when_the_time_is_over(tmp_path):
+    command = [sys.executable, "-c", CONTESTANT, "1"]
+    entry = Entry("other", command, {}, is_ours=False, is_essential=True)
+    with (tmp_path / "log").open("w") as log:
+        [row], dead = race([entry], [""], 1, 0, log)
+    assert not dead
+    assert row["samples"] == {}
