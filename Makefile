@@ -30,7 +30,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu protos reference chart \
-        demo serve bench-engine bench-quality bench-kv chaos-kv fuzz-kv soak-engine clean
+        demo serve bench-engine bench-quality bench-kv chaos-kv fuzz-kv soak-engine train-smoke clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -125,6 +125,9 @@ SOAK_MINUTES ?= 20
 
 soak-engine: $(ENVIRONMENT) ## The default model at twice its capacity with random aborts; 25 minutes
 	$(PY) -m tests.soak.engine --minutes $(SOAK_MINUTES)
+
+train-smoke: $(ENVIRONMENT) ## Train a draft, kill it in every stage, check what is claimed; some minutes
+	$(PY) -m tests.smoke.training
 
 CHAOS_OPERATIONS ?= 100000
 
