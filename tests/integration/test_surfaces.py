@@ -303,6 +303,7 @@ def test_a_deadline_in_the_middle_of_a_stream_is_an_error_event(sdk: openai.Open
 
 
 def test_an_operator_can_avoid_a_replica(http: httpx.Client) -> None:
+    wait_until(lambda: len(replicas()) == 2, timeout_s=60, what="two target replicas")
     first = http.post("/v1/completions", json=PROMPT | {"max_tokens": 2})
     used = first.headers["x-paceline-replica"]
     assert used in replicas()
