@@ -84,7 +84,13 @@ def _load(config: ClusterConfig, device: str, share: int) -> LoadedModel:
     engine = config.engine
     num_threads = engine.num_threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, num_threads // share))
-    return load_model(engine.model, dtype=engine.dtype, device=device, cache_dir=config.cache_dir)
+    return load_model(
+        engine.model,
+        dtype=engine.dtype,
+        device=device,
+        cache_dir=config.cache_dir,
+        weights=engine.weights,
+    )
 
 
 def _fit_together(plan: JobPlan, on_progress: Callable[[str], None]) -> JobReport:
