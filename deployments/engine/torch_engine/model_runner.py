@@ -72,6 +72,7 @@ class ModelRunner:
         self.config = config
         self.kv_cache = kv_cache
         self._graphs = graphs
+        self._is_deterministic = is_deterministic
         self._narrow: NarrowForward | None = None
         self._is_compiled = False
         reason = obstacle(model, kv_cache)
@@ -91,8 +92,12 @@ class ModelRunner:
 
     @property
     def arithmetic(self) -> str:
-        """Who computes the KV rows, as ``PageLayout.engine`` wants it: their bits depend on it."""
-        if not self._is_compiled:
+        """Who computes the KV rows, as ``PageLayout.engine`` wants it.
+
+        Only where their bits matter: up to rounding all replicas compute the same rows and share
+        pages, whatever their processors.
+        """
+        if not self._is_deterministic:
             return "torch"
         form = "dense" if cast("Weight", self.model.lm_head).packed is None else "packed"
         return f"compiled {form} {machine()}"

@@ -26,9 +26,9 @@ and a sleep costs more."""
 SLEEPERS = 64
 """Bytes from a barrier's counter to the number of threads that sleep there, another cache line."""
 ITEMS = 128
-"""Bytes from there to the first phase's counter of items; each has its own cache line."""
+"""Bytes from a barrier's counter to its first phase's counter of items."""
 LINE = 64
-"""Bytes of one."""
+"""Bytes from there to the next phase's: a cache line each."""
 
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if _IS_LINUX else 0
 _WAIT, _WAKE, _ALL = 128, 129, 1 << 30  # both of them private to the process

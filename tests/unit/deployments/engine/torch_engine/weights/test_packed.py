@@ -163,17 +163,23 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
         load_model(str(tmp_path), dtype="float32", cache_dir=tmp_path, weights="int8")
 
 
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize("has_units", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_without_bfloat16_units_compiled_code_computes_all_widths(dtype, tmp_path, monkeypatch):
+def test_where_compiled_code_computes_all_widths_no_dense_copy_is_read(
+    dtype, has_units, is_deterministic, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(narrow_forward, "multiplies_bfloat16", lambda: has_units)
     write_model(tmp_path)
     loaded = load_model(str(tmp_path), dtype=dtype, cache_dir=tmp_path, weights="file")
     cache = KVCache(loaded.config, 1, dtype=loaded.model.dtype)
+    runner = ModelRunner(loaded.model, loaded.config, cache, is_deterministic=is_deterministic)
+    assert runner.is_compiled is (is_deterministic or not has_units)
+    # Others share pages whatever their processors.
+    assert (runner.arithmetic == "torch") is not is_deterministic
+    if not runner.is_compiled:
+        return
     batch = batch_of((list(range(3, 12)), range(9), range(9), [], None))
-    for has_units in (True, False):
-        monkeypatch.setattr(narrow_forward, "multiplies_bfloat16", lambda has=has_units: has)
-        runner = ModelRunner(loaded.model, loaded.config, cache)
-        assert runner.is_compiled is not has_units
-        assert runner.arithmetic.startswith("torch" if has_units else "compiled packed ")
     expected = runner.forward(batch)
     loaded.model.drop_dense()
     assert torch.equal(runner.forward(batch), expected)
