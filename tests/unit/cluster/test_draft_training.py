@@ -163,7 +163,7 @@ def test_features_are_those_of_the_model_that_answered(work, monkeypatch, weight
     texts = load_file(shard)
     written = texts["token_ids"][1:][texts["is_answer"][:-1]]
     wanted = texts["wanted"][:-1][texts["is_answer"][:-1]]
-    # Held-out answers are greedy; the two arithmetics may part where two tokens are as likely.
+    # Held-out answers are greedy; engine and trainer may part where two tokens are as likely.
     assert (written == wanted).float().mean() > 0.95
 
 
