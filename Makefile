@@ -108,7 +108,7 @@ demo: install ## Start a cluster here, put real prompts through it, report, stop
 serve: install ## The same cluster, kept running until Ctrl-C
 	$(PY) -m cluster serve --prepare
 
-bench-engine: $(ENVIRONMENT) ## The embedded engine beside vLLM, OpenVINO GenAI and transformers; about twenty minutes
+bench-engine: $(ENVIRONMENT) ## The embedded engine beside vLLM, OpenVINO GenAI and transformers; about 25 minutes
 	@$(PY) -c 'import matplotlib' 2>/dev/null \
 	  || $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
 	$(PY) -m tests.bench.engine $(if $(QUICK),--quick)

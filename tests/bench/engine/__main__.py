@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=20, help="no question after this time")
+    parser.add_argument("--minutes", type=float, default=25, help="no question after this time")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of contestants' names")
     parser.add_argument("--loads", nargs="*", default=[""], help="parts of what is asked")
     parser.add_argument(

@@ -144,7 +144,7 @@ def test_what_would_take_too_long_is_not_asked(ttft_s, is_asked, tmp_path):
     with (tmp_path / "log").open("w") as log:
         [row], dead = race([entry], ["context 1024", "prefill 4096"], 1, 60, log)
     assert not dead
-    assert row["samples"]["prefill 1024"] == [pytest.approx(1024 / ttft_s)]
+    assert row["samples"]["prefill 1024"] == [pytest.approx(1024 / ttft_s)] * 5
     assert ("prefill 4096" in row["samples"]) is is_asked
 
 
