@@ -89,6 +89,9 @@ class DraftPoolConfig(_Config):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """In what a language-model drafter keeps its numbers. It never changes a text, only how soon
     and how well guesses come."""
+    weights: Literal["auto", "dense", "file", "int8", "int4"] = "auto"
+    """In which form it keeps its matrices, as ``engine.weights``. ``auto`` is ``file`` on a CPU
+    where the model's file holds such blocks, else ``dense``."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where a language-model drafter runs."""
     num_threads: int = Field(default=1, ge=1)

@@ -39,14 +39,26 @@ def build_drafter(draft: DraftPoolConfig, engine: EngineConfig, cache_dir: Path)
 def _student(draft: DraftPoolConfig, target: str, cache_dir: Path) -> Drafter:
     from deployments.engine.torch_engine.student import load_student
 
-    loaded = load_student(target, dtype=draft.dtype, device=draft.device, cache_dir=cache_dir)
+    loaded = load_student(
+        target,
+        dtype=draft.dtype,
+        device=draft.device,
+        cache_dir=cache_dir,
+        weights=draft.weights,
+    )
     return _causal_lm_drafter(draft, loaded)
 
 
 def _language_model(draft: DraftPoolConfig, name_or_path: str, cache_dir: Path) -> Drafter:
     from deployments.engine.torch_engine.weights.loader import load_model
 
-    loaded = load_model(name_or_path, dtype=draft.dtype, device=draft.device, cache_dir=cache_dir)
+    loaded = load_model(
+        name_or_path,
+        dtype=draft.dtype,
+        device=draft.device,
+        cache_dir=cache_dir,
+        weights=draft.weights,
+    )
     return _causal_lm_drafter(draft, loaded)
 
 
@@ -56,4 +68,6 @@ def _causal_lm_drafter(draft: DraftPoolConfig, loaded: LoadedModel) -> Drafter:
     from deployments.engine.torch_engine.lm_drafter import CausalLMDrafter
 
     torch.set_num_threads(draft.num_threads)
-    return CausalLMDrafter(loaded, num_pages=draft.num_pages, max_sessions=draft.max_sessions)
+    drafter = CausalLMDrafter(loaded, num_pages=draft.num_pages, max_sessions=draft.max_sessions)
+    drafter.warm_up()
+    return drafter

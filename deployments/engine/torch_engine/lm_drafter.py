@@ -23,6 +23,7 @@ from deployments.engine.torch_engine.draft_sessions import SessionCaches
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
 from deployments.engine.torch_engine.kv_cache import KVCache
 from deployments.engine.torch_engine.model_runner import ModelRunner
+from deployments.engine.torch_engine.weights.loader import return_freed_memory
 from kv_store.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
@@ -107,6 +108,13 @@ class CausalLMDrafter(Drafter):
         self._first_scratch = num_pages * PAGE_TOKENS
         self._num_scratch = num_scratch_pages * PAGE_TOKENS
         self._chunk = prefill_chunk_tokens
+
+    def warm_up(self) -> None:
+        """Compile before the first query, and keep no dense copy of what compiled code computes."""
+        self._runner.warm_up()
+        if self._runner.is_compiled:
+            self._runner.model.drop_dense()
+        return_freed_memory()
 
     def close(self, session_id: int) -> None:
         """Forget the session's cache."""

@@ -8,7 +8,7 @@ import torch
 
 from deployments.engine.errors import UnsupportedModelError
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
-from deployments.engine.torch_engine.kernels.compiling import machine
+from deployments.engine.torch_engine.kernels.compiling import first_call, machine
 from deployments.engine.torch_engine.kernels.narrow_forward import (
     TILE_TOKENS,
     NarrowForward,
@@ -109,9 +109,11 @@ class ModelRunner:
         """
         zero = torch.zeros(1, dtype=torch.int64)
         span = SequenceSpan(start=0, length=1, kv_slots=zero)
-        self.forward(
-            ForwardBatch(token_ids=zero, positions=zero, slots=zero, spans=(span,), logit_rows=zero)
+        batch = ForwardBatch(
+            token_ids=zero, positions=zero, slots=zero, spans=(span,), logit_rows=zero
         )
+        with first_call():
+            self.forward(batch)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> Tensor:

@@ -15,35 +15,35 @@ import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import blake3
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from deployments.engine.errors import WeightsMismatchError, WeightsMissingError
+from deployments.engine.torch_engine.connected import ConnectedLayer, DraftHead
 from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.models import model_class
 from deployments.engine.torch_engine.models.llama import Weight
 from deployments.engine.torch_engine.weights.loader import (
     LoadedModel,
-    fill_model,
+    fill_from_files,
     find_model_folder,
-    read_tensors,
     torch_dtype,
     weight_files,
     weights_digest,
 )
+from deployments.engine.torch_engine.weights.packed import pack_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from deployments.engine.torch_engine.models.llama import LayerContext, Model
+    from deployments.engine.torch_engine.models.llama import Model
     from deployments.engine.torch_engine.precision import DtypeName
+    from deployments.engine.torch_engine.weights.loader import WeightsForm
 
 _FORMAT = "paceline-student-1"
 _FILE = "student.safetensors"
@@ -76,38 +76,6 @@ class StudentWeights:
     target_digest: str
     num_positions: int
     agreement: float
-
-
-class DraftHead(nn.Module):
-    """The head's rows of the draft vocabulary; every other token scores ``-inf``."""
-
-    def __init__(self, weight_VE: Tensor, token_ids: Tensor) -> None:
-        super().__init__()
-        self.vocab_size = weight_VE.shape[0]
-        self.register_buffer("token_ids", token_ids.long().to(weight_VE.device), persistent=False)
-        self.rows = Weight(len(token_ids), weight_VE.shape[1])
-        self.rows.to(dtype=weight_VE.dtype, device=weight_VE.device)
-        self.rows.weight.copy_(weight_VE[self.get_buffer("token_ids")])
-
-    def forward(self, x_ME: Tensor) -> Tensor:
-        """[M, V]."""
-        scores_MD: Tensor = self.rows(x_ME)
-        scores_MV = scores_MD.new_full((x_ME.shape[0], self.vocab_size), -torch.inf)
-        return scores_MV.index_copy_(1, self.get_buffer("token_ids"), scores_MD)
-
-
-class ConnectedLayer(nn.Module):
-    """A decoder layer that reads the stream through the connector."""
-
-    def __init__(self, connector: Weight, layer: nn.Module) -> None:
-        super().__init__()
-        self.connector = connector
-        self.layer = layer
-
-    def forward(self, x_NE: Tensor, k_pool: Tensor, v_pool: Tensor, ctx: LayerContext) -> Tensor:
-        """The residual stream behind the layer: [N, E]."""
-        streamed: Tensor = self.layer(self.connector(x_NE), k_pool, v_pool, ctx)
-        return streamed
 
 
 def student_path(cache_dir: Path, target_digest: str) -> Path:
@@ -189,7 +157,12 @@ def read_student(path: Path) -> StudentWeights:
 
 
 def load_student(
-    name_or_path: str, *, dtype: DtypeName, device: str = "cpu", cache_dir: Path
+    name_or_path: str,
+    *,
+    dtype: DtypeName,
+    device: str = "cpu",
+    cache_dir: Path,
+    weights: WeightsForm = "dense",
 ) -> LoadedModel:
     """Build a target's student; only the layers it keeps are read.
 
@@ -198,6 +171,7 @@ def load_student(
         dtype: the student's own; it need not be the target's.
         device: where it runs.
         cache_dir: Paceline's cache.
+        weights: as in ``load_model``.
 
     Raises:
         WeightsMissingError: the target is not here, or has no student yet.
@@ -210,13 +184,18 @@ def load_student(
         raise WeightsMismatchError(f"the student of {digest} was cut from {student.target_digest}")
     config = _student_config(ModelConfig.from_folder(folder), student)
     model = model_class(config.model_type)(config, dtype=torch_dtype(dtype), device=device)
-    fill_model(model, _kept_tensors(weight_files(folder), student.kept_layers))
+    files = weight_files(folder)
+    blocks = fill_from_files(model, files, weights, _student_names(student.kept_layers))
     _join(model, student)
+    if blocks:
+        name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        head = cast("DraftHead", model.lm_head)
+        head.rows.packed = pack_rows(blocks[name], student.draft_token_ids.long().numpy())
     return _as_loaded(model, config, student, folder, dtype)
 
 
 def cut_student(target: LoadedModel, student: StudentWeights) -> LoadedModel:
-    """Build the student of a target that is in memory; the two share their weights."""
+    """Build the student of a dense target that is in memory; the two share their weights."""
     config = _student_config(target.config, student)
     model = model_class(config.model_type)(
         config, dtype=target.model.dtype, device=target.model.device
@@ -235,8 +214,8 @@ def _student_config(target: ModelConfig, student: StudentWeights) -> ModelConfig
     return replace(target, num_layers=len(student.kept_layers))
 
 
-def _kept_tensors(files: list[Path], kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    """The target's tensors without the layers that are dropped, under the student's names."""
+def _student_names(kept: Sequence[int]) -> Callable[[str], str | None]:
+    """The student's name of each of the target's tensors; None for those of dropped layers."""
     places = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(kept)}
 
     def student_name(name: str) -> str | None:
@@ -245,8 +224,7 @@ def _kept_tensors(files: list[Path], kept: Sequence[int]) -> Iterator[tuple[str,
         prefix = name[: name.index(".", len("model.layers.")) + 1]
         return places[prefix] + name[len(prefix) :] if prefix in places else None
 
-    for name, tensor in read_tensors(files, lambda name: student_name(name) is not None):
-        yield student_name(name) or name, tensor
+    return student_name
 
 
 def _join(model: Model, student: StudentWeights) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,10 @@ import numba
 from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+_MAX_WAIT_S = 300.0
+_POLL_S = 0.1
 
 
 def _code_folder() -> Path:
@@ -52,3 +58,32 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     finally:
         numba.config.CACHE_DIR = before
     return compiled
+
+
+@contextlib.contextmanager
+def first_call() -> Iterator[None]:
+    """Around calls that may have to compile: one process of this user does, others wait for it.
+
+    Replicas of a cluster start together; each would compile the same code for a minute or two.
+    """
+    lock = -1
+    # Nowhere to write, or nobody done for minutes: then everybody compiles.
+    with contextlib.suppress(OSError):
+        Path(_FOLDER).mkdir(parents=True, exist_ok=True)
+        lock = os.open(Path(_FOLDER) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        gives_up_at = time.monotonic() + _MAX_WAIT_S
+        while time.monotonic() < gives_up_at and not _is_locked(lock):
+            time.sleep(_POLL_S)
+    try:
+        yield
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _is_locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

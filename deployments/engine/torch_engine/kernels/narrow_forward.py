@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from deployments.engine.torch_engine.connected import ConnectedLayer, DraftHead
 from deployments.engine.torch_engine.kernels.attention import CHUNK, PARTIAL_EXTRA, SCORES
 from deployments.engine.torch_engine.kernels.memory import ITEMS, LINE
 from deployments.engine.torch_engine.kernels.packing import matrix_row
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
     from deployments.engine.torch_engine.kv_cache import KVCache
@@ -82,6 +83,11 @@ class NarrowForward:
         num_lines = ITEMS // LINE + PHASES * config.num_layers + 1
         self._counter = np.zeros(num_lines * LINE // 8, dtype=np.int64)
         self._kept: list[NDArray[np.float32]] = []
+        self._connectors = {
+            index: layer.connector
+            for index, layer in enumerate(model.layers)
+            if isinstance(layer, ConnectedLayer)
+        }
         self._stack = self._stack_of(model)
         self._pool = _pool_of(kv_cache)
         widest = max(
@@ -104,7 +110,7 @@ class NarrowForward:
             gate_up=rows(_padded(2 * config.intermediate_size)),
             hidden=rows(config.intermediate_size),
             **self._room_for(_CHUNKS_STEP),
-            logits=rows(_padded(config.vocab_size)),
+            logits=rows(_padded(_head_of(model).weight.shape[0])),
         )
 
     def forward(self, batch: ForwardBatch) -> Tensor:
@@ -119,13 +125,13 @@ class NarrowForward:
         self._make_room(max(rows.shape[0] for rows in seen))
         wanted = batch.logit_rows
         config = self._model.config
-        logits = torch.empty(wanted.shape[0], config.vocab_size)
+        scores = torch.empty(wanted.shape[0], int(self._stack.head[0, 2]))
         num_tokens, last = batch.token_ids.shape[0], config.num_layers
         features = {
             layer: torch.empty(num_tokens, config.hidden_size, dtype=self._model.dtype)
             for layer in capture_layers
         }
-        cuts = sorted({layer for layer in capture_layers if 0 < layer < last})
+        cuts = sorted({at for at in (*capture_layers, *self._connectors) if 0 < at < last})
         for start in range(0, num_tokens, self.max_tokens):
             end = min(start + self.max_tokens, num_tokens)
             is_here = (wanted >= start) & (wanted < end)
@@ -141,6 +147,8 @@ class NarrowForward:
             for first, behind in pairwise((0, *cuts, last)):
                 if first in features:
                     features[first][start:end] = stream
+                if first in self._connectors:
+                    stream.copy_(self._connectors[first](stream))
                 self._run(tokens, first, behind)
             if last in features:
                 features[last][start:end] = stream
@@ -150,7 +158,9 @@ class NarrowForward:
                     stream, weight.shape, weight, config.rms_norm_eps
                 )
             found = torch.from_numpy(self._scratch.logits)
-            logits[is_here] = found[: int(is_here.sum()), : logits.shape[1]]
+            scores[is_here] = found[: int(is_here.sum()), : scores.shape[1]]
+        head = self._model.lm_head
+        logits = head.spread(scores) if isinstance(head, DraftHead) else scores
         return logits, tuple(features[layer] for layer in capture_layers)
 
     def _make_room(self, longest: int) -> None:
@@ -200,7 +210,7 @@ class NarrowForward:
 
     def _stack_of(self, model: Model) -> Stack:
         config = model.config
-        layers = [cast("DecoderLayer", layer) for layer in model.layers]
+        layers = [cast("DecoderLayer", _decoder_layer(layer)) for layer in model.layers]
         attentions = [layer.attention for layer in layers]
         return Stack(
             input_norm=_stacked([layer.input_norm for layer in layers]),
@@ -212,7 +222,7 @@ class NarrowForward:
             gate_up=self._table([layer.mlp.gate_up_proj for layer in layers]),
             down=self._table([layer.mlp.down_proj for layer in layers]),
             norm=_floats(model.norm.weight),
-            head=self._table([cast("Weight", model.lm_head)]),
+            head=self._table([_head_of(model)]),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -227,6 +237,15 @@ class NarrowForward:
                 self._kept.append(bias)
             rows.append(matrix_row(weight.weight, bias, weight.packed))
         return np.array(rows, dtype=np.int64)
+
+
+def _decoder_layer(layer: nn.Module) -> nn.Module:
+    return layer.layer if isinstance(layer, ConnectedLayer) else layer
+
+
+def _head_of(model: Model) -> Weight:
+    head = model.lm_head
+    return head.rows if isinstance(head, DraftHead) else cast("Weight", head)
 
 
 def _stacked(norms: Sequence[RMSNorm]) -> NDArray[np.float32]:
@@ -278,8 +297,8 @@ def obstacle(model: Model, kv_cache: KVCache) -> str | None:
         "head_dim": config.head_dim,
     }
     odd = [f"{name} {size}" for name, size in sizes.items() if size % LANES]
-    is_own = type(model.lm_head) is not Weight or any(
-        type(layer) is not DecoderLayer for layer in model.layers
+    is_own = type(_head_of(model)) is not Weight or any(
+        type(_decoder_layer(layer)) is not DecoderLayer for layer in model.layers
     )
     if model.device.type != "cpu":
         return f"the kernels run on the CPU, not on {model.device.type}"
@@ -294,7 +313,7 @@ def obstacle(model: Model, kv_cache: KVCache) -> str | None:
 
 def max_narrow_tokens(model: Model) -> int | None:
     """Tokens up to which a forward is faster here than in the model's modules; None for all."""
-    head = cast("Weight", model.lm_head)
+    head = _head_of(model)
     if head.packed is not None and not multiplies_bfloat16():
         return None
     if model.compute_dtype != model.dtype:

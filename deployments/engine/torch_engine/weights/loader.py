@@ -15,7 +15,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from deployments.engine.config import DEFAULT_MODEL
-from deployments.engine.errors import WeightsMismatchError, WeightsMissingError
+from deployments.engine.errors import (
+    UnsupportedModelError,
+    WeightsMismatchError,
+    WeightsMissingError,
+)
 from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.models import model_class
 from deployments.engine.torch_engine.weights.gguf import GGUFFile
@@ -32,7 +36,9 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.precision import DtypeName
     from deployments.engine.torch_engine.weights.gguf import QuantizedBlocks
 
-WeightsForm = Literal["dense", "file", "int8", "int4"]
+WeightsForm = Literal["auto", "dense", "file", "int8", "int4"]
+"""As ``TorchEngineConfig.weights``; ``auto`` is ``file`` on a CPU where the file has such blocks,
+else ``dense``."""
 
 _BITS = {"int8": 8, "int4": 4}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -129,7 +135,7 @@ def load_model(
         dtype: of weights, activations and KV rows.
         device: where it runs.
         cache_dir: Paceline's cache.
-        weights: as ``TorchEngineConfig.weights``.
+        weights: the form its matrices are kept in.
 
     Raises:
         WeightsMissingError: the files are not here and cannot be had.
@@ -141,15 +147,9 @@ def load_model(
     files = weight_files(folder)
     model = model_class(config.model_type)(config, dtype=torch_dtype(dtype), device=device)
     digest = weights_digest(folder)
+    fill_from_files(model, files, weights)
     if weights in _BITS:
-        blocks: dict[str, QuantizedBlocks] = {}
-        fill_model(model, quantised(read_tensors(files), _BITS[weights], blocks))
-        attach_blocks(model, blocks.items())
         digest = blake3.blake3(f"{digest} {weights}".encode()).hexdigest()
-    else:
-        fill_model(model, read_tensors(files))
-    if weights == "file":
-        attach_blocks(model, file_blocks(files, model.weight_targets()))
     return LoadedModel(
         model=model,
         config=config,
@@ -186,6 +186,51 @@ def read_tensors(
             yield from GGUFFile(path).tensors(is_wanted)
         else:
             yield from read_safetensors(path, is_wanted)
+
+
+def fill_from_files(
+    model: Model,
+    files: list[Path],
+    weights: WeightsForm,
+    own_name: Callable[[str], str | None] = lambda name: name,
+) -> dict[str, QuantizedBlocks]:
+    """Fill a model and keep its matrices in the form asked for.
+
+    Args:
+        model: allocated.
+        files: hold its tensors.
+        weights: the form.
+        own_name: the model's name for a tensor of the files; None for those it has no place for.
+
+    Returns:
+        The blocks of its matrices by the model's names; none if they stay dense.
+
+    Raises:
+        UnsupportedModelError: the files have no blocks, or not of a kind that can be used.
+        WeightsMismatchError: the files do not hold exactly the model's tensors.
+    """
+
+    def is_wanted(name: str) -> bool:
+        return own_name(name) is not None
+
+    blocks: dict[str, QuantizedBlocks] = {}
+    tensors = ((own_name(name) or name, tensor) for name, tensor in read_tensors(files, is_wanted))
+    if weights in _BITS:
+        fill_model(model, quantised(tensors, _BITS[weights], blocks))
+        attach_blocks(model, blocks.items())
+        return blocks
+    fill_model(model, tensors)
+    if weights == "dense" or (weights == "auto" and model.device.type != "cpu"):
+        return {}
+    try:
+        for name, found in file_blocks(files, is_wanted):
+            blocks[own_name(name) or name] = found
+        attach_blocks(model, blocks.items())
+    except UnsupportedModelError:
+        if weights != "auto":
+            raise
+        return {}
+    return blocks
 
 
 def fill_model(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -15,11 +15,13 @@ from deployments.engine.torch_engine.models.llama import Weight
 from deployments.engine.torch_engine.weights.gguf import GGUFFile, QuantizedBlocks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    from deployments.engine.torch_engine.kernels.packing import PackedMatrix
     from deployments.engine.torch_engine.models.llama import Model
 
 _FORMS = {"Q4_1": Q4_1, "Q8_0": Q8_0}
@@ -27,19 +29,20 @@ _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 """Kept in eight bits in any case: their errors go straight into the logits."""
 
 
-def file_blocks(files: list[Path], names: Iterable[str]) -> Iterator[tuple[str, QuantizedBlocks]]:
-    """The blocks of the named matrices as GGUF files hold them.
+def file_blocks(
+    files: list[Path], is_wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, QuantizedBlocks]]:
+    """The blocks of the wanted matrices as GGUF files hold them.
 
     Raises:
         UnsupportedModelError: the files are not GGUF.
     """
-    wanted = frozenset(names)
     if any(path.suffix != ".gguf" for path in files):
         raise UnsupportedModelError(
             "engine.weights: file needs a GGUF file with quantised matrices"
         )
     for path in files:
-        yield from GGUFFile(path).blocks(wanted.__contains__)
+        yield from GGUFFile(path).blocks(is_wanted)
 
 
 def quantised(
@@ -78,9 +81,11 @@ def attach_blocks(model: Model, blocks: Iterable[tuple[str, QuantizedBlocks]]) -
         blocks: of all its matrices, by their checkpoint names.
 
     Raises:
-        UnsupportedModelError: a matrix has no blocks, or is quantised in another way.
+        UnsupportedModelError: a matrix has no blocks, or is quantised in another way; the model
+            keeps none then.
     """
     targets = model.weight_targets()
+    packed: list[tuple[Weight, PackedMatrix]] = []
     parts: dict[int, list[tuple[int, QuantizedBlocks]]] = {}
     for name, found in blocks:
         target = targets.get(name)
@@ -100,4 +105,11 @@ def attach_blocks(model: Model, blocks: Iterable[tuple[str, QuantizedBlocks]]) -
             raise UnsupportedModelError(
                 f"engine.weights: file needs one of {', '.join(_FORMS)} in {name}, which has {has}"
             )
-        weight.packed = pack_blocks([part.data for part in stacked], _FORMS[kinds.pop()])
+        packed.append((weight, pack_blocks([part.data for part in stacked], _FORMS[kinds.pop()])))
+    for weight, matrix in packed:
+        weight.packed = matrix
+
+
+def pack_rows(found: QuantizedBlocks, rows: NDArray[np.int64]) -> PackedMatrix:
+    """Some rows of a quantised matrix that ``attach_blocks`` took."""
+    return pack_blocks([found.data[rows]], _FORMS[found.kind])

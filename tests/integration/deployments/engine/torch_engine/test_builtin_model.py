@@ -195,3 +195,18 @@ def greedy_answer(target, prompt, num_tokens=24):
 def test_the_shipped_student_fits_the_builtin_model(cache_dir, tmp_path):
     student = load_student(str(cache_dir / "models" / NAME), dtype="float32", cache_dir=tmp_path)
     assert student.config.num_layers == 4
+
+
+def test_the_shipped_student_reads_the_files_own_blocks(cache_dir, tmp_path):
+    name = str(cache_dir / "models" / NAME)
+    one, other = (
+        load_student(name, dtype="float32", cache_dir=tmp_path, weights=weights)
+        for weights in ("dense", "auto")
+    )
+    text = list(range(1000, 1040))
+    dense, packed = (answer_logits(loaded, [text], [1]) for loaded in (one, other))
+    drafted = torch.isfinite(dense)
+    assert torch.equal(drafted, torch.isfinite(packed))
+    torch.testing.assert_close(packed[drafted], dense[drafted], rtol=1e-3, atol=1e-3)
+    head = other.model.lm_head
+    assert head.rows.packed is not None

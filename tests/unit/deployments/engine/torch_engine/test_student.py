@@ -7,7 +7,11 @@ import torch
 
 from deployments.engine.errors import WeightsMismatchError, WeightsMissingError
 from deployments.engine.speculation.types import DraftQuery, DraftSampling, DraftTree
+from deployments.engine.torch_engine.kernels import narrow_forward
+from deployments.engine.torch_engine.kernels.narrow_forward import NarrowForward
+from deployments.engine.torch_engine.kv_cache import KVCache
 from deployments.engine.torch_engine.lm_drafter import CausalLMDrafter
+from deployments.engine.torch_engine.models.llama import Weight
 from deployments.engine.torch_engine.student import (
     StudentWeights,
     cut_student,
@@ -38,7 +42,8 @@ def target(tmp_path_factory):
 
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("target")
-    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 6}, tie_word_embeddings=True)
+    shape = {**SHAPE, "num_hidden_layers": 6, "intermediate_size": 64}
+    config = LlamaConfig(**shape, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder)
     return load_model(str(folder), dtype="float32", cache_dir=folder)
 
@@ -116,6 +121,48 @@ def test_a_saved_student_is_the_one_that_was_cut(target, tmp_path):
     assert loaded.page_layout().num_layers == 4
     assert torch.equal(logits_of(target), before)  # the target lends its weights, unchanged
     assert not torch.equal(logits_of(cut), before)
+
+
+def test_compiled_layers_compute_what_the_modules_do(target):
+    few = torch.tensor([3, 5, 70], dtype=torch.int32)
+    student = cut_student(target, a_student(target, draft_token_ids=few))
+    cache = KVCache(student.config, 1, dtype=torch.float32)
+    batch = batch_of((PROMPTS[0], range(9), range(9), [8], None))
+    expected = student.model(batch, cache, (1, 2, 4))
+    compiled = NarrowForward(student.model, cache, 4, num_threads=1)
+    logits, features = compiled.forward_with_features(batch, (1, 2, 4))
+    torch.testing.assert_close(logits, expected.logits)
+    torch.testing.assert_close(features, expected.features, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_students_matrices_may_be_quantised(dtype, target, tmp_path, monkeypatch):
+    monkeypatch.setattr(narrow_forward, "multiplies_bfloat16", lambda: False)
+    few = torch.tensor([3, 5, 70], dtype=torch.int32)
+    save_student(a_student(target, draft_token_ids=few), tmp_path)
+
+    def load(weights):
+        return load_student(str(target.folder), dtype=dtype, cache_dir=tmp_path, weights=weights)
+
+    dense, quantised, automatic = load("dense"), load("int8"), load("auto")
+    rows = logits_of(quantised)[:, few.long()]
+    torch.testing.assert_close(rows, logits_of(dense)[:, few.long()], rtol=0.1, atol=0.1)
+    drafter = CausalLMDrafter(quantised, num_pages=2)
+    query = DraftQuery(
+        session_id=1,
+        token_ids=tuple(PROMPTS[0]),
+        in_flight=DraftTree(),
+        num_draft_tokens=3,
+        fanout=2,
+        sampling=DraftSampling(seed=1),
+    )
+    before = drafter.propose([query])
+    drafter.warm_up()  # drops the dense copies
+    drafter.close(1)
+    assert drafter.propose([query]) == before
+    assert quantised.model.embed_tokens.weight.numel() == 0
+    # This checkpoint has no blocks of its own.
+    assert all(m.packed is None for m in automatic.model.modules() if isinstance(m, Weight))
 
 
 def test_files_that_are_missing_damaged_or_foreign_are_refused(target, tmp_path):
