@@ -62,6 +62,10 @@ RESUMES = Metric("paceline_resumes_total", "Sequences moved to another target re
 DRAFT_TOKENS = Metric(
     "paceline_draft_tokens_total", "Draft tokens verified, by drafter.", ("origin",)
 )
+WITHHELD_TOKENS = Metric(
+    "paceline_withheld_draft_tokens_total",
+    "Draft tokens at hand that were not verified, because it would not have paid.",
+)
 ACCEPTED_TOKENS = Metric(
     "paceline_accepted_draft_tokens_total", "Draft tokens accepted, by drafter.", ("origin",)
 )

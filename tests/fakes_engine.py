@@ -17,7 +17,7 @@ import torch
 
 from deployments.engine.config import SpeculationConfig, TorchEngineConfig
 from deployments.engine.speculation.noise import gumbel, row_key
-from deployments.engine.speculation.speculator import Speculator, TakenDraft
+from deployments.engine.speculation.speculator import NOTHING_ELSE, Speculator, TakenDraft
 from deployments.engine.speculation.types import DraftOrigin, DraftTree
 from deployments.engine.torch_engine.assembly import EngineParts
 from deployments.engine.torch_engine.kv_cache import KVCache
@@ -265,8 +265,9 @@ class CheckedSpeculator(Speculator):
         assert session.session_id not in self.closed
         self.sessions[session.session_id] = list(session.token_ids)
 
-    def take(self, requests):
+    def take(self, requests, load=NOTHING_ELSE):
         assert self._phase == "idle"
+        assert load.num_rows >= load.num_tokens >= 0
         self._phase = "taken"
         taken = []
         for request in requests:

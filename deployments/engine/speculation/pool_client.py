@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.engine.speculation.pool_link import LinkLimits, LinkState, PoolLink, Round
-from deployments.engine.speculation.session import Ask, PoolSession
+from deployments.engine.speculation.session import PoolSession
 from deployments.engine.speculation.speculator_stats import PoolCounters
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deployments.engine.speculation.speculator import DraftRequest
     from deployments.engine.speculation.speculator_stats import SpeculatorStats
     from deployments.engine.speculation.transport import Connector, TargetTransport
-    from deployments.engine.speculation.types import DraftTree, SessionSpec
+    from deployments.engine.speculation.types import Ask, DraftTree, SessionSpec
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from deployments.engine.speculation.ask_pace import AskPace
 from deployments.engine.speculation.errors import MalformedMessageError
 from deployments.engine.speculation.transport import TransportState
-from deployments.engine.speculation.types import DraftTree
+from deployments.engine.speculation.types import Ask, DraftTree
 from protos import draft_pb2
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Iterable, Sequence
 
-    from deployments.engine.speculation.session import Ask, PoolSession
+    from deployments.engine.speculation.session import PoolSession
     from deployments.engine.speculation.speculator_stats import PoolCounters
     from deployments.engine.speculation.transport import TargetTransport
 
@@ -77,6 +78,7 @@ class PoolLink:
         self._num_failures = 0
         self._closes: list[draft_pb2.Close] = []
         self._num_dropped_seen = 0
+        self._pace = AskPace()
 
     def add(self, session: PoolSession) -> None:
         """Serve a session from the next frame on."""
@@ -209,7 +211,8 @@ class PoolLink:
             self.send(rounds, now)
 
     def _commit(self, frame: draft_pb2.TargetFrame, item: Round, room: int, now: float) -> int:
-        commit = item.session.commit(item.token_ids, item.in_flight, item.ask, room, now)
+        ask = self._pace.limit(item.ask)
+        commit = item.session.commit(item.token_ids, item.in_flight, ask, room, now)
         frame.commits.append(commit)
         return len(commit.committed)
 
@@ -227,6 +230,7 @@ class PoolLink:
             self._quarantine(session, error, counters)
             return
         if receipt is not None:
+            self._pace.on_table(is_late=receipt.is_late)
             counters.on_table(receipt.round_trip_s, is_late=receipt.is_late)
 
     def _on_resync(self, resync: draft_pb2.Resync, counters: PoolCounters) -> None:

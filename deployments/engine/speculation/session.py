@@ -20,17 +20,10 @@ from protos import draft_pb2
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deployments.engine.speculation.types import DraftTree, SessionSpec
+    from deployments.engine.speculation.types import Ask, DraftTree, SessionSpec
 
 _MAX_ASKED_ROUNDS = 4
 _MAX_HOLD_ROUNDS = 64
-
-
-class Ask(NamedTuple):
-    """How large a table is wanted: tokens behind each bonus token, bonus tokens per node."""
-
-    num_draft_tokens: int
-    fanout: int
 
 
 class TableReceipt(NamedTuple):
@@ -59,7 +52,7 @@ class PoolSession:
         epoch: of the newest open; 0 before the first.
         is_live: the drafter is taken to hold the session.
         given_up: the drafter will never hold it (the text is too long).
-        has_asked: a table was asked for in this epoch.
+        has_asked: a table was asked for when the round began.
         num_sent: tokens of the text sent in this epoch.
     """
 
@@ -111,12 +104,12 @@ class PoolSession:
             base_len=self.num_sent,
             committed=committed,
         )
-        if self.num_sent == len(token_ids):
+        self.has_asked = self.num_sent == len(token_ids) and ask.fanout > 0
+        if self.has_asked:
             message.in_flight_token_ids.extend(in_flight.token_ids)
             message.in_flight_parents.extend(parent + 1 for parent in in_flight.parents)
             message.num_draft_tokens = ask.num_draft_tokens
             message.fanout = ask.fanout
-            self.has_asked = True
             self._asked[self._round] = _AskedRound(self.num_sent, in_flight, now)
             if len(self._asked) > _MAX_ASKED_ROUNDS:
                 del self._asked[min(self._asked)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.engine.speculation.types import DraftTree
 
@@ -26,6 +26,21 @@ class DraftRequest:
     session_id: int
     token_ids: Sequence[int]
     max_draft_tokens: int
+
+
+class StepLoad(NamedTuple):
+    """What a step does besides choosing one token for each request that may have a draft.
+
+    Attributes:
+        num_rows: tokens it computes.
+        num_tokens: tokens it chooses.
+    """
+
+    num_rows: int
+    num_tokens: int
+
+
+NOTHING_ELSE = StepLoad(0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +85,9 @@ class Speculator(ABC):
         """A sequence begins to be speculated (its prefill may still run)."""
 
     @abstractmethod
-    def take(self, requests: Sequence[DraftRequest]) -> list[TakenDraft]:
+    def take(
+        self, requests: Sequence[DraftRequest], load: StepLoad = NOTHING_ELSE
+    ) -> list[TakenDraft]:
         """The draft to verify for each request, in order."""
 
     @abstractmethod
@@ -96,7 +113,9 @@ class NoSpeculation(Speculator):
     def open(self, session: SessionSpec) -> None:
         """Nothing to do."""
 
-    def take(self, requests: Sequence[DraftRequest]) -> list[TakenDraft]:
+    def take(
+        self, requests: Sequence[DraftRequest], load: StepLoad = NOTHING_ELSE
+    ) -> list[TakenDraft]:
         """Empty drafts."""
         return [TakenDraft(tree=DraftTree()) for _ in requests]
 

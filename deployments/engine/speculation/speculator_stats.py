@@ -19,6 +19,8 @@ class SpeculatorStats:
         num_late_tables: tables that arrived after the next round had begun.
         num_pool_draft_tokens: verified draft tokens guessed by the pool.
         num_local_draft_tokens: verified draft tokens guessed by the local drafter.
+        num_withheld_draft_tokens: draft tokens at hand that were not verified, because the step
+            would have taken longer than they promised to save.
         num_frames_dropped: frames to the pool that found no room in a queue.
         num_resyncs: gaps a drafter reported, repaired by sending again.
         num_sessions_dropped: sessions a drafter let go of.
@@ -39,6 +41,7 @@ class SpeculatorStats:
     num_pool_accepted_tokens: int = 0
     num_local_draft_tokens: int = 0
     num_local_accepted_tokens: int = 0
+    num_withheld_draft_tokens: int = 0
     num_frames_dropped: int = 0
     num_resyncs: int = 0
     num_sessions_dropped: int = 0

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deployments.engine.speculation.budget import (
     INITIAL_ACCEPTANCE,
     draft_length,
     update_acceptance,
+    verify_lengths,
 )
 from deployments.engine.speculation.drafters.ask import ask, calling
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.errors import DrafterFailedError
 from deployments.engine.speculation.pool_client import PoolClient, PoolDraft
-from deployments.engine.speculation.session import Ask
-from deployments.engine.speculation.speculator import Speculator, TakenDraft
+from deployments.engine.speculation.speculator import NOTHING_ELSE, Speculator, TakenDraft
 from deployments.engine.speculation.speculator_stats import SpeculatorStats
-from deployments.engine.speculation.types import DraftOrigin, DraftQuery, DraftTree
+from deployments.engine.speculation.step_times import StepTimes
+from deployments.engine.speculation.types import Ask, DraftOrigin, DraftQuery, DraftTree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from deployments.engine.config import SpeculationConfig
     from deployments.engine.speculation.drafters.base import Drafter
     from deployments.engine.speculation.pool_link import LinkLimits
-    from deployments.engine.speculation.speculator import DraftRequest, RoundResult
+    from deployments.engine.speculation.speculator import DraftRequest, RoundResult, StepLoad
     from deployments.engine.speculation.transport import Connector
     from deployments.engine.speculation.types import OutcomeRow, SessionSpec
 
@@ -36,20 +39,22 @@ logger = logging.getLogger(__name__)
 _UPKEEP_INTERVAL_S = 0.05
 _DIAL_INTERVAL_S = 0.005
 _MAX_LOCAL_FAILURES = 3
+_PROBE_INTERVAL_ROUNDS = 16
+_PROBE_WORTH = 2.0
+"""Tokens: what is learned from a draft token that would not pay counts like more than one."""
+_PRIOR_WEIGHT = 0.1
 _EMPTY = DraftTree()
 
 
 class _Running:
     """What the engine thread keeps of a running sequence."""
 
-    __slots__ = ("acceptance", "spec")
+    __slots__ = ("acceptance", "num_withheld_rounds", "spec")
 
-    def __init__(self, spec: SessionSpec) -> None:
+    def __init__(self, spec: SessionSpec, acceptance: dict[DraftOrigin, float]) -> None:
         self.spec = spec
-        self.acceptance = {
-            DraftOrigin.POOL: INITIAL_ACCEPTANCE,
-            DraftOrigin.LOCAL: INITIAL_ACCEPTANCE,
-        }
+        self.acceptance = acceptance
+        self.num_withheld_rounds = 0
 
 
 class SplitSpeculator(Speculator):
@@ -66,6 +71,7 @@ class SplitSpeculator(Speculator):
             so that the owner may choose other replicas. Until then its sessions draft locally, and
             the link is redialled as long as sessions are attached to it.
         local_drafter: instead of the one that ``config.local_drafter`` names.
+        clock: seconds; measures the target's steps.
     """
 
     def __init__(
@@ -77,14 +83,24 @@ class SplitSpeculator(Speculator):
         on_link_lost: Callable[[str], None] | None = None,
         local_drafter: Drafter | None = None,
         limits: LinkLimits | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._config = config
+        self._clock = clock
         self._vocab_size = vocab_size
         self._on_link_lost = on_link_lost
         if local_drafter is None and config.local_drafter == "suffix":
             local_drafter = SuffixDrafter(min_match_tokens=config.min_match_tokens)
         self._local = local_drafter
         self._running: dict[int, _Running] = {}
+        # What a new sequence is taken to accept, by what the last ones did.
+        self._prior = {
+            DraftOrigin.POOL: INITIAL_ACCEPTANCE,
+            DraftOrigin.LOCAL: INITIAL_ACCEPTANCE,
+        }
+        self._step_times = StepTimes()
+        self._step_began_at = 0.0
+        self._num_step_rows = 0
         self._pool: PoolClient | None = None
         if connect is not None:
             prompt_ask = Ask(config.num_draft_tokens, config.fanout)
@@ -99,6 +115,7 @@ class SplitSpeculator(Speculator):
         self._num_table_hits = 0
         self._num_table_misses = 0
         self._num_local_failures = 0
+        self._num_withheld = 0
         self._num_drafted = dict.fromkeys(DraftOrigin, 0)
         self._num_accepted = dict.fromkeys(DraftOrigin, 0)
 
@@ -121,7 +138,7 @@ class SplitSpeculator(Speculator):
 
     def open(self, session: SessionSpec) -> None:
         """Prepare to draft for a sequence."""
-        self._running[session.session_id] = _Running(session)
+        self._running[session.session_id] = _Running(session, dict(self._prior))
         if self._local is not None:
             with self._tolerating(self._local):
                 self._local.open(session)
@@ -129,8 +146,42 @@ class SplitSpeculator(Speculator):
             self._pool.open(session)
             self._wake.set()
 
-    def take(self, requests: Sequence[DraftRequest]) -> list[TakenDraft]:
-        """A fitting row of the pool, else a local draft, else nothing."""
+    def take(
+        self, requests: Sequence[DraftRequest], load: StepLoad = NOTHING_ELSE
+    ) -> list[TakenDraft]:
+        """A fitting row of the pool, else a local draft, as far as verifying it pays; else nothing.
+
+        What a step takes is learned from those between ``take`` and ``verified``.
+        """
+        self._step_began_at = self._clock()
+        self._num_step_rows = load.num_rows + len(requests)
+        taken = self._at_hand(requests)
+        times, num_plain_rows = self._step_times, self._num_step_rows
+        if not times.is_known:
+            return taken
+        at_hand = [len(draft.tree) for draft in taken]
+        # What is not known of late is tried: first what drafts must beat, then what they cost.
+        if not times.is_fresh(num_plain_rows):
+            lengths = [0] * len(taken)
+        elif not times.is_fresh(num_plain_rows + sum(at_hand)):
+            lengths = at_hand
+        else:
+            lengths = verify_lengths(
+                [
+                    self._chances(request, draft.tree)
+                    for request, draft in zip(requests, taken, strict=True)
+                ],
+                num_plain_rows,
+                load.num_tokens + len(requests),
+                times.seconds,
+            )
+        return [
+            self._cut(request, draft, length)
+            for request, draft, length in zip(requests, taken, lengths, strict=True)
+        ]
+
+    def _at_hand(self, requests: Sequence[DraftRequest]) -> list[TakenDraft]:
+        """All that could be verified."""
         if self._pool is None:
             from_pool = [PoolDraft((), was_asked=False)] * len(requests)
         else:
@@ -154,8 +205,30 @@ class SplitSpeculator(Speculator):
             taken[index] = TakenDraft(tree=tree, table_miss=taken[index].table_miss)
         return taken
 
+    def _chances(self, request: DraftRequest, tree: DraftTree) -> list[float]:
+        """That each draft token is accepted, with all before it."""
+        running = self._running.get(request.session_id)
+        if running is None or not len(tree):
+            return []
+        if running.num_withheld_rounds >= _PROBE_INTERVAL_ROUNDS:
+            return [_PROBE_WORTH]
+        acceptance = running.acceptance[tree.origin]
+        return [acceptance**depth for depth in range(1, len(tree) + 1)]
+
+    def _cut(self, request: DraftRequest, draft: TakenDraft, length: int) -> TakenDraft:
+        running = self._running.get(request.session_id)
+        if running is not None:
+            is_verified = length > 0 or not len(draft.tree)
+            running.num_withheld_rounds = 0 if is_verified else running.num_withheld_rounds + 1
+        if length == len(draft.tree):
+            return draft
+        self._num_withheld += len(draft.tree) - length
+        tree = DraftTree.chain(draft.tree.token_ids[:length], draft.tree.origin)
+        return replace(draft, tree=tree if length else _EMPTY)
+
     def verifying(self, rounds: Sequence[tuple[DraftRequest, DraftTree]]) -> None:
         """Announce the round to the pool, plain ones too: their bonus token can be foreseen."""
+        self._num_step_rows += sum(len(tree) for _, tree in rounds)
         if self._pool is None:
             return
         fanout = self._config.fanout
@@ -168,6 +241,7 @@ class SplitSpeculator(Speculator):
 
     def verified(self, results: Sequence[RoundResult]) -> None:
         """Learn from the outcome."""
+        self._step_times.observe(self._num_step_rows, self._clock() - self._step_began_at)
         for result in results:
             self._num_rounds += 1
             running = self._running.get(result.session_id)
@@ -187,8 +261,11 @@ class SplitSpeculator(Speculator):
 
     def close(self, session_id: int) -> None:
         """Forget a sequence."""
-        if self._running.pop(session_id, None) is None:
+        running = self._running.pop(session_id, None)
+        if running is None:
             return
+        for origin, acceptance in running.acceptance.items():
+            self._prior[origin] += _PRIOR_WEIGHT * (acceptance - self._prior[origin])
         if self._local is not None:
             with self._tolerating(self._local):
                 self._local.close(session_id)
@@ -217,6 +294,7 @@ class SplitSpeculator(Speculator):
             num_local_draft_tokens=self._num_drafted[DraftOrigin.LOCAL],
             num_local_accepted_tokens=self._num_accepted[DraftOrigin.LOCAL],
             num_local_failures=self._num_local_failures,
+            num_withheld_draft_tokens=self._num_withheld,
         )
         return own if self._pool is None else self._pool.add_to(own)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +54,19 @@ class DraftTree:
             path.append(node)
             node = self.parents[node]
         return tuple(reversed(path))
+
+
+class Ask(NamedTuple):
+    """How large a table is wanted: tokens behind each bonus token (k), bonus tokens per node (F).
+
+    Without bonus tokens none is wanted.
+    """
+
+    num_draft_tokens: int
+    fanout: int
+
+
+NO_ASK = Ask(0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

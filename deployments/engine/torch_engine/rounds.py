@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.engine.errors import InvalidLogitsError, RequestRejectedError
 from deployments.engine.speculation.acceptance import accept
-from deployments.engine.speculation.speculator import DraftRequest, RoundResult, TakenDraft
+from deployments.engine.speculation.speculator import (
+    DraftRequest,
+    RoundResult,
+    StepLoad,
+    TakenDraft,
+)
 from deployments.engine.speculation.types import DraftSampling, DraftTree, SessionSpec
 from deployments.engine.torch_engine.sampler import INVALID_TOKEN, NO_TOKEN
 from deployments.engine.torch_engine.stopping import Stop
@@ -136,7 +141,11 @@ class DraftRounds:
         if not requests:
             return taken
         rounds: list[tuple[DraftRequest, DraftTree]] = []
-        answers = self._speculator.take(requests)
+        load = StepLoad(
+            num_rows=sum(chunk.num_new_tokens for chunk in chunks) - len(requests),
+            num_tokens=sum(chunk.is_sampled for chunk in chunks) - len(requests),
+        )
+        answers = self._speculator.take(requests, load)
         for index, request, answer in zip(asking, requests, answers, strict=True):
             tree = usable_draft(answer.tree, request.max_draft_tokens, self._vocab_size)
             structure = chunks[index].sequence.structure

@@ -2,9 +2,9 @@ import random
 
 from deployments.engine.speculation.fake_transport import FakeNetwork
 from deployments.engine.speculation.pool_link import LinkLimits, LinkState, PoolLink, Round
-from deployments.engine.speculation.session import Ask, PoolSession
+from deployments.engine.speculation.session import PoolSession
 from deployments.engine.speculation.speculator_stats import PoolCounters
-from deployments.engine.speculation.types import DraftTree
+from deployments.engine.speculation.types import Ask, DraftTree
 from tests.fakes_speculation import IDENTITY, VOCAB_SIZE, random_text, spec_of
 
 LIMITS = LinkLimits(backoff_s=1.0, max_backoff_s=8.0, max_frame_tokens=50, idle_close_s=5.0)

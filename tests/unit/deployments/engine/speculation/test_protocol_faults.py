@@ -14,9 +14,8 @@ from deployments.engine.speculation.draft_service import DraftLimits, DraftServi
 from deployments.engine.speculation.fake_transport import FakeNetwork, Faults
 from deployments.engine.speculation.pool_client import PoolClient
 from deployments.engine.speculation.pool_link import LinkLimits
-from deployments.engine.speculation.session import Ask
 from deployments.engine.speculation.speculator import DraftRequest
-from deployments.engine.speculation.types import DraftOrigin, DraftTree
+from deployments.engine.speculation.types import Ask, DraftOrigin, DraftTree
 from tests.fakes_speculation import IDENTITY, VOCAB_SIZE, OracleDrafter, random_text, spec_of
 
 ENDPOINTS = ("one:1", "two:2")

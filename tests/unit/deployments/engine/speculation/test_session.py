@@ -1,8 +1,8 @@
 import pytest
 
 from deployments.engine.speculation.errors import MalformedMessageError
-from deployments.engine.speculation.session import Ask, PoolSession
-from deployments.engine.speculation.types import DraftOrigin, DraftTree
+from deployments.engine.speculation.session import PoolSession
+from deployments.engine.speculation.types import Ask, DraftOrigin, DraftTree
 from protos import draft_pb2
 from tests.fakes_speculation import VOCAB_SIZE, spec_of
 

@@ -8,7 +8,12 @@ from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.drafters.load import load_drafter
 from deployments.engine.speculation.fake_transport import FakeNetwork
 from deployments.engine.speculation.pool_link import LinkLimits
-from deployments.engine.speculation.speculator import DraftRequest, RoundResult
+from deployments.engine.speculation.speculator import (
+    NOTHING_ELSE,
+    DraftRequest,
+    RoundResult,
+    StepLoad,
+)
 from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.speculation.types import (
     DraftOrigin,
@@ -34,8 +39,33 @@ def request(session_id: int, text: list[int], most: int = 8) -> DraftRequest:
     return DraftRequest(session_id=session_id, token_ids=text, max_draft_tokens=most)
 
 
-def local_only(**config) -> SplitSpeculator:
-    return SplitSpeculator(SpeculationConfig(**config), vocab_size=VOCAB_SIZE)
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def local_only(clock=FakeClock(), **config) -> SplitSpeculator:  # noqa: B008 - it stands still
+    return SplitSpeculator(SpeculationConfig(**config), vocab_size=VOCAB_SIZE, clock=clock)
+
+
+def play(speculator, num_rounds, *, is_right, clock=None, seconds_of=None, load=NOTHING_ELSE):
+    """Verify rounds of one looping text; returns the lengths of the drafts."""
+    lengths = []
+    for _ in range(num_rounds):
+        asked = request(1, LOOP)
+        [taken] = speculator.take([asked], load)
+        lengths.append(len(taken.tree))
+        speculator.verifying([(asked, taken.tree)])
+        if clock is not None:
+            clock.now += seconds_of(load.num_rows + 1 + len(taken.tree))
+        accepted = len(taken.tree) if is_right else 0
+        speculator.verified(
+            [RoundResult(session_id=1, tree=taken.tree, num_accepted=accepted, new_token_ids=())]
+        )
+    return lengths
 
 
 def test_without_a_pool_the_local_drafter_proposes():
@@ -68,24 +98,35 @@ def test_wrong_drafts_get_shorter_and_right_ones_longer():
     speculator = local_only(num_draft_tokens=4)
     speculator.open(spec_of(1, LOOP))
 
-    def play(num_rounds: int, *, is_right: bool) -> list[int]:
-        lengths = []
-        for _ in range(num_rounds):
-            [taken] = speculator.take([request(1, LOOP)])
-            lengths.append(len(taken.tree))
-            accepted = len(taken.tree) if is_right else 0
-            result = RoundResult(
-                session_id=1, tree=taken.tree, num_accepted=accepted, new_token_ids=()
-            )
-            speculator.verified([result])
-        return lengths
-
-    assert play(12, is_right=False)[-1] == 1
-    assert play(12, is_right=True)[-1] == 4
+    assert play(speculator, 12, is_right=False)[-1] == 1
+    assert play(speculator, 12, is_right=True)[-1] == 4
     stats = speculator.stats()
     assert stats.num_rounds == 24
     assert 0 < stats.num_local_accepted_tokens < stats.num_local_draft_tokens
     assert stats.num_pool_draft_tokens == 0
+
+
+def test_drafts_that_cost_more_than_they_give_are_withheld_and_tried_again():
+    clock = FakeClock()
+    speculator = local_only(clock, num_draft_tokens=4)
+    speculator.open(spec_of(1, LOOP))
+    linear = {"clock": clock, "seconds_of": lambda rows: 0.01 * rows}
+    lengths = play(speculator, 400, is_right=False, **linear)
+    assert 0 < sum(lengths[200:]) < 20  # a probe every sixteen rounds
+    assert speculator.stats().num_withheld_draft_tokens > 200
+    # The text turns predictable, and the machine has room: the probes notice.
+    flat = {"clock": clock, "seconds_of": lambda rows: 0.01}
+    assert play(speculator, 1000, is_right=True, **flat)[-1] == 4
+
+
+def test_a_step_that_is_long_anyway_verifies_more():
+    clock = FakeClock()
+    speculator = local_only(clock, num_draft_tokens=4)
+    speculator.open(spec_of(1, LOOP))
+    linear = {"clock": clock, "seconds_of": lambda rows: 0.01 * rows}
+    alone = play(speculator, 100, is_right=True, **linear)
+    beside = play(speculator, 100, is_right=True, load=StepLoad(300, 0), **linear)
+    assert sum(alone[50:]) < sum(beside[50:]) == 4 * 50
 
 
 class BrokenDrafter(Drafter):

@@ -7,8 +7,9 @@ import pytest
 from deployments.engine.speculation import errors, wire
 from deployments.engine.speculation.errors import HandshakeError, MalformedMessageError
 from deployments.engine.speculation.handshake import PROTOCOL_VERSION, Identity, check_hello
-from deployments.engine.speculation.session import Ask, PoolSession
+from deployments.engine.speculation.session import PoolSession
 from deployments.engine.speculation.types import (
+    Ask,
     DraftOrigin,
     DraftSampling,
     DraftTree,
