@@ -39,14 +39,16 @@ def status(as_json: JsonOption = False) -> None:
         table.add_column("what", style="dim")
         table.add_column("value", overflow="fold")
         for name, value in report.items():
-            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if name == "replicas" else value
-            table.add_row(name, str(shown))
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {number}" for key, number in value.items()) or "none"
+            table.add_row(name, str(value))
         out.print(table)
 
 
 def _report(state: ClusterState) -> dict[str, Any]:
     processes = ClusterProcesses(state.cluster_id, Path(state.run_dir)).find()
     alive = state.is_alive()
+    snapshot = _snapshot(state) if alive else None
     return {
         "cluster_id": state.cluster_id,
         "health": _health(state) if alive else "its owner died; the next start ends the rest",
@@ -55,7 +57,8 @@ def _report(state: ClusterState) -> dict[str, Any]:
         "grpc": state.grpc_address,
         "metrics": state.metrics_url,
         "valkey": state.kv_address or "none",
-        "replicas": _replicas(state) if alive else {},
+        "replicas": _replicas(snapshot) if snapshot else {},
+        "speculation": _speculation(snapshot) if snapshot else {},
         "owner_pid": state.pid,
         "processes": len(processes),
         "memory_mib": sum(map(_proportional_bytes, processes)) >> 20,
@@ -71,13 +74,29 @@ def _health(state: ClusterState) -> str:
     return "ok" if response.is_success else f"answers {response.status_code}"
 
 
-def _replicas(state: ClusterState) -> dict[str, int]:
+def _snapshot(state: ClusterState) -> MetricsSnapshot | None:
     try:
-        snapshot = MetricsSnapshot.read(state.metrics_url)
+        return MetricsSnapshot.read(state.metrics_url)
     except RequestError:
-        return {}
+        return None
+
+
+def _replicas(snapshot: MetricsSnapshot) -> dict[str, int]:
     healthy = snapshot.by_label("serve_deployment_replica_healthy", "deployment")
     return {name: int(count) for name, count in healthy.items()}
+
+
+def _speculation(snapshot: MetricsSnapshot) -> dict[str, int]:
+    """Draft tokens by what became of them and who guessed them, and tables by their arrival."""
+    verified = snapshot.by_label("paceline_draft_tokens_total", "origin")
+    accepted = snapshot.by_label("paceline_accepted_draft_tokens_total", "origin")
+    tables = snapshot.by_label("paceline_outcome_tables_total", "result")
+    counts = {f"verified ({origin})": number for origin, number in verified.items()}
+    counts |= {f"accepted ({origin})": number for origin, number in accepted.items()}
+    if verified:
+        counts["withheld"] = snapshot.total("paceline_withheld_draft_tokens_total")
+    counts |= {f"tables {result.replace('_', ' ')}": number for result, number in tables.items()}
+    return {name: int(number) for name, number in counts.items()}
 
 
 def _proportional_bytes(process: psutil.Process) -> int:

@@ -1,0 +1,38 @@
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.commands.status import _speculation
+from cluster.metrics_reader import MetricsSnapshot
+
+SCRAPE = """
+# TYPE ray_paceline_draft_tokens_total counter
+ray_paceline_draft_tokens_total{origin="pool",ReplicaId="a"} 30
+ray_paceline_draft_tokens_total{origin="pool",ReplicaId="b"} 10
+ray_paceline_draft_tokens_total{origin="local",ReplicaId="a"} 5
+# TYPE ray_paceline_accepted_draft_tokens_total counter
+ray_paceline_accepted_draft_tokens_total{origin="pool",ReplicaId="a"} 12
+# TYPE ray_paceline_withheld_draft_tokens_total counter
+ray_paceline_withheld_draft_tokens_total{ReplicaId="a"} 7
+# TYPE ray_paceline_outcome_tables_total counter
+ray_paceline_outcome_tables_total{result="in_time",ReplicaId="a"} 9
+ray_paceline_outcome_tables_total{result="late",ReplicaId="a"} 1
+"""
+
+
+def snapshot(text):
+    families = text_string_to_metric_families(text)
+    return MetricsSnapshot([sample for family in families for sample in family.samples])
+
+
+def test_speculation_is_told_by_what_became_of_drafts():
+    assert _speculation(snapshot(SCRAPE)) == {
+        "verified (local)": 5,
+        "verified (pool)": 40,
+        "accepted (pool)": 12,
+        "withheld": 7,
+        "tables in time": 9,
+        "tables late": 1,
+    }
+
+
+def test_a_cluster_that_drafted_nothing_tells_nothing():
+    assert _speculation(snapshot("")) == {}
