@@ -70,6 +70,8 @@ def _dense_products(
         columns = [emit.load_floats(builder.add(row, x_at), DENSE_F32) for row in x_rows]
         sums = []
         for r, row in enumerate(w_rows):
+            # Rows are too short for the processor to foresee the next ones by itself.
+            emit.prefetch(builder.add(emit.step(row, w_stride, num_rows), w_at))
             weights = emit.load_floats(builder.add(row, w_at), dtype)
             for n, column in enumerate(columns):
                 sums.append(emit.fma(weights, column, loop.carried[r * num_tokens + n]))

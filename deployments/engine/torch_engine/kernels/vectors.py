@@ -65,6 +65,16 @@ class Emitter:
         value.align = align
         return value
 
+    def prefetch(self, address: Value) -> None:
+        """Bring what lies there nearer; it may lie nowhere."""
+        kind = I8.as_pointer()
+        signature = ir.FunctionType(ir.VoidType(), [kind, I32, I32, I32])
+        function = cgutils.get_or_insert_function(
+            self.builder.module, signature, "llvm.prefetch.p0i8"
+        )
+        read, near, data = (ir.Constant(I32, number) for number in (0, 3, 1))
+        self.builder.call(function, [self.builder.inttoptr(address, kind), read, near, data])
+
     def store(self, value: Value, address: Value) -> None:
         """Write floats."""
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer())).align = 4
