@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 
 from deployments.engine.errors import UnsupportedModelError
-from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
+from deployments.engine.torch_engine.compile_ahead import compile_ahead, first_batch
 from deployments.engine.torch_engine.kernels.compiling import first_call, machine
 from deployments.engine.torch_engine.kernels.narrow_forward import (
     TILE_TOKENS,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.torch_engine.cuda_graphs import CudaGraphs
+    from deployments.engine.torch_engine.forward_batch import ForwardBatch
     from deployments.engine.torch_engine.kv_cache import KVCache
     from deployments.engine.torch_engine.model_config import ModelConfig
     from deployments.engine.torch_engine.models.llama import ForwardOutput, Model, Weight
@@ -107,13 +108,10 @@ class ModelRunner:
 
         Writes to slot 0, so no page may be in use yet.
         """
-        zero = torch.zeros(1, dtype=torch.int64)
-        span = SequenceSpan(start=0, length=1, kv_slots=zero)
-        batch = ForwardBatch(
-            token_ids=zero, positions=zero, slots=zero, spans=(span,), logit_rows=zero
-        )
+        if self._narrow is not None:
+            compile_ahead(self.kv_cache.k.dtype)
         with first_call():
-            self.forward(batch)
+            self.forward(first_batch())
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> Tensor:

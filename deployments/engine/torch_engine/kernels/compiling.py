@@ -42,6 +42,16 @@ def machine() -> str:
     return f"{get_host_cpu_name()} {get_host_cpu_features().flatten()}"
 
 
+def code_file(name: str) -> Path | None:
+    """A file beside the machine code; None where nothing can be written."""
+    folder = Path(_FOLDER)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder / name
+    return None
+
+
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile at the first call, without the interpreter's lock, and keep the machine code.
 
@@ -68,9 +78,9 @@ def first_call() -> Iterator[None]:
     """
     lock = -1
     # Nowhere to write, or nobody done for minutes: then everybody compiles.
-    with contextlib.suppress(OSError):
-        Path(_FOLDER).mkdir(parents=True, exist_ok=True)
-        lock = os.open(Path(_FOLDER) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = code_file("lock")
+    if path is not None:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         gives_up_at = time.monotonic() + _MAX_WAIT_S
         while time.monotonic() < gives_up_at and not _is_locked(lock):
             time.sleep(_POLL_S)
