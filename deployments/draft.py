@@ -13,8 +13,10 @@ from ray import serve
 from deployments.draft_metrics import DraftMetrics
 from deployments.draft_sessions import ENDPOINT_KEY
 from deployments.drafters import build_drafter
+from deployments.engine.errors import WeightsMissingError
 from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.draft_service import DraftLimits
+from deployments.engine.speculation.errors import DrafterLoadError
 from deployments.engine.speculation.handshake import Identity
 from deployments.model_files import model_folder, served_model_name
 from deployments.tokenizer import Tokenizer
@@ -50,6 +52,7 @@ class DraftReplica:
             cache_dir: where models and fitted drafts lie.
             tracing: where spans go.
         """
+        self._engine, self._draft, self._cache_dir = engine, draft, cache_dir
         self._tracing = Tracing(tracing, "paceline-draft")
         self._metrics = DraftMetrics()
         self._model = served_model_name(engine)
@@ -60,6 +63,36 @@ class DraftReplica:
             self._executor, self._start, engine, draft, cache_dir
         )
         self._reporting = asyncio.create_task(self._report(), name="draft-metrics")
+
+    async def reconfigure(self, user_config: dict[str, str]) -> None:
+        """Put another drafter to work while the replica serves; Serve calls this.
+
+        Nothing else can be changed so. A drafter that cannot be had leaves the old one at work.
+
+        Args:
+            user_config: ``drafter``, as ``draft.drafter``.
+
+        Raises:
+            ValueError: it says something else.
+        """
+        if user_config.keys() != {"drafter"}:
+            raise ValueError(
+                f"user_config of a draft pool is drafter, not {', '.join(user_config)}"
+            )
+        draft = self._draft.model_copy(update=user_config)
+        if draft == self._draft:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            successor = await loop.run_in_executor(
+                self._executor, build_drafter, draft, self._engine, self._cache_dir
+            )
+        except (WeightsMissingError, DrafterLoadError):
+            logger.exception("%s stays at work: there is no %s", self._draft.drafter, draft.drafter)
+            return
+        self._server.replace_drafter(successor)
+        self._draft = draft
+        logger.info("drafting with %s", draft.drafter)
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What targets learn of this replica when the router chooses it for them."""

@@ -8,7 +8,7 @@ from deployments import metrics as names
 from deployments.metrics import LabelledFeeds, TotalFeed, new_counter, new_gauge
 
 if TYPE_CHECKING:
-    from deployments.engine.speculation.draft_service import DraftServerStats
+    from deployments.engine.speculation.draft_stats import DraftServerStats
 
 
 class DraftMetrics:

@@ -88,16 +88,3 @@ def verify_lengths(
     for _, index in order[:best]:
         lengths[index] += 1
     return lengths
-
-
-def shed_fanout(fanout: int, num_pending: int, max_batch: int) -> int:
-    """Fan-out a busy draft replica grants: it sheds guesses before it sheds sessions.
-
-    Args:
-        fanout: what the target asked.
-        num_pending: sessions that wait for a table.
-        max_batch: sessions one drafter batch takes.
-    """
-    if num_pending <= max_batch:
-        return fanout
-    return max(1, fanout * max_batch // num_pending)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import grpc
     from pydantic import SecretStr
 
-    from deployments.engine.speculation.draft_service import DraftServerStats
+    from deployments.engine.speculation.draft_stats import DraftServerStats
     from deployments.engine.speculation.drafters.base import Drafter
     from deployments.engine.speculation.grpc_transport import GrpcLimits
     from deployments.engine.speculation.handshake import Identity
@@ -81,6 +81,15 @@ class DraftServer:
         bound = self._front.start(host, port)
         self._thread.start()
         return bound
+
+    def replace_drafter(self, successor: Drafter) -> None:
+        """Draft with another one behind the batch under way; no target notices but by its drafts.
+
+        Args:
+            successor: for the same model and vocabulary.
+        """
+        self._service.replace_drafter(successor)
+        self._news.set()
 
     def stats(self) -> DraftServerStats:
         """A snapshot, at most one batch old; may be called from any thread."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.engine.speculation import wire
-from deployments.engine.speculation.budget import shed_fanout
 from deployments.engine.speculation.draft_session import CommitOutcome, DraftSession, Question
+from deployments.engine.speculation.draft_stats import DraftServerStats
 from deployments.engine.speculation.drafters.ask import ask, calling
 from deployments.engine.speculation.errors import DrafterFailedError, MalformedMessageError
+from deployments.engine.speculation.fair_batch import FairBatches, Waiting
 from deployments.engine.speculation.transport import TransportState
 from protos import draft_pb2
 
@@ -37,7 +38,8 @@ class DraftLimits:
     """Bounds of a draft replica.
 
     Attributes:
-        max_sessions: beyond it the session unused for longest is evicted.
+        max_sessions: beyond it a session is evicted: of the tenant with the most sessions the one
+            unused for longest.
         max_session_tokens: text of one session.
         max_batch_sessions: sessions of one drafter call.
         idle_timeout_s: a session its target does not speak of expires.
@@ -49,36 +51,15 @@ class DraftLimits:
     idle_timeout_s: float = 120.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftServerStats:
-    """A snapshot; counters count since the start.
-
-    Attributes:
-        num_pending: sessions with a question not yet answered.
-        num_superseded: questions replaced by a newer round before a batch took them.
-        num_dropped_by_reason: sessions dropped, by the protocol's reason.
-        num_frames_dropped: frames that found no room in a queue, both directions.
-        batch_time_ewma_s: of one drafter call.
-    """
-
-    num_streams: int = 0
-    num_sessions: int = 0
-    num_pending: int = 0
-    num_tables: int = 0
-    num_rows: int = 0
-    num_batches: int = 0
-    num_superseded: int = 0
-    num_stale_commits: int = 0
-    num_resyncs: int = 0
-    num_drafter_failures: int = 0
-    num_frames_dropped: int = 0
-    num_dropped_by_reason: tuple[tuple[str, int], ...] = ()
-    batch_time_ewma_s: float = 0.0
-
-
 class _Key(NamedTuple):
     stream: int
     session: int
+
+
+class _Asked(NamedTuple):
+    key: _Key
+    session: DraftSession
+    question: Question
 
 
 @dataclass(slots=True)
@@ -90,7 +71,8 @@ class _Stream:
 class DraftService:
     """Sessions of any number of streams on one drafter.
 
-    ``accept`` and ``stats`` may be called from any thread; ``step`` belongs to one.
+    ``accept``, ``replace_drafter`` and ``stats`` may be called from any thread; ``step`` belongs to
+    one.
     """
 
     def __init__(
@@ -107,9 +89,11 @@ class DraftService:
         self._clock = clock
         self._lock = threading.Lock()
         self._arrivals: list[DraftTransport] = []
+        self._successor: Drafter | None = None
         self._streams: dict[int, _Stream] = {}
         self._sessions: OrderedDict[_Key, DraftSession] = OrderedDict()
         self._pending: OrderedDict[_Key, None] = OrderedDict()
+        self._batches: FairBatches[_Key] = FairBatches(self._limits.max_batch_sessions)
         self._num_opened = 0
         self._num_accepted_streams = 0
         self._drops: dict[str, int] = {}
@@ -127,6 +111,11 @@ class DraftService:
         with self._lock:
             self._arrivals.append(transport)
 
+    def replace_drafter(self, successor: Drafter) -> None:
+        """Draft with another one from the next step on; sessions and streams stay."""
+        with self._lock:
+            self._successor = successor
+
     def stats(self) -> DraftServerStats:
         """As of the end of the last step."""
         return self._snapshot
@@ -139,6 +128,7 @@ class DraftService:
         """
         now = self._clock()
         self._reap_streams()
+        self._hand_over()
         for number, stream in self._streams.items():
             for frame, _ in stream.transport.receive():
                 self._apply(number, frame, now)
@@ -176,6 +166,22 @@ class DraftService:
         for number in ended:
             self._count(num_frames_dropped=self._streams.pop(number).transport.num_dropped)
 
+    def _hand_over(self) -> None:
+        with self._lock:
+            successor, self._successor = self._successor, None
+        if successor is None:
+            return
+        # The old one goes with all it knows of its sessions.
+        self._drafter = successor
+        for key, session in list(self._sessions.items()):
+            try:
+                with calling(successor):
+                    successor.open(replace(session.spec, token_ids=tuple(session.token_ids)))
+            except DrafterFailedError:
+                self._count(num_drafter_failures=1)
+                logger.warning("the new drafter failed to open a session", exc_info=True)
+                self._drop(key, session.epoch, draft_pb2.Dropped.DRAFTER_FAILED)
+
     def _apply(self, number: int, frame: draft_pb2.TargetFrame, now: float) -> None:
         for closing in frame.closes:
             key = _Key(number, closing.session)
@@ -212,8 +218,16 @@ class DraftService:
             return
         self._sessions[key] = DraftSession(spec, message.epoch, now)
         if len(self._sessions) > self._limits.max_sessions:
-            oldest = next(iter(self._sessions))
-            self._drop(oldest, self._sessions[oldest].epoch, draft_pb2.Dropped.EVICTED)
+            self._evict()
+
+    def _evict(self) -> None:
+        """Drop the session unused for longest, of the tenant with the most sessions."""
+        num_by_tenant = Counter(session.spec.tenant for session in self._sessions.values())
+        most = max(num_by_tenant.values())
+        for key, session in self._sessions.items():
+            if num_by_tenant[session.spec.tenant] == most:
+                self._drop(key, session.epoch, draft_pb2.Dropped.EVICTED)
+                return
 
     def _commit(self, key: _Key, message: draft_pb2.Commit, now: float) -> None:
         session = self._sessions.get(key)
@@ -257,32 +271,26 @@ class DraftService:
             self._drop(key, session.epoch, draft_pb2.Dropped.EXPIRED)
 
     def _draft_batch(self) -> None:
-        num_pending = len(self._pending)
-        keys = list(self._pending)[: self._limits.max_batch_sessions]
-        if not keys:
+        pending = [
+            _Asked(key, session, session.question)
+            for key, session in ((key, self._sessions[key]) for key in self._pending)
+            if session.question is not None
+        ]
+        granted = self._batches.choose(
+            {item.key: Waiting(item.session.spec.tenant, item.question.query) for item in pending}
+        )
+        asked = [self._take(item, granted[item.key]) for item in pending if item.key in granted]
+        if not asked:
             return
-        asked: list[tuple[_Key, DraftSession, Question]] = []
-        for key in keys:
-            del self._pending[key]
-            session = self._sessions[key]
-            if session.question is None:
-                continue
-            query = session.question.query
-            fanout = shed_fanout(query.fanout, num_pending, self._limits.max_batch_sessions)
-            query = replace(query, fanout=fanout)
-            if session.question.base_len < len(session.token_ids):
-                # The text grew behind the question, by a chunk that asked nothing.
-                query = replace(query, token_ids=session.token_ids[: session.question.base_len])
-            asked.append((key, session, replace(session.question, query=query)))
-            session.question = None
         started = time.monotonic()
         try:
-            answers = ask(self._drafter, [item.query for _, _, item in asked], self._vocab_size)
+            queries = [item.question.query for item in asked]
+            answers = ask(self._drafter, queries, self._vocab_size)
         except DrafterFailedError:
             logger.warning("the drafter failed; its batch is dropped", exc_info=True)
             self._count(num_drafter_failures=1)
-            for key, session, _ in asked:
-                self._drop(key, session.epoch, draft_pb2.Dropped.DRAFTER_FAILED)
+            for item in asked:
+                self._drop(item.key, item.session.epoch, draft_pb2.Dropped.DRAFTER_FAILED)
             return
         self._on_batch_time(time.monotonic() - started)
         for (key, session, question), rows in zip(asked, answers, strict=True):
@@ -295,6 +303,17 @@ class DraftService:
                 base_len=question.base_len,
                 rows=wire.rows_to_wire(rows),
             )
+
+    def _take(self, item: _Asked, fanout: int) -> _Asked:
+        """The question as the drafter gets it; it waits no more."""
+        key, session, question = item
+        del self._pending[key]
+        session.question = None
+        query = replace(question.query, fanout=fanout)
+        if question.base_len < len(session.token_ids):
+            # The text grew behind the question, by a chunk that asked nothing.
+            query = replace(query, token_ids=session.token_ids[: question.base_len])
+        return _Asked(key, session, replace(question, query=query))
 
     def _on_batch_time(self, seconds: float) -> None:
         old = self._batch_time_ewma_s

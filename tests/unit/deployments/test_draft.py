@@ -14,17 +14,21 @@ from deployments.config import DraftPoolConfig, TracingConfig
 from deployments.draft import DraftReplica
 from deployments.engine.config import TorchEngineConfig
 from deployments.engine.speculation import draft_session
+from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.errors import DrafterDeadError
 from deployments.engine.speculation.grpc_transport import GrpcTransport
 from deployments.engine.speculation.transport import TransportState
+from deployments.engine.speculation.types import OutcomeRow
 from protos import draft_pb2
 from tests.fakes_metrics import exporter_for
 from tests.fakes_speculation import wait_until
 from tests.fakes_tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
+
+    from deployments.engine.speculation.types import DraftQuery, SessionSpec
 
 SECRET = SecretStr("pool-secret")
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -33,6 +37,19 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @pytest.fixture(autouse=True)
 def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+
+
+class SevenDrafter(Drafter):
+    """Proposes sevens behind a text it has seen open."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, int] = {}
+
+    def open(self, session: SessionSpec) -> None:
+        self._lengths[session.session_id] = len(session.token_ids)
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[list[OutcomeRow]]:
+        return [[OutcomeRow(-1, 7, (7,) * self._lengths[query.session_id])] for query in queries]
 
 
 class Replica(DraftReplica):
@@ -115,3 +132,49 @@ async def test_the_server_s_snapshot_is_exported(
         while exporter.scrape().get(("draft_server_tables_total",)) != 1:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     target.close()
+
+
+async def test_another_drafter_goes_on_with_the_sessions_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        target = open_session(replica)
+        await replica.reconfigure({"drafter": f"{__name__}:SevenDrafter"})
+        commit = draft_pb2.Commit(
+            session=1, epoch=1, round=2, base_len=5, committed=[3], num_draft_tokens=4, fanout=1
+        )
+        target.send(draft_pb2.TargetFrame(commits=[commit]))
+        wait_until(lambda: replica._server.stats().num_tables == 2, "a table of the successor")
+        frames: list[draft_pb2.DraftFrame] = []
+        wait_until(
+            lambda: (
+                frames.extend(got.frame for got in target.receive())
+                or any(table.round == 2 for frame in frames for table in frame.tables)
+            ),
+            "its arrival",
+        )
+        (table,) = frames[-1].tables
+        assert list(table.rows[0].draft_token_ids) == [7] * 4
+        assert not any(frame.drops for frame in frames)
+    target.close()
+
+
+@pytest.mark.parametrize("name", ["nowhere.to:BeFound", "model:/nowhere", "student"])
+async def test_a_drafter_that_cannot_be_had_leaves_the_old_one_at_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        await replica.reconfigure({"drafter": name})
+        assert "suffix stays at work" in caplog.text
+        open_session(replica).close()
+
+
+async def test_nothing_else_can_be_changed_while_serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        with pytest.raises(ValueError, match="num_threads"):
+            await replica.reconfigure({"drafter": "suffix", "num_threads": "2"})

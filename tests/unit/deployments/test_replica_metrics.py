@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deployments.draft_metrics import DraftMetrics
-from deployments.engine.speculation.draft_service import DraftServerStats
+from deployments.engine.speculation.draft_stats import DraftServerStats
 from deployments.engine.speculation.speculator_stats import SpeculatorStats
 from deployments.engine.types import EngineStats, SpeculationStats
 from deployments.target_metrics import TargetMetrics

@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from deployments.engine.speculation.budget import (
     INITIAL_ACCEPTANCE,
     draft_length,
-    shed_fanout,
     update_acceptance,
     verify_lengths,
 )
@@ -51,14 +50,6 @@ def test_estimate_converges_to_the_true_chance():
         acceptance = update_acceptance(acceptance, turn % 2, 1)
         values.append(acceptance)
     assert sum(values[-100:]) / 100 == pytest.approx(0.5, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("fanout", "num_pending", "granted"),
-    [(3, 1, 3), (3, 16, 3), (3, 32, 1), (4, 32, 2), (1, 99, 1)],
-)
-def test_shed_fanout(fanout, num_pending, granted):
-    assert shed_fanout(fanout, num_pending, 16) == granted
 
 
 def test_no_draft_is_verified_where_every_row_costs_a_step():

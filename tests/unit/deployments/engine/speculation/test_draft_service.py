@@ -68,10 +68,13 @@ class Bench:
         return [(drop.session, drop.reason) for drop in self.answers(target).drops]
 
 
-def opened(session: int, tokens=(1, 2, 3), epoch: int = 1, traceparent: str = "") -> draft_pb2.Open:
+def opened(
+    session: int, tokens=(1, 2, 3), epoch: int = 1, traceparent: str = "", tenant: str = ""
+) -> draft_pb2.Open:
     return draft_pb2.Open(
         session=session,
         epoch=epoch,
+        tenant=tenant,
         token_ids=tokens,
         sampling=draft_pb2.Sampling(top_p=1.0),
         traceparent=traceparent,
@@ -183,6 +186,38 @@ def test_the_session_unused_for_longest_is_evicted():
     bench.send(opens=[opened(3)])
     assert bench.drops() == [(2, Dropped.EVICTED)]
     assert bench.service.stats().num_sessions == 2
+
+
+def test_a_tenant_with_many_sessions_evicts_its_own():
+    bench = Bench(max_sessions=3)
+    bench.send(opens=[opened(1, tenant="few")])
+    bench.send(opens=[opened(number, tenant="many") for number in range(2, 6)])
+    assert bench.drops() == [(2, Dropped.EVICTED), (3, Dropped.EVICTED)]
+
+
+def test_a_tenant_with_many_questions_does_not_keep_another_waiting():
+    bench = Bench(max_batch_sessions=2)
+    bench.send(
+        opens=[opened(number, tenant="many") for number in range(8)] + [opened(8, tenant="few")],
+        commits=[commit(number, 1, 3, fanout=4) for number in range(9)],
+    )
+    assert [table.session for table in bench.answers().tables] == [0, 8]
+    assert bench.drafter.fanouts == [1, 4]
+
+
+def test_a_successor_that_fails_to_open_costs_sessions_and_no_more():
+    class Refuser(CountingDrafter):
+        def open(self, session):
+            if len(session.token_ids) > 3:
+                raise ZeroDivisionError
+
+    bench = Bench()
+    bench.send(opens=[opened(1), opened(2)], commits=[commit(1, 1, 4, [4])])
+    bench.answers()
+    bench.service.replace_drafter(Refuser())
+    assert bench.drops() == [(1, Dropped.DRAFTER_FAILED)]
+    bench.send(commits=[commit(2, 1, 3)])
+    assert [table.session for table in bench.answers().tables] == [2]
 
 
 def test_idle_sessions_expire():
