@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hypothesis import settings
+
 if TYPE_CHECKING:
     import pytest
+
+# No test asserts on time.
+settings.register_profile("paceline", deadline=None)
+settings.load_profile("paceline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

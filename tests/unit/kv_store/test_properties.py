@@ -182,4 +182,4 @@ class SegmentLogHistory(RuleBasedStateMachine):
 
 
 TestSegmentLogHistory = SegmentLogHistory.TestCase
-TestSegmentLogHistory.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestSegmentLogHistory.settings = settings(max_examples=40, stateful_step_count=40)

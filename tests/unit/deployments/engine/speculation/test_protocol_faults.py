@@ -176,13 +176,14 @@ def assert_tables_flow(world: World) -> None:
         world.step()
         world.client.upkeep()
     before = dict(world.num_hits)
-    for _ in range(20):
+    # About two of three rounds hit, by the chances of ``World.step``.
+    for _ in range(60):
         world.step()
     for key in world.lengths:
-        assert world.num_hits[key] - before[key] > 10, f"session {key} gets no tables"
+        assert world.num_hits[key] - before[key] > 20, f"session {key} gets no tables"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_everything_at_once(seed):
     world = World(seed, TROUBLES)

@@ -59,7 +59,7 @@ class Server:
 MAX_PROMPT, MAX_OUTPUT = 40, 12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.integers(1, 6), st.integers(2, 4))
 def test_backlogged_tenants_get_the_same_service_up_to_the_bound(seed, num_places, num_tenants):
     """Theorem of the paper, with others coming and going; and the server is never idle."""

@@ -75,7 +75,7 @@ def test_integrity_check_sees_leaks_and_double_releases():
         pool.check_integrity([])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from("arfp"), st.integers(0, 7)), max_size=80))
 def test_books_balance_after_any_history(history):
     pool = PagePool(6)
