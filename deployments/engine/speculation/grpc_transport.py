@@ -60,6 +60,8 @@ class GrpcLimits:
             ("grpc.keepalive_timeout_ms", int(self.keepalive_s * 500)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
+            # Else a server takes pings on a quiet stream for an attack and ends it.
+            ("grpc.http2.min_ping_interval_without_data_ms", int(self.keepalive_s * 500)),
             ("grpc.enable_http_proxy", 0),
         ]
 

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -290,3 +291,19 @@ def test_a_listener_that_is_no_drafter_times_out():
             assert text["a"] == model.generate((1, 2, 3), sampling, 4)
         finally:
             speculator.shutdown()
+
+
+def test_a_stream_on_which_nothing_is_said_stays_open():
+    # gRPC servers cut off whoever pings often without sending data, unless told how often is fine.
+    limits = replace(LIMITS, keepalive_s=0.2)
+    server = DraftServer(ModelDrafter(ToyModel(1)), IDENTITY, SECRET, grpc_limits=limits)
+    endpoint = f"127.0.0.1:{server.start()}"
+    transport = GrpcTransport(endpoint, IDENTITY.hello("t"), SECRET, limits=limits)
+    try:
+        wait_until(lambda: transport.state is TransportState.OPEN, "a welcome")
+        time.sleep(20 * limits.keepalive_s)
+        assert transport.state is TransportState.OPEN
+        assert serves(transport)
+    finally:
+        transport.close()
+        server.close()
