@@ -30,7 +30,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu protos reference chart \
-        demo serve bench-engine bench-quality bench-kv chaos-kv fuzz-kv soak-engine train-smoke clean
+        demo serve bench-engine bench-quality bench-split bench-kv chaos-kv fuzz-kv soak-engine exactness train-smoke clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,23 +108,29 @@ demo: install ## Start a cluster here, put real prompts through it, report, stop
 serve: install ## The same cluster, kept running until Ctrl-C
 	$(PY) -m cluster serve --prepare
 
-bench-engine: $(ENVIRONMENT) ## The embedded engine beside vLLM, OpenVINO GenAI and transformers; about 25 minutes
+plotting: $(ENVIRONMENT)
 	@$(PY) -c 'import matplotlib' 2>/dev/null \
 	  || $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
+
+bench-engine: plotting ## The embedded engine beside vLLM, OpenVINO GenAI and transformers; about 25 minutes
 	$(PY) -m tests.bench.engine $(if $(QUICK),--quick)
 
 bench-quality: $(ENVIRONMENT) ## What quantised weights cost in meaning, on a text of 22 528 tokens; about ten minutes
 	$(PY) -m tests.bench.engine.quality
 
-bench-kv: $(ENVIRONMENT) ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
-	@$(PY) -c 'import matplotlib' 2>/dev/null \
-	  || $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
+bench-split: plotting ## What drafts give, by source and distance, on a simulated clock and on this machine; about 20 minutes
+	$(PY) -m tests.bench.split
+
+bench-kv: plotting ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
 	$(PY) -m tests.bench.kv
 
 SOAK_MINUTES ?= 20
 
 soak-engine: $(ENVIRONMENT) ## The default model at twice its capacity with random aborts; 25 minutes
 	$(PY) -m tests.soak.engine --minutes $(SOAK_MINUTES)
+
+exactness: $(ENVIRONMENT) ## Speculative text against plain text on MT-bench, from every kind of draft; some minutes
+	$(PY) -m tests.smoke.exactness
 
 train-smoke: $(ENVIRONMENT) ## Train a draft, kill it in every stage, check what is claimed; some minutes
 	$(PY) -m tests.smoke.training

@@ -1,0 +1,121 @@
+"""A clock on which GPUs run: real tokens and a real transport, but steps take what they take there.
+
+The target replays texts that the engine wrote before, so that it needs no processor; the drafter
+computes, and waits for the rest of its time. All of it runs slower by one factor.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from deployments.engine.speculation.drafters.base import Drafter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from deployments.engine.speculation.types import DraftQuery, OutcomeRow, SessionSpec
+    from deployments.engine.torch_engine.forward_batch import ForwardBatch
+
+_CERTAIN = 1e6
+_LONGEST_DECODE = 33
+
+
+class Pair(NamedTuple):
+    """A target and a drafter on their GPUs.
+
+    Attributes:
+        target_s: of a step that chooses one token.
+        row_share: what one more token of the step adds to that.
+        draft_s: of one forward of the drafter.
+    """
+
+    target_s: float
+    row_share: float
+    draft_s: float
+
+    def slowed(self, factor: float) -> Pair:
+        """The pair on a clock that runs ``factor`` times slower."""
+        return Pair(self.target_s * factor, self.row_share, self.draft_s * factor)
+
+    def step_s(self, num_extra_rows: float) -> float:
+        """Of a step that verifies so many draft tokens."""
+        return self.target_s * (1 + self.row_share * num_extra_rows)
+
+
+class ReplayRunner:
+    """Says again what the engine said, in the time that ``pair`` says.
+
+    Args:
+        texts: prompts with their answers, longer than anybody will ask.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int, pair: Pair) -> None:
+        self._texts = texts
+        self._vocab_size = vocab_size
+        self._pair = pair
+        # Whose text a sequence is shows in the slot of its first row, as long as that is cached.
+        self._text_at: dict[int, Sequence[int]] = {}
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """As ``ModelRunner.forward``, without KV rows."""
+        began = time.perf_counter()
+        positions, rows = batch.positions.tolist(), batch.logit_rows.tolist()
+        logits = torch.zeros(len(rows), self._vocab_size)
+        is_decode = True
+        for span in batch.spans:
+            first, end = span.start, span.start + span.length
+            slot = int(span.kv_slots[0])
+            if positions[first] == 0:
+                self._text_at[slot] = self._text_of(batch.token_ids[first:end].tolist())
+            text = self._text_at[slot]
+            for m, row in enumerate(rows):
+                if first <= row < end and positions[row] + 1 < len(text):
+                    logits[m, text[positions[row] + 1]] = _CERTAIN
+            is_decode &= span.length <= _LONGEST_DECODE
+        if is_decode:
+            due = began + self._pair.step_s(len(positions) - len(batch.spans))
+            time.sleep(max(0.0, due - time.perf_counter()))
+        return logits
+
+    def _text_of(self, beginning: list[int]) -> Sequence[int]:
+        fitting = [text for text in self._texts if list(text[: len(beginning)]) == beginning]
+        if len(fitting) != 1:
+            raise ValueError(f"{len(fitting)} texts begin like this prompt")
+        return fitting[0]
+
+
+class PacedDrafter(Drafter):
+    """Takes ``draft_s`` for every forward; more only if this machine is slower than that.
+
+    A batch is one forward over the drafts in flight and one more for every token drafted.
+    """
+
+    def __init__(self, inner: Drafter, draft_s: float) -> None:
+        self._inner = inner
+        self._draft_s = draft_s
+
+    def open(self, session: SessionSpec) -> None:
+        """Hand on."""
+        self._inner.open(session)
+
+    def append(self, session_id: int, token_ids: Sequence[int]) -> None:
+        """Hand on."""
+        self._inner.append(session_id, token_ids)
+
+    def close(self, session_id: int) -> None:
+        """Hand on."""
+        self._inner.close(session_id)
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[list[OutcomeRow]]:
+        """Propose, not before the time is up."""
+        began = time.perf_counter()
+        rows = self._inner.propose(queries)
+        num_forwards = 1 + max(query.num_draft_tokens for query in queries)
+        due = began + num_forwards * self._draft_s
+        time.sleep(max(0.0, due - time.perf_counter()))
+        return rows
