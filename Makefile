@@ -118,7 +118,7 @@ bench-engine: plotting ## The embedded engine beside vLLM, OpenVINO GenAI and tr
 bench-quality: $(ENVIRONMENT) ## What quantised weights cost in meaning, on a text of 22 528 tokens; about ten minutes
 	$(PY) -m tests.bench.engine.quality
 
-bench-split: plotting ## What drafts give, by source and distance, on a simulated clock and on this machine; about 20 minutes
+bench-split: plotting ## What drafts give, by source and distance, on a simulated clock and on this machine
 	$(PY) -m tests.bench.split
 
 bench-kv: plotting ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
@@ -129,7 +129,7 @@ SOAK_MINUTES ?= 20
 soak-engine: $(ENVIRONMENT) ## The default model at twice its capacity with random aborts; 25 minutes
 	$(PY) -m tests.soak.engine --minutes $(SOAK_MINUTES)
 
-exactness: $(ENVIRONMENT) ## Speculative text against plain text on MT-bench, from every kind of draft; some minutes
+exactness: $(ENVIRONMENT) ## Speculative text against plain text on MT-bench, from every kind of draft
 	$(PY) -m tests.smoke.exactness
 
 train-smoke: $(ENVIRONMENT) ## Train a draft, kill it in every stage, check what is claimed; some minutes

@@ -13,7 +13,7 @@ from ray import serve
 from deployments.draft_metrics import DraftMetrics
 from deployments.draft_sessions import ENDPOINT_KEY
 from deployments.drafters import build_drafter
-from deployments.engine.errors import WeightsMissingError
+from deployments.engine.errors import EngineError
 from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.draft_service import DraftLimits
 from deployments.engine.speculation.errors import DrafterLoadError
@@ -87,7 +87,7 @@ class DraftReplica:
             successor = await loop.run_in_executor(
                 self._executor, build_drafter, draft, self._engine, self._cache_dir
             )
-        except (WeightsMissingError, DrafterLoadError):
+        except (EngineError, DrafterLoadError):
             logger.exception("%s stays at work: there is no %s", self._draft.drafter, draft.drafter)
             return
         self._server.replace_drafter(successor)

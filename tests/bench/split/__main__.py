@@ -1,7 +1,7 @@
 """``make bench-split``: what drafts give, by where they come from and how far away that is.
 
-First on a clock that runs as on GPUs (``clock``), then at this machine's own speed with one thread
-each for target and drafter. The draft pool is a process of its own behind gRPC. It fails if a mode
+First at this machine's own speed with one thread each for target and drafter, then on a clock that
+runs as on GPUs (``clock``). The draft pool is a process of its own behind gRPC. It fails if a mode
 changes a text or a bar is missed.
 """
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _FOLDER = Path("build/reports")
 _PAIR = Pair(target_s=0.030, row_share=0.004, draft_s=0.002)
-"""A target of 70 B parameters and a drafter of 1 B, as assumed in docs/speculation.md."""
+"""Assumed, not measured: about a target of 70 B parameters and a drafter of 1 B on GPUs."""
 _OWN_KEY, _PACED_KEY = bytes([1]) * 32, bytes([2]) * 32
 """Replayed prompts have pages of their own, so that every one is seen whole."""
 _POOL_MODES = (Mode.SYNC, Mode.PULL, Mode.PUSH, Mode.SPLIT)

@@ -1,4 +1,4 @@
-"""What a mode should give, by the cost model of docs/speculation.md at the measured hit rate."""
+"""What a mode should give, by a cost model, at the measured hit rate."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class HalfOracle(Drafter):
                 yield OutcomeRow(node, truth[0], tuple(self._told(token) for token in drafted))
 
     def _told(self, token: int) -> int:
-        return token if self._rng.random() < _HONESTY else token + 1
+        return token if self._rng.random() < _HONESTY else token ^ 1
 
 
 class RandomTrees(NoSpeculation):

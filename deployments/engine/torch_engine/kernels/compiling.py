@@ -79,11 +79,11 @@ def first_call() -> Iterator[None]:
     lock = -1
     # Nowhere to write, or nobody done for minutes: then everybody compiles.
     path = code_file("lock")
-    if path is not None:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        gives_up_at = time.monotonic() + _MAX_WAIT_S
-        while time.monotonic() < gives_up_at and not _is_locked(lock):
-            time.sleep(_POLL_S)
+    with contextlib.suppress(OSError):  # the file may be another user's
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) if path else -1
+    gives_up_at = time.monotonic() + _MAX_WAIT_S
+    while lock >= 0 and time.monotonic() < gives_up_at and not _is_locked(lock):
+        time.sleep(_POLL_S)
     try:
         yield
     finally:
