@@ -86,9 +86,8 @@ def _lines(card: DraftCard) -> Iterator[str]:
     yield f"# A draft for {card.target}"
     yield ""
     yield (
-        f"An EAGLE-3 head of {report.num_weights / 1e6:.1f} million weights that guesses what "
-        f"{card.target} writes next, among {run.draft_vocab_size} tokens. It reads the target's "
-        "features and is of no use without it. The format is SGLang's `LlamaForCausalLMEagle3`."
+        f"{_kind(card)} of {report.num_weights / 1e6:.1f} million trained weights that guesses "
+        f"what {card.target} writes next, among {run.draft_vocab_size} tokens. {_use(card)}"
     )
     yield ""
     yield "## Quality"
@@ -107,23 +106,17 @@ def _lines(card: DraftCard) -> Iterator[str]:
     yield ""
     yield "## Data"
     yield ""
-    yield "Prompts only; all answers were written by the target itself."
-    yield ""
-    yield "| file | prompts | licence | digest (BLAKE2b, 128 bits) |"
-    yield "|---|---|---|---|"
-    for source in card.sources:
-        yield f"| {source.name} | {len(source.prompts)} | {source.licence} | `{source.digest}` |"
-    for source in card.held_out:
+    if report.is_self_chat:
         yield (
-            f"| {source.name} (held out) | {len(source.prompts)} | {source.licence} "
-            f"| `{source.digest}` |"
+            f"{report.features.num_texts} chats that the target wrote itself, prompts and answers; "
+            f"{report.num_left_out} more were left out for want of room. No data set was used to "
+            "train on."
         )
-    yield ""
-    yield (
-        f"{card.num_training_prompts} distinct prompts were trained on, with "
-        f"{card.training.answers.per_prompt} answers each; {report.num_left_out} texts were left "
-        "out for want of room."
-    )
+    else:
+        yield "Prompts only; all answers were written by the target itself."
+    if card.sources or card.held_out:
+        yield ""
+        yield from _sources(card)
     yield ""
     yield "## Making"
     yield ""
@@ -141,6 +134,44 @@ def _lines(card: DraftCard) -> Iterator[str]:
         yield ""
         for path, value in _flat("training", changed):
             yield f"- `{path}: {value}`"
+
+
+def _kind(card: DraftCard) -> str:
+    if card.training.method == "eagle3":
+        return "An EAGLE-3 head"
+    shape = card.training.student
+    return (
+        f"A student (the target's first {shape.first_layers} and last {shape.last_layers} layers, "
+        "joined by a linear map, in eight bits)"
+    )
+
+
+def _use(card: DraftCard) -> str:
+    if card.training.method == "eagle3":
+        return (
+            "It reads the target's features and is of no use without it. The format is SGLang's "
+            "`LlamaForCausalLMEagle3`."
+        )
+    return "Embedding and head are the target's, whose files it needs. Draft replicas run it."
+
+
+def _sources(card: DraftCard) -> Iterator[str]:
+    yield "| file | prompts | licence | digest (BLAKE2b, 128 bits) |"
+    yield "|---|---|---|---|"
+    for source in card.sources:
+        yield f"| {source.name} | {len(source.prompts)} | {source.licence} | `{source.digest}` |"
+    for source in card.held_out:
+        yield (
+            f"| {source.name} (held out) | {len(source.prompts)} | {source.licence} "
+            f"| `{source.digest}` |"
+        )
+    if card.sources:
+        yield ""
+        yield (
+            f"{card.num_training_prompts} distinct prompts were trained on, with "
+            f"{card.training.answers.per_prompt} answers each; {card.report.num_left_out} texts "
+            "were left out for want of room."
+        )
 
 
 def _quality(report: JobReport) -> Iterator[str]:
@@ -166,9 +197,10 @@ def _quality(report: JobReport) -> Iterator[str]:
 
 def _making(report: JobReport) -> Iterator[str]:
     last = report.curve[-1]
+    captured = "texts written, features kept" if report.is_self_chat else "features captured"
     rows = (
-        ("answers of the target", report.answers.num_tokens, report.answers.seconds),
-        ("features captured", report.features.num_tokens, report.features.seconds),
+        ("answers to given prompts", report.answers.num_tokens, report.answers.seconds),
+        (captured, report.features.num_tokens, report.features.seconds),
         ("training, evaluations included", last.num_tokens, last.seconds),
     )
     yield "| stage | tokens | seconds | tokens/s |"

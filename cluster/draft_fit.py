@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cluster.config import ClusterConfig
     from deployments.engine.torch_engine.weights.loader import LoadedModel
     from deployments.engine.training.job import DraftJob, JobReport, PromptSplit
+    from deployments.engine.training.self_chat import ChatFrame
 
 _POLL_S = 0.5
 _END_TIMEOUT_S = 10.0
@@ -31,6 +32,7 @@ class JobPlan(NamedTuple):
     config: ClusterConfig
     folder: Path
     prompts: PromptSplit
+    chat: ChatFrame | None = None
 
 
 def open_job(plan: JobPlan, on_progress: Callable[[str], None]) -> DraftJob:
@@ -56,6 +58,7 @@ def open_job(plan: JobPlan, on_progress: Callable[[str], None]) -> DraftJob:
         target_config=ModelConfig.from_folder(model),
         target_digest=f"{weights_digest(model)} {engine.dtype} {engine.weights}",
         progress=on_progress,
+        chat=plan.chat,
     )
 
 

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 from cluster.draft_card import DraftCard, draw_curve, write_card
 from cluster.draft_fit import JobPlan, capture_and_fit, open_job
 from cluster.errors import ConfigError
-from cluster.training_prompts import NO_LICENCE, PromptSource, builtin_prompts, read_prompts
+from cluster.training_prompts import (
+    NO_LICENCE,
+    PromptSource,
+    builtin_prompts,
+    chat_frame,
+    read_prompts,
+)
 from deployments.engine.errors import UnsupportedModelError, WeightsMismatchError
 
 if TYPE_CHECKING:
@@ -27,6 +33,7 @@ def train_draft(
     prompt_files: Sequence[Path],
     licences: Sequence[str],
     held_out_files: Sequence[Path],
+    self_chat: bool,
     command_line: str,
     on_progress: Callable[[str], None],
 ) -> tuple[JobReport, Path]:
@@ -38,6 +45,7 @@ def train_draft(
         prompt_files: see ``training_prompts``; the package's own where there are none.
         licences: of the prompt files, one each, or none at all.
         held_out_files: prompts for evaluations; some of the others where there are none.
+        self_chat: the target writes the prompts to train on itself; there are no files of them.
         command_line: for the card.
         on_progress: told what happens, a short line at a time.
 
@@ -57,7 +65,10 @@ def train_draft(
     engine = config.engine
     model = model_folder(engine.model, config.cache_dir)
     tokenizer = Tokenizer.load(model)
-    sources = _sources(prompt_files, licences, tokenizer)
+    if self_chat and prompt_files:
+        raise ConfigError(("--self-chat: takes no --prompts, it writes its own",))
+    chat = chat_frame(tokenizer) if self_chat else None
+    sources = [] if chat else _sources(prompt_files, licences, tokenizer)
     held_out = [read_prompts(path, NO_LICENCE, tokenizer, "--held-out") for path in held_out_files]
     longest = min(context_length(engine, model), config.training.run.max_length)
     try:
@@ -67,8 +78,9 @@ def train_draft(
             num_held_out=config.training.answers.held_out_prompts,
             max_prompt_tokens=longest - 1,
             seed=config.training.answers.seed,
+            is_self_chat=self_chat,
         )
-        plan = JobPlan(config, folder, prompts)
+        plan = JobPlan(config, folder, prompts, chat)
         job = open_job(plan, on_progress)
     except ValueError as error:
         raise ConfigError((str(error),)) from error
@@ -76,10 +88,13 @@ def train_draft(
         raise ConfigError((f"--out: {error}",)) from error
     except UnsupportedModelError as error:
         raise ConfigError((f"engine.model: {error}",)) from error
-    on_progress(
-        f"{len(prompts.training)} prompts to train on, {len(prompts.held_out)} held out, "
-        f"{prompts.num_dropped} repeated or too long"
-    )
+    if chat:
+        on_progress(f"{config.training.self_chat.num_texts} texts of the target's own to train on")
+    else:
+        on_progress(
+            f"{len(prompts.training)} prompts to train on, {len(prompts.held_out)} held out, "
+            f"{prompts.num_dropped} repeated or too long"
+        )
     try:
         if not job.is_answered:
             _answer(config, tokenizer, job, on_progress)
@@ -94,7 +109,7 @@ def train_draft(
         sources=tuple(sources),
         held_out=tuple(held_out),
         num_training_prompts=len(prompts.training),
-        num_held_out_prompts=len(prompts.held_out),
+        num_held_out_prompts=len(prompts.held_out) or config.training.answers.held_out_prompts,
         training=config.training,
         report=report,
         command_line=command_line,

@@ -94,7 +94,7 @@ def fit_student(
     )
     on_progress(
         f"fitted on {student.num_positions} positions; agrees with the target's next token on "
-        f"{student.agreement:.0%} of held-out ones"
+        f"{student.agreement or 0:.0%} of held-out ones"
     )
     return save_student(student, cache_dir)
 

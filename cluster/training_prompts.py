@@ -1,9 +1,9 @@
 """Reads the prompts that a draft is trained on.
 
 A text file holds one prompt a line. A ``.jsonl`` file holds one conversation a line, as
-``messages`` or ``conversations`` with ``role`` and ``content`` (or ``from`` and ``value``), or one
-``prompt``. Of a conversation, what stands behind its last user message is not read: the target
-writes its own answers.
+``messages`` or ``conversations`` with ``role`` and ``content`` (or ``from`` and ``value``), one
+``prompt``, or ``turns`` as MT-bench has them, of which the first is taken. Of a conversation, what
+stands behind its last user message is not read: the target writes its own answers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from cluster.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from deployments.engine.training.self_chat import ChatFrame
     from deployments.tokenizer import ChatTurn, Tokenizer
 
 NO_LICENCE = "not stated"
+_MARK = "@@@@"
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -52,6 +54,26 @@ def builtin_prompts(tokenizer: Tokenizer) -> PromptSource:
         "Apache-2.0; every second line MIT (GSM8K, test split)",
         tokenizer,
         "the built-in prompts",
+    )
+
+
+def chat_frame(tokenizer: Tokenizer) -> ChatFrame:
+    """What stands around a user's words in this model's chats.
+
+    Raises:
+        ConfigError: the model has no chat template, or one that changes the words.
+    """
+    from deployments.engine.training.self_chat import ChatFrame
+    from deployments.tokenizer import ChatTurn
+
+    words = tuple(tokenizer.encode(_MARK))
+    if tokenizer.has_chat_template:
+        whole = tuple(tokenizer.encode_chat([ChatTurn("user", _MARK)]))
+        for start in range(1, len(whole) - len(words)):
+            if whole[start : start + len(words)] == words:
+                return ChatFrame(whole[:start], whole[start + len(words) :])
+    raise ConfigError(
+        ("--self-chat: the model has no chat template that shows where a user speaks",)
     )
 
 
@@ -120,9 +142,11 @@ def _conversation(line: str, at: str) -> list[ChatTurn]:
         raise ConfigError((f"{at}: not a JSON object",))
     if isinstance(row.get("prompt"), str):
         return [ChatTurn("user", row["prompt"])]
+    if isinstance(questions := row.get("turns"), list) and questions:
+        return [ChatTurn("user", str(questions[0]))]
     messages = row.get("messages", row.get("conversations"))
     if not isinstance(messages, list):
-        raise ConfigError((f"{at}: has none of 'messages', 'conversations' and 'prompt'",))
+        raise ConfigError((f"{at}: has none of 'messages', 'conversations', 'prompt' and 'turns'",))
     turns = list(_turns(messages, at))
     while turns and turns[-1].role != "user":
         turns.pop()

@@ -71,13 +71,20 @@ def draft(
             "repeated."
         ),
     ] = None,
+    self_chat: Annotated[
+        bool,
+        typer.Option(
+            "--self-chat",
+            help="No --prompts: the model writes what users might ask, and answers it.",
+        ),
+    ] = False,
     folder: Annotated[
         Path,
         typer.Option("--out", help="Folder of the work and of the draft; goes on with its work."),
     ] = _FOLDER,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an EAGLE-3 head for the config's model on answers that the model writes itself.
+    """Train a draft for the config's model on what the model writes itself.
 
     Killed at any time, the same command goes on where it was. Settings are those of the config's
     section training.
@@ -89,6 +96,7 @@ def draft(
             folder,
             prompt_files=prompts or [],
             licences=licence or [],
+            self_chat=self_chat,
             held_out_files=held_out or [],
             command_line=shlex.join(["paceline", *sys.argv[1:]]),
             on_progress=tell,

@@ -26,8 +26,9 @@ class SpeculationConfig(_Config):
     """Bonus tokens the pool guesses for each accepted length (F)."""
     local_drafter: Literal["suffix", "none"] = "suffix"
     """Drafts used when no row of the pool's outcome table fits."""
-    min_match_tokens: int = Field(default=2, ge=1)
-    """Tokens the local drafter must match before it proposes."""
+    min_match_tokens: int = Field(default=1, ge=1)
+    """Tokens the local drafter must match before it proposes. What rests on few of them is seldom
+    right; it is verified where nothing better is at hand and a row costs next to nothing."""
 
 
 class TorchEngineConfig(_Config):

@@ -13,13 +13,16 @@ _WEIGHT = 0.15
 _WORTH = 0.2
 
 
-def update_acceptance(acceptance: float, num_accepted: int, num_drafted: int) -> float:
+def update_acceptance(
+    acceptance: float, num_accepted: int, num_drafted: int, *, weight: float = _WEIGHT
+) -> float:
     """The estimate of a draft token's chance, given that all before it were accepted.
 
     Args:
         acceptance: the estimate so far.
         num_accepted: accepted tokens of the round, along one path.
         num_drafted: verified tokens of that path; 0 teaches nothing.
+        weight: of one token that was put to the test.
 
     Returns:
         An exponential average over draft tokens that were put to the test: the accepted ones and,
@@ -28,7 +31,7 @@ def update_acceptance(acceptance: float, num_accepted: int, num_drafted: int) ->
     if num_drafted == 0:
         return acceptance
     num_tested = num_accepted + (num_accepted < num_drafted)
-    keep = (1.0 - _WEIGHT) ** num_tested
+    keep = (1.0 - weight) ** num_tested
     observed = num_accepted / num_tested
     # In this form equal values stay equal; the sum of two products would drift above 1.
     return min(1.0, max(0.0, observed + keep * (acceptance - observed)))

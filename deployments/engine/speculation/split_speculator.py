@@ -1,4 +1,4 @@
-"""The target's speculator: rows from the draft pool first, a local drafter second, else plain."""
+"""The target's speculator: the better of the pool's row and the local drafter's, or neither."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deployments.engine.speculation.budget import (
-    INITIAL_ACCEPTANCE,
-    draft_length,
-    update_acceptance,
-    verify_lengths,
-)
+from deployments.engine.speculation.budget import draft_length, verify_lengths
+from deployments.engine.speculation.draft_source import NO_GUESS, POOL, DraftSource, Guess, Trust
 from deployments.engine.speculation.drafters.ask import ask, calling
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.errors import DrafterFailedError
@@ -42,18 +38,22 @@ _MAX_LOCAL_FAILURES = 3
 _PROBE_INTERVAL_ROUNDS = 16
 _PROBE_WORTH = 2.0
 """Tokens: what is learned from a draft token that would not pay counts like more than one."""
-_PRIOR_WEIGHT = 0.1
 _EMPTY = DraftTree()
 
 
 class _Running:
-    """What the engine thread keeps of a running sequence."""
+    """What the engine thread keeps of a running sequence.
 
-    __slots__ = ("acceptance", "num_withheld_rounds", "spec")
+    Attributes:
+        taken: the draft that was at hand last.
+    """
 
-    def __init__(self, spec: SessionSpec, acceptance: dict[DraftOrigin, float]) -> None:
+    __slots__ = ("num_withheld_rounds", "spec", "taken", "trust")
+
+    def __init__(self, spec: SessionSpec, priors: dict[DraftSource, float]) -> None:
         self.spec = spec
-        self.acceptance = acceptance
+        self.trust = Trust(priors)
+        self.taken = NO_GUESS
         self.num_withheld_rounds = 0
 
 
@@ -93,11 +93,7 @@ class SplitSpeculator(Speculator):
             local_drafter = SuffixDrafter(min_match_tokens=config.min_match_tokens)
         self._local = local_drafter
         self._running: dict[int, _Running] = {}
-        # What a new sequence is taken to accept, by what the last ones did.
-        self._prior = {
-            DraftOrigin.POOL: INITIAL_ACCEPTANCE,
-            DraftOrigin.LOCAL: INITIAL_ACCEPTANCE,
-        }
+        self._priors: dict[DraftSource, float] = {}
         self._step_times = StepTimes()
         self._step_began_at = 0.0
         self._num_step_rows = 0
@@ -138,7 +134,7 @@ class SplitSpeculator(Speculator):
 
     def open(self, session: SessionSpec) -> None:
         """Prepare to draft for a sequence."""
-        self._running[session.session_id] = _Running(session, dict(self._prior))
+        self._running[session.session_id] = _Running(session, self._priors)
         if self._local is not None:
             with self._tolerating(self._local):
                 self._local.open(session)
@@ -149,7 +145,7 @@ class SplitSpeculator(Speculator):
     def take(
         self, requests: Sequence[DraftRequest], load: StepLoad = NOTHING_ELSE
     ) -> list[TakenDraft]:
-        """A fitting row of the pool, else a local draft, as far as verifying it pays; else nothing.
+        """The draft at hand that promises most, as far as verifying it pays; else nothing.
 
         What a step takes is learned from those between ``take`` and ``verified``.
         """
@@ -187,23 +183,25 @@ class SplitSpeculator(Speculator):
         else:
             from_pool = self._pool.drafts(requests)
         taken: list[TakenDraft] = []
-        unserved: list[int] = []
-        for index, (request, draft) in enumerate(zip(requests, from_pool, strict=True)):
-            room = self._length(request, DraftOrigin.POOL)
-            if draft.token_ids and room:
-                tree = DraftTree.chain(draft.token_ids[:room], DraftOrigin.POOL)
-                taken.append(TakenDraft(tree=tree, table_hit=True))
-            else:
-                taken.append(TakenDraft(tree=_EMPTY, table_miss=draft.was_asked and room > 0))
-                if room and request.session_id in self._running:
-                    unserved.append(index)
-            self._num_table_hits += taken[-1].table_hit
-            self._num_table_misses += taken[-1].table_miss
-        for index, tree in zip(
-            unserved, self._local_drafts([requests[index] for index in unserved]), strict=True
-        ):
-            taken[index] = TakenDraft(tree=tree, table_miss=taken[index].table_miss)
+        local = self._local_drafts(requests)
+        for request, draft, best in zip(requests, from_pool, local, strict=True):
+            has_room = request.max_draft_tokens > 0
+            hit = bool(draft.token_ids) and has_room
+            running = self._running.get(request.session_id)
+            if running is not None:
+                running.taken = best
+                if hit:
+                    row = running.trust.guess(draft.token_ids, POOL, self._most(request))
+                    running.taken = running.trust.better(row, best)
+            tree = NO_GUESS.tree if running is None else running.taken.tree
+            missed = draft.was_asked and has_room and not hit
+            taken.append(TakenDraft(tree=tree, table_hit=hit, table_miss=missed))
+            self._num_table_hits += hit
+            self._num_table_misses += missed
         return taken
+
+    def _most(self, request: DraftRequest) -> int:
+        return min(request.max_draft_tokens, self._config.num_draft_tokens)
 
     def _chances(self, request: DraftRequest, tree: DraftTree) -> list[float]:
         """That each draft token is accepted, with all before it."""
@@ -212,8 +210,7 @@ class SplitSpeculator(Speculator):
             return []
         if running.num_withheld_rounds >= _PROBE_INTERVAL_ROUNDS:
             return [_PROBE_WORTH]
-        acceptance = running.acceptance[tree.origin]
-        return [acceptance**depth for depth in range(1, len(tree) + 1)]
+        return running.trust.chances(running.taken)
 
     def _cut(self, request: DraftRequest, draft: TakenDraft, length: int) -> TakenDraft:
         running = self._running.get(request.session_id)
@@ -233,10 +230,7 @@ class SplitSpeculator(Speculator):
             return
         fanout = self._config.fanout
         self._pool.announce(
-            [
-                (request, tree, Ask(self._wanted(request, DraftOrigin.POOL), fanout))
-                for request, tree in rounds
-            ]
+            [(request, tree, Ask(self._wanted(request), fanout)) for request, tree in rounds]
         )
 
     def verified(self, results: Sequence[RoundResult]) -> None:
@@ -251,10 +245,8 @@ class SplitSpeculator(Speculator):
             self._num_accepted[origin] += result.num_accepted
             if running is None:
                 continue
-            if origin in running.acceptance:
-                running.acceptance[origin] = update_acceptance(
-                    running.acceptance[origin], result.num_accepted, num_drafted
-                )
+            if origin is running.taken.source.origin:
+                running.trust.learn(running.taken.source, result.num_accepted, num_drafted)
             if self._local is not None:
                 with self._tolerating(self._local):
                     self._local.append(result.session_id, result.new_token_ids)
@@ -264,8 +256,6 @@ class SplitSpeculator(Speculator):
         running = self._running.pop(session_id, None)
         if running is None:
             return
-        for origin, acceptance in running.acceptance.items():
-            self._prior[origin] += _PRIOR_WEIGHT * (acceptance - self._prior[origin])
         if self._local is not None:
             with self._tolerating(self._local):
                 self._local.close(session_id)
@@ -298,38 +288,41 @@ class SplitSpeculator(Speculator):
         )
         return own if self._pool is None else self._pool.add_to(own)
 
-    def _wanted(self, request: DraftRequest, origin: DraftOrigin) -> int:
-        running = self._running.get(request.session_id)
-        k = self._config.num_draft_tokens
-        return k if running is None else draft_length(running.acceptance[origin], k)
+    def _wanted(self, request: DraftRequest) -> int:
+        running, k = self._running.get(request.session_id), self._config.num_draft_tokens
+        return k if running is None else draft_length(running.trust.acceptance(POOL), k)
 
-    def _length(self, request: DraftRequest, origin: DraftOrigin) -> int:
-        return min(request.max_draft_tokens, self._wanted(request, origin))
-
-    def _local_drafts(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
-        if self._local is None or not requests:
-            return [_EMPTY] * len(requests)
+    def _local_drafts(self, requests: Sequence[DraftRequest]) -> list[Guess]:
+        guesses = [NO_GUESS] * len(requests)
+        asking = [
+            index
+            for index, request in enumerate(requests)
+            if request.max_draft_tokens > 0 and request.session_id in self._running
+        ]
+        if self._local is None or not asking:
+            return guesses
         queries = [
             DraftQuery(
-                session_id=request.session_id,
-                token_ids=request.token_ids,
+                session_id=requests[index].session_id,
+                token_ids=requests[index].token_ids,
                 in_flight=_EMPTY,
                 # The bonus token behind the committed text is itself the draft's first token.
-                num_draft_tokens=self._length(request, DraftOrigin.LOCAL) - 1,
+                num_draft_tokens=self._most(requests[index]) - 1,
                 fanout=1,
-                sampling=self._running[request.session_id].spec.sampling,
+                sampling=self._running[requests[index].session_id].spec.sampling,
             )
-            for request in requests
+            for index in asking
         ]
-        answers: list[list[OutcomeRow]] = [[]] * len(requests)
+        answers: list[list[OutcomeRow]] = [[]] * len(asking)
         with self._tolerating(self._local):
             answers = ask(self._local, queries, self._vocab_size)
-        return [
-            DraftTree.chain((rows[0].bonus_token_id, *rows[0].draft_token_ids), DraftOrigin.LOCAL)
-            if rows
-            else _EMPTY
-            for rows in answers
-        ]
+        for index, rows in zip(asking, answers, strict=True):
+            if rows:
+                token_ids = (rows[0].bonus_token_id, *rows[0].draft_token_ids)
+                trust = self._running[requests[index].session_id].trust
+                source = DraftSource.of_copy(rows[0])
+                guesses[index] = trust.guess(token_ids, source, self._most(requests[index]))
+        return guesses
 
     @contextmanager
     def _tolerating(self, drafter: Drafter) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -127,8 +127,11 @@ class OutcomeRow:
     Attributes:
         node: index into the round's in-flight draft; -1 if nothing was accepted.
         draft_token_ids: a chain behind the bonus token; may be shorter than asked, even empty.
+        num_matched: tokens of the text before that the guess rests on, where the drafter looks for
+            such; a local drafter's rows are trusted by what rows of about as many were worth.
     """
 
     node: int
     bonus_token_id: int
     draft_token_ids: tuple[int, ...]
+    num_matched: int = field(default=0, compare=False)

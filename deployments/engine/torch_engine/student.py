@@ -1,8 +1,9 @@
 """A small draft model cut out of its target: first and last layers, joined by one linear map.
 
 The connector takes the residual stream behind the kept first layers to the stream that enters the
-kept last layers. Embedding, head, norms and the kept layers are the target's own and are not stored
-again. ``student_fitting`` finds the connector.
+kept last layers. ``student_fitting`` finds it in closed form; then embedding, head, norms and the
+kept layers are the target's own and are not stored again. ``training.student_model`` trains
+connector, kept layers and final norm further; a student's file holds these in eight bits (Q8_0).
 
 Reading the head is most of a small model's step, so a student scores only its draft vocabulary: the
 tokens its target writes most often (FR-Spec, arXiv:2502.14856). It never guesses any other.
@@ -13,11 +14,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import blake3
+import gguf
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -26,6 +30,7 @@ from deployments.engine.torch_engine.connected import ConnectedLayer, DraftHead
 from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.models import model_class
 from deployments.engine.torch_engine.models.llama import Weight
+from deployments.engine.torch_engine.weights.gguf import QuantizedBlocks
 from deployments.engine.torch_engine.weights.loader import (
     LoadedModel,
     fill_from_files,
@@ -37,7 +42,7 @@ from deployments.engine.torch_engine.weights.loader import (
 from deployments.engine.torch_engine.weights.packed import pack_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -49,6 +54,7 @@ _FORMAT = "paceline-student-1"
 _FILE = "student.safetensors"
 _SHIPPED = Path(__file__).parent / "data" / "students"
 _WEIGHT, _BIAS, _VOCABULARY = "connector.weight", "connector.bias", "draft_token_ids"
+_FINAL_NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +70,11 @@ class StudentWeights:
         joint: how many of them come before the connector.
         target_digest: of the weights it was cut from.
         num_positions: rows it was fitted on.
-        agreement: share of held-out answer positions where its top token is the target's.
+        agreement: share of held-out answer positions where its top token is the target's; None
+            where another measure says more, as after training.
+        trained: what is no longer the target's, by the model's names: all tensors of the kept
+            layers and the final norm, or nothing. Matrices are Q8_0 rows [rows, bytes] uint8,
+            vectors float32.
     """
 
     connector_weight: Tensor
@@ -75,7 +85,16 @@ class StudentWeights:
     joint: int
     target_digest: str
     num_positions: int
-    agreement: float
+    agreement: float | None
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def in_eight_bits(tensor: Tensor) -> Tensor:
+    """A trained tensor as students' files hold it."""
+    values = tensor.detach().float().cpu().contiguous()
+    if values.ndim != 2:
+        return values
+    return torch.from_numpy(gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0))
 
 
 def student_path(cache_dir: Path, target_digest: str) -> Path:
@@ -100,8 +119,12 @@ def find_student(cache_dir: Path, target_digest: str) -> Path:
 
 
 def save_student(student: StudentWeights, cache_dir: Path) -> Path:
-    """Write the student's file; readers see the old one or the new one, never a part."""
-    path = student_path(cache_dir, student.target_digest)
+    """Put a student where engines look for it."""
+    return write_student(student, student_path(cache_dir, student.target_digest))
+
+
+def write_student(student: StudentWeights, path: Path) -> Path:
+    """Write a student's file; readers see the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     card = {
         "kept_layers": student.kept_layers,
@@ -115,6 +138,7 @@ def save_student(student: StudentWeights, cache_dir: Path) -> Path:
         _WEIGHT: student.connector_weight.contiguous(),
         _BIAS: student.connector_bias.contiguous(),
         _VOCABULARY: student.draft_token_ids.contiguous(),
+        **student.trained,
     }
     handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     os.close(handle)
@@ -141,6 +165,8 @@ def read_student(path: Path) -> StudentWeights:
             card = json.loads(metadata["card"])
             weight, bias = file.get_tensor(_WEIGHT), file.get_tensor(_BIAS)
             draft_token_ids = file.get_tensor(_VOCABULARY)
+            others = set(file.keys()) - {_WEIGHT, _BIAS, _VOCABULARY}
+            trained = {name: file.get_tensor(name) for name in sorted(others)}
     except (OSError, SafetensorError) as error:
         raise WeightsMismatchError(f"{path} cannot be read: {error}") from error
     return StudentWeights(
@@ -153,6 +179,7 @@ def read_student(path: Path) -> StudentWeights:
         target_digest=card["target_digest"],
         num_positions=card["num_positions"],
         agreement=card["agreement"],
+        trained=trained,
     )
 
 
@@ -185,7 +212,9 @@ def load_student(
     config = _student_config(ModelConfig.from_folder(folder), student)
     model = model_class(config.model_type)(config, dtype=torch_dtype(dtype), device=device)
     files = weight_files(folder)
-    blocks = fill_from_files(model, files, weights, _student_names(student.kept_layers))
+    blocks = fill_from_files(
+        model, files, weights, _student_names(student), dict(_trained_blocks(student))
+    )
     _join(model, student)
     if blocks:
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -195,15 +224,19 @@ def load_student(
 
 
 def cut_student(target: LoadedModel, student: StudentWeights) -> LoadedModel:
-    """Build the student of a dense target that is in memory; the two share their weights."""
+    """Build the student of a dense target that is in memory; the two share what is the same."""
     config = _student_config(target.config, student)
     model = model_class(config.model_type)(
         config, dtype=target.model.dtype, device=target.model.device
     )
     model.embed_tokens, model.lm_head = target.model.embed_tokens, target.model.lm_head
     model.norm.weight.copy_(target.model.norm.weight)
-    for index, kept in enumerate(student.kept_layers):
-        model.layers[index] = target.model.layers[kept]
+    places = model.weight_targets()
+    for name, found in _trained_blocks(student):
+        places[name].copy_(found.values())
+    if not student.trained:
+        for index, kept in enumerate(student.kept_layers):
+            model.layers[index] = target.model.layers[kept]
     _join(model, student)
     return _as_loaded(model, config, student, target.folder, target.dtype)
 
@@ -214,13 +247,20 @@ def _student_config(target: ModelConfig, student: StudentWeights) -> ModelConfig
     return replace(target, num_layers=len(student.kept_layers))
 
 
-def _student_names(kept: Sequence[int]) -> Callable[[str], str | None]:
-    """The student's name of each of the target's tensors; None for those of dropped layers."""
+def _trained_blocks(student: StudentWeights) -> Iterator[tuple[str, QuantizedBlocks]]:
+    for name, tensor in student.trained.items():
+        kind = "Q8_0" if tensor.ndim == 2 else "F32"
+        yield name, QuantizedBlocks(kind, tensor.numpy().view(np.uint8))
+
+
+def _student_names(student: StudentWeights) -> Callable[[str], str | None]:
+    """The student's name of each of the target's tensors; None for those it does not take."""
+    kept: Sequence[int] = () if student.trained else student.kept_layers
     places = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(kept)}
 
     def student_name(name: str) -> str | None:
         if not name.startswith("model.layers."):
-            return name
+            return None if name in student.trained else name
         prefix = name[: name.index(".", len("model.layers.")) + 1]
         return places[prefix] + name[len(prefix) :] if prefix in places else None
 
@@ -241,7 +281,8 @@ def _as_loaded(
     model: Model, config: ModelConfig, student: StudentWeights, folder: Path, dtype: DtypeName
 ) -> LoadedModel:
     digest = blake3.blake3(student.target_digest.encode())
-    for tensor in (student.connector_weight, student.connector_bias, student.draft_token_ids):
+    own = (student.connector_weight, student.connector_bias, student.draft_token_ids)
+    for tensor in (*own, *(tensor for _, tensor in sorted(student.trained.items()))):
         digest.update(tensor.contiguous().numpy().tobytes())
     digest.update(repr((student.kept_layers, student.joint, student.logit_scale)).encode())
     return LoadedModel(

@@ -90,12 +90,12 @@ def fit_student(
         joint=joint,
         target_digest=loaded.weights_digest,
         num_positions=sum(len(part.is_answer) for part in parts),
-        agreement=0.0,
+        agreement=None,
     )
     progress("measuring on held-out prompts")
     held_out = _capture(loaded, chosen[:num_held_out], (), progress)
     student = _calibrate(loaded, student, held_out)
-    progress(f"agrees with its target on {student.agreement:.1%} of held-out answer tokens")
+    progress(f"agrees with its target on {student.agreement or 0:.1%} of held-out answer tokens")
     return student
 
 

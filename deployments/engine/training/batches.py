@@ -49,6 +49,13 @@ class FeatureBatch(NamedTuple):
     is_answer: Tensor
 
 
+def left(x: Tensor, shift: int) -> Tensor:
+    """Position t gets what stood at t + shift; the end is filled with zeros."""
+    kept = x[:, shift:]
+    filling = x.new_zeros((x.shape[0], x.shape[1] - kept.shape[1], *x.shape[2:]))
+    return torch.cat((kept, filling), dim=1)
+
+
 def collate(texts: Sequence[FeatureText], device: torch.device, dtype: torch.dtype) -> FeatureBatch:
     """Put texts into one batch: [B, T] and [B, T, ...].
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -83,6 +83,27 @@ class AnswersConfig(_Config):
     """Of sampled answers and of the choice of held-out prompts."""
 
 
+class SelfChatConfig(_Config):
+    """Prompts that the target writes itself, with its answers to them."""
+
+    num_texts: int = Field(default=4000, ge=2)
+    """Written to train on; ``answers.held_out_prompts`` more are held out."""
+    num_together: int = Field(default=128, ge=1)
+    """Written side by side. One of them takes as many KV rows as the longest text may have."""
+    max_prompt_tokens: int = Field(default=110, ge=16)
+    """Of a prompt; a longer one is dropped."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Of an answer."""
+    prompt_temperature: float = Field(default=1.0, gt=0)
+    """Of prompts."""
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        default=(0.0, 0.0, 0.8, 1.0), min_length=1
+    )
+    """Of answers, drawn evenly; 0 is greedy. Held-out ones are greedy."""
+    seed: int = Field(default=0, ge=0)
+    """Of all that is drawn."""
+
+
 class FeaturesConfig(_Config):
     """What the target computes on its answers, on disk."""
 
@@ -93,11 +114,27 @@ class FeaturesConfig(_Config):
     """Of the training texts' folder; texts that no longer fit are left out, and that is said."""
 
 
+class StudentConfig(_Config):
+    """The shape of a student: which of its target's layers it keeps."""
+
+    first_layers: int = Field(default=3, ge=1)
+    """Kept at the beginning."""
+    last_layers: int = Field(default=3, ge=1)
+    """Kept at the end; one linear map stands for all between."""
+
+
 class DraftTrainingConfig(_Config):
     """Everything about ``paceline train draft``."""
 
+    method: Literal["eagle3", "student"] = "eagle3"
+    """``eagle3`` is a head that reads its target's hidden states. ``student`` is a small language
+    model cut out of the target; draft replicas run it."""
+    student: StudentConfig = StudentConfig()
+    """The shape of a ``student``."""
     answers: AnswersConfig = AnswersConfig()
-    """What the target writes for its draft to learn from."""
+    """What the target writes for its draft to learn from, where prompts are given."""
+    self_chat: SelfChatConfig = SelfChatConfig()
+    """What it writes with ``--self-chat``."""
     features: FeaturesConfig = FeaturesConfig()
     """What the target computes on its answers, on disk."""
     run: TrainingConfig = TrainingConfig()

@@ -20,10 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deployments.engine.torch_engine.rotary import inverse_frequencies
+from deployments.engine.training.batches import left
+from deployments.engine.training.draft_module import DraftModule
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
     from deployments.engine.torch_engine.model_config import ModelConfig
     from deployments.engine.torch_engine.rotary import RopeConfig
+    from deployments.engine.training.batches import FeatureBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +194,7 @@ class MidLayer(nn.Module):
         return HeadOutput(x_BTE + self.mlp(self.post_attention_layernorm(x_BTE)), rows)
 
 
-class Eagle3Head(nn.Module):
+class Eagle3Head(DraftModule):
     """The whole head. Embeddings are the target's own and are handed in."""
 
     def __init__(self, config: Eagle3Config) -> None:
@@ -243,10 +249,45 @@ class Eagle3Head(nn.Module):
         output: HeadOutput = self.midlayer(embedded_BTE, feature_BTE, positions_BT, steps, mask)
         return output
 
+    def unrolled(
+        self, embedding_VE: Tensor, batch: FeatureBatch, num_steps: int
+    ) -> Iterator[Tensor]:
+        """The first step reads the target's features, every further one the step before.
+
+        At position t a step attends to what drafting there would have: the rows of committed text
+        up to t, and the head's own rows of the steps in between.
+        """
+        num_positions = batch.token_ids.shape[1]
+        rows = torch.arange(num_positions, device=batch.token_ids.device)
+        causal = rows[:, None] >= rows[None, :]
+        feature = self.fuse(batch.features)
+        steps: tuple[Rows, ...] = ()
+        for step in range(num_steps):
+            embedded = F.embedding(left(batch.token_ids, step + 1), embedding_VE)
+            positions = (rows + step).expand(batch.token_ids.shape[0], -1)
+            output: HeadOutput = self(embedded.to(feature.dtype), feature, positions, steps, causal)
+            steps = (*steps, output.rows)
+            feature = output.hidden
+            yield feature
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] of a step's ``hidden``."""
         scores: Tensor = self.lm_head(self.norm(hidden))
         return scores
+
+    def rebuilt(self, weights: Mapping[str, Tensor], feature_scale: Tensor) -> Eagle3Head:
+        """The scale goes into the fusion."""
+        head = Eagle3Head(self.config)
+        head.load_state_dict(weights)
+        with torch.no_grad():
+            head.fc.weight.div_(feature_scale)
+        return head.eval()
+
+    def save(self, folder: Path) -> None:
+        """The ``LlamaForCausalLMEagle3`` folder, in bfloat16."""
+        from deployments.engine.training.checkpoint import save_head
+
+        save_head(self, folder, torch.bfloat16)
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""How well a head drafts, counted on texts that it was not trained on.
+"""How well a draft guesses, counted on texts that it was not trained on.
 
-A chain counts up to its first wrong token, and until there the head is fed with what it drafted
+A chain counts up to its first wrong token, and until there the draft is fed with what it drafted
 itself; so the unrolled steps give a greedy chain's acceptance exactly, without drafting.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.training.batches import FeatureText
-    from deployments.engine.training.eagle3 import Eagle3Head
+    from deployments.engine.training.draft_module import DraftModule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +44,12 @@ class DraftQuality:
 
 @torch.no_grad()
 def evaluate(
-    head: Eagle3Head, embedding_VE: Tensor, texts: Iterable[FeatureText], num_draft_tokens: int
+    draft: DraftModule, embedding_VE: Tensor, texts: Iterable[FeatureText], num_draft_tokens: int
 ) -> DraftQuality:
     """Draft behind every position of every answer.
 
     Args:
-        head: its mode is left as it is; nothing in it depends on it.
+        draft: its mode is left as it is; nothing in it depends on it.
         embedding_VE: the target's.
         texts: held out; answers should be the target's greedy ones.
         num_draft_tokens: length of the chains.
@@ -59,11 +59,11 @@ def evaluate(
     rounds, committed = [0] * num_draft_tokens, [0] * num_draft_tokens
     num_tokens = num_covered = 0
     for text in texts:
-        batch = collate([text], embedding_VE.device, head.fc.weight.dtype)
+        batch = collate([text], embedding_VE.device, torch.float32)
         length = torch.zeros(text.num_tokens, dtype=torch.int64)
         is_alive = torch.ones(text.num_tokens, dtype=torch.bool)
-        for step, drafted in enumerate(unroll(head, embedding_VE, batch, num_draft_tokens)):
-            tokens = head.draft_token_ids[head.logits(drafted.hidden[0]).argmax(-1)]
+        for step, drafted in enumerate(unroll(draft, embedding_VE, batch, num_draft_tokens)):
+            tokens = draft.draft_token_ids[draft.logits(drafted.hidden[0]).argmax(-1)]
             is_asked = is_alive & drafted.is_answer[0].cpu()
             is_alive = is_asked & (tokens == drafted.wanted[0]).cpu()
             tried[step] += is_asked.sum()
@@ -72,7 +72,7 @@ def evaluate(
         answers = text.is_answer.nonzero().flatten()
         wanted = text.wanted[answers].long()
         num_tokens += len(wanted)
-        num_covered += int(head.get_buffer("t2d").cpu()[wanted].sum())
+        num_covered += int(draft.get_buffer("t2d").cpu()[wanted].sum())
         _replay(length.tolist(), int(answers[0]), int(answers[-1]), rounds, committed)
     return DraftQuality(
         acceptance=tuple((right / tried.clamp(min=1)).tolist()),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from torch import Tensor
+
 _FORMAT = "paceline-features-1"
 _SHARD = re.compile(r"features-(\d{6})\.safetensors")
 _FIELDS = FeatureText._fields
@@ -102,12 +104,21 @@ class FeatureStore:
         Raises:
             IndexError: there are not so many.
         """
+        file, rows = self._locate(index)
+        return FeatureText(*(file.get_slice(name)[rows] for name in _FIELDS))
+
+    def answers(self) -> Iterator[Tensor]:
+        """The tokens of each text's answer; its features are not read."""
+        for index in range(self.num_texts):
+            file, rows = self._locate(index)
+            token_ids: Tensor = file.get_slice("token_ids")[rows]
+            yield token_ids[1:][file.get_slice("is_answer")[rows][:-1]]
+
+    def _locate(self, index: int) -> tuple[Any, slice]:
         for shard, lengths in enumerate(self._lengths):
             if index < len(lengths):
                 start = sum(lengths[:index])
-                file = self._open(shard)
-                rows = slice(start, start + lengths[index])
-                return FeatureText(*(file.get_slice(name)[rows] for name in _FIELDS))
+                return self._open(shard), slice(start, start + lengths[index])
             index -= len(lengths)
         raise IndexError(f"the store has {self.num_texts} texts")
 

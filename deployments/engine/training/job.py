@@ -1,12 +1,12 @@
-"""The whole way from prompts to a trained head, in one folder.
+"""The whole way from prompts to a trained draft, in one folder.
 
 Each stage keeps its work as it goes and passes over what is there, so a job that was interrupted,
 even by SIGKILL, goes on where it was when it is started again in the same folder::
 
-    answers.jsonl                what the target wrote
+    answers.jsonl                what the target wrote to given prompts
     features/training/, held-out/    what it computed on that
     checkpoint.pt, curve.jsonl   the training
-    draft/                       the best head so far
+    draft/                       the best draft so far
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,17 +22,13 @@ from torch import distributed
 
 from deployments.engine.training.answers import AnswerLog, Question, regenerate
 from deployments.engine.training.capture import AnsweredPrompt, FeatureCapture
-from deployments.engine.training.eagle3 import Eagle3Config
 from deployments.engine.training.feature_store import FeatureStore, fingerprint
-from deployments.engine.training.initial import (
-    draft_vocabulary,
-    feature_scale,
-    random_head,
-    start_from_target,
-)
+from deployments.engine.training.initial import draft_vocabulary
+from deployments.engine.training.methods import method_of
 from deployments.engine.training.objective import DraftObjective
 from deployments.engine.training.pace import Pace
 from deployments.engine.training.run import DRAFT_FOLDER, CurvePoint, DraftRun, num_steps
+from deployments.engine.training.self_chat import SelfChat
 from deployments.engine.training.sharding import shard
 from deployments.engine.training.trainer import DraftTrainer
 
@@ -44,6 +41,7 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.weights.loader import LoadedModel
     from deployments.engine.training.batches import FeatureText
     from deployments.engine.training.config import DraftTrainingConfig
+    from deployments.engine.training.self_chat import ChatFrame
 
 _TEXTS_PER_SHARD = 32
 _START_TOKENS = 20_000
@@ -82,15 +80,18 @@ class JobReport:
     """A finished job.
 
     Attributes:
-        answers: prompts not counted; an answer's end is a token.
-        features: of training and held-out texts, prompts included.
+        is_self_chat: the target wrote the prompts to train on itself.
+        answers: to given prompts, which are not counted; an answer's end is a token.
+        features: of training and held-out texts, prompts included. In a self-chat they come with
+            the texts, and the seconds are those of both.
         num_features_bytes: of both, on disk.
         num_left_out: training texts for which there was no room left on disk.
-        num_weights: of the head.
-        curve: first the head before its first gradient step.
-        best: the point whose head was kept.
+        num_weights: of the draft that are trained.
+        curve: first the draft before its first gradient step.
+        best: the point whose draft was kept.
     """
 
+    is_self_chat: bool
     answers: StageReport
     features: StageReport
     num_features_bytes: int
@@ -107,6 +108,7 @@ def split_prompts(
     num_held_out: int,
     max_prompt_tokens: int,
     seed: int,
+    is_self_chat: bool = False,
 ) -> PromptSplit:
     """Decide which prompts are used, and which of them are held out.
 
@@ -116,6 +118,7 @@ def split_prompts(
         num_held_out: to draw; never more than half.
         max_prompt_tokens: longer ones leave no room for an answer and are dropped.
         seed: of the draw.
+        is_self_chat: there is nothing to train on among them, and nothing has to be held out.
 
     Raises:
         ValueError: nothing is left to train on.
@@ -125,6 +128,8 @@ def split_prompts(
     kept = dict.fromkeys(fitting[1])
     distinct = [prompt for prompt in dict.fromkeys(fitting[0]) if prompt not in kept]
     num_dropped = sum(map(len, offered)) - len(kept) - len(distinct)
+    if is_self_chat:
+        return PromptSplit([], list(kept), num_dropped)
     if not kept:
         count = min(num_held_out, len(distinct) // 2)
         kept = dict.fromkeys(random.Random(seed).sample(distinct, count))  # noqa: S311 - no secret
@@ -149,6 +154,7 @@ class DraftJob:
         target_config: ModelConfig,
         target_digest: str,
         progress: Callable[[str], None],
+        chat: ChatFrame | None = None,
     ) -> None:
         """Begin a job, or go on with the one that the folder holds.
 
@@ -159,25 +165,29 @@ class DraftJob:
             target_config: the target's shape.
             target_digest: differs whenever the target's answers might.
             progress: gets short lines for a person to read.
+            chat: the target writes the prompts to train on itself, in this frame, and those held
+                out where there are none; ``prompts`` has none to train on.
 
         Raises:
             RunMismatchError: the folder keeps another job.
-            ValueError: the target is too small to have a draft head.
+            UnsupportedModelError: such a draft cannot be made for this kind of target.
+            ValueError: the target is too small for such a draft.
         """
         run = config.run
         self._config = config
         self._folder = folder
         self._progress = progress
-        self._head_config = Eagle3Config.for_target(
-            target_config, min(run.draft_vocab_size, target_config.vocab_size)
-        )
+        self._method = method_of(config, target_config)
+        self._target_config = target_config
         count = config.answers.per_prompt
         self._questions = [
             Question(prompt, config.answers.temperature if sample else 0.0)
             for prompt in prompts.training
             for sample in range(count)
         ]
-        self._num_training = len(self._questions)
+        self._chat = chat
+        self._num_training = config.self_chat.num_texts if chat else len(self._questions)
+        self._num_asked = len(self._questions)
         self._questions += [Question(prompt, 0.0) for prompt in prompts.held_out]
         answers = fingerprint(
             target=target_digest,
@@ -189,7 +199,8 @@ class DraftJob:
             answers=answers,
             dtype=config.features.dtype,
             max_length=run.max_length,
-            layers=self._head_config.aux_layers,
+            layers=self._method.aux_layers,
+            **({"chat": chat, "self_chat": config.self_chat.model_dump()} if chat else {}),
         )
         self._training = FeatureStore(folder / "features" / "training", fingerprint=self._features)
         self._held_out = FeatureStore(folder / "features" / "held-out", fingerprint=self._features)
@@ -215,10 +226,12 @@ class DraftJob:
         """Store features of all answers that have none yet."""
         capture = FeatureCapture(
             loaded,
-            self._head_config.aux_layers,
+            self._method.aux_layers,
             max_length=self._config.run.max_length,
             dtype=getattr(torch, self._config.features.dtype),
         )
+        if self._chat:
+            self._talk(loaded, self._chat)
         stores = ((self._held_out, self._held_out_texts()), (self._training, self._texts()))
         for store, answered in stores:
             missing = answered[store.num_texts :]
@@ -236,8 +249,40 @@ class DraftJob:
                 "training.features.max_bytes is reached"
             )
 
+    def _talk(self, loaded: LoadedModel, frame: ChatFrame) -> None:
+        """Let the target write texts; its own forwards give the features."""
+        wanted: list[tuple[FeatureStore, str, int, tuple[float, ...] | None]] = [
+            (self._training, "training", self._num_training, None)
+        ]
+        if self._num_asked == len(self._questions):
+            wanted.insert(
+                0, (self._held_out, "held-out", self._config.answers.held_out_prompts, (0.0,))
+            )
+        for store, name, count, temperatures in wanted:
+            missing = count - store.num_texts
+            if missing <= 0:
+                continue
+            # What was under way when a job was killed is lost; other texts take its place.
+            seed = f"{self._config.self_chat.seed}/{name}/{store.num_texts}"
+            chat = SelfChat(
+                loaded,
+                frame,
+                self._method.aux_layers,
+                self._config.self_chat,
+                seed=seed,
+                dtype=getattr(torch, self._config.features.dtype),
+            )
+            pace = Pace(f"{name} texts", count, self._progress, done=store.num_texts)
+            shards = store.extend(
+                self._paced(islice(chat.texts(temperatures), missing), pace),
+                texts_per_shard=_TEXTS_PER_SHARD,
+                max_bytes=self._config.features.max_bytes,
+            )
+            for _ in shards:
+                pass
+
     def fit(self, loaded: LoadedModel) -> JobReport:
-        """Train the head on what was captured, together with the other processes of a group.
+        """Train the draft on what was captured, together with the other processes of a group.
 
         Args:
             loaded: the target, on the device of the training.
@@ -246,13 +291,11 @@ class DraftJob:
             RunMismatchError: the folder's checkpoint is of other settings or texts.
         """
         config = self._config.run
-        head = random_head(self._head_config, self._draft_vocabulary(), config.seed)
-        scale = feature_scale(self._first_texts())
-        if config.start == "target":
-            self._progress("solving for the start")
-            start_from_target(head, loaded.model, self._first_texts(), scale)
+        self._progress("solving for the start")
+        draft, scale = self._method.start(loaded, self._draft_vocabulary(), self._first_texts)
+        num_weights = sum(weight.numel() for weight in draft.parameters())
         device = loaded.model.device
-        objective = DraftObjective(head, loaded.model, config.objective, scale).to(device)
+        objective = DraftObjective(draft, loaded.model, config.objective, scale).to(device)
         if distributed.is_initialized():
             shard(objective)
         steps = num_steps(self._training.lengths, config)
@@ -263,19 +306,25 @@ class DraftJob:
             self._training,
             self._held_out,
             self._progress,
-            fingerprint=fingerprint(features=self._features, num_texts=self._training.num_texts),
+            fingerprint=fingerprint(
+                features=self._features,
+                num_texts=self._training.num_texts,
+                method=self._config.method,
+                student=self._config.student.model_dump(),
+            ),
         )
         best = run.run()
-        return self._report(run, best, sum(weight.numel() for weight in head.parameters()))
+        return self._report(run, best, num_weights)
 
     @property
     def draft_folder(self) -> Path:
-        """Where the best head is."""
+        """Where the best draft is."""
         return self._folder / DRAFT_FOLDER
 
     def _report(self, run: DraftRun, best: CurvePoint, num_weights: int) -> JobReport:
         stores = (self._training, self._held_out)
         return JobReport(
+            is_self_chat=self._chat is not None,
             answers=StageReport(
                 num_texts=len(self._log.answers),
                 num_tokens=sum(map(len, self._log.answers.values())),
@@ -302,20 +351,16 @@ class DraftJob:
         return [text for text in texts if text.fits(self._config.run.max_length)]
 
     def _texts(self) -> list[AnsweredPrompt]:
-        return self._answered(range(self._num_training))
+        return self._answered(range(self._num_asked))
 
     def _held_out_texts(self) -> list[AnsweredPrompt]:
-        return self._answered(range(self._num_training, len(self._questions)))
+        return self._answered(range(self._num_asked, len(self._questions)))
 
     def _draft_vocabulary(self) -> torch.Tensor:
-        texts = self._texts()[: self._training.num_texts]
-        written = (
-            token_id
-            for text in texts
-            for token_id in text.token_ids[text.prompt_length : self._config.run.max_length]
-        )
-        config = self._head_config
-        return draft_vocabulary(written, config.draft_vocab_size, config.vocab_size)
+        written = (token for answer in self._training.answers() for token in answer.tolist())
+        vocab_size = self._target_config.vocab_size
+        size = min(self._config.run.draft_vocab_size, vocab_size)
+        return draft_vocabulary(written, size, vocab_size)
 
     def _first_texts(self) -> Iterator[FeatureText]:
         num_tokens = 0

@@ -1,4 +1,4 @@
-"""The number a head is trained to make small, as one module, so that it can be sharded as one.
+"""The number a draft is trained to make small, as one module, so that it can be sharded as one.
 
 d: draft vocabulary, E: hidden size.
 """
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deployments.engine.training.eagle3 import Eagle3Head
 from deployments.engine.training.losses import LOSSES
 from deployments.engine.training.training_time_test import unroll
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.models.llama import Model
     from deployments.engine.training.batches import FeatureBatch
     from deployments.engine.training.config import ObjectiveConfig
+    from deployments.engine.training.draft_module import DraftModule
 
 
 class ObjectiveOutput(NamedTuple):
@@ -36,24 +36,24 @@ class ObjectiveOutput(NamedTuple):
 
 
 class DraftObjective(nn.Module):
-    """Training-time test of a head against its target's distributions."""
+    """Training-time test of a draft against its target's distributions."""
 
     def __init__(
-        self, head: Eagle3Head, target: Model, config: ObjectiveConfig, scale: Tensor
+        self, draft: DraftModule, target: Model, config: ObjectiveConfig, scale: Tensor
     ) -> None:
         """Copy what is needed of the target: embedding, the head's drafted rows, the norm's scale.
 
         Args:
-            head: its draft vocabulary is final, and its fusion is for scaled features.
+            draft: its draft vocabulary is final, and it reads scaled features.
             target: not trained, not kept.
             config: weights of the parts.
-            scale: [3E], by which features are divided; ``trained_head`` takes it back.
+            scale: of the features, which are divided by it.
         """
         super().__init__()
         self.register_buffer("feature_scale", scale)
-        self.head = head
+        self.draft = draft
         self._config = config
-        rows = target.lm_head.get_parameter("weight")[head.draft_token_ids.to(target.device)]
+        rows = target.lm_head.get_parameter("weight")[draft.draft_token_ids.to(target.device)]
         for name, tensor in (
             ("embedding", target.embed_tokens.weight),
             ("target_rows", rows),
@@ -68,7 +68,7 @@ class DraftObjective(nn.Module):
 
     def count(self, batch: FeatureBatch) -> Tensor:
         """[steps] float32: the positions of a batch that count, at each step."""
-        can_draft = batch.is_answer & self.head.get_buffer("t2d")[batch.wanted]
+        can_draft = batch.is_answer & self.draft.get_buffer("t2d")[batch.wanted]
         sums = [can_draft[:, step + 1 :].sum() for step in range(self.num_steps)]
         return torch.stack(sums).float()
 
@@ -76,7 +76,7 @@ class DraftObjective(nn.Module):
         """The batch's share of the mean loss.
 
         Args:
-            batch: in the head's dtype.
+            batch: in the draft's dtype.
             num_counted: [steps], of all batches that make one optimiser step, on all processes;
                 the losses of those batches add up to the mean.
         """
@@ -85,38 +85,33 @@ class DraftObjective(nn.Module):
         loss = batch.features.new_zeros(())
         right = []
         embedding = self.get_buffer("embedding")
-        for step, drafted in enumerate(unroll(self.head, embedding, batch, self.num_steps)):
+        for step, drafted in enumerate(unroll(self.draft, embedding, batch, self.num_steps)):
             kept = drafted.is_counted
             hidden, teacher = drafted.hidden[kept], drafted.teacher[kept]
-            logits = self.head.logits(hidden).float()
+            logits = self.draft.logits(hidden).float()
             target_logits = F.linear(teacher.float(), self.get_buffer("target_rows"))
             each = LOSSES[config.loss](logits, target_logits)
             if config.hidden_weight:
                 each = each + config.hidden_weight * self._distance(hidden, teacher)
             weight = config.unroll_decay**step / num_counted[step].clamp(min=1)
             loss = loss + weight * each.sum()
-            tokens = self.head.draft_token_ids[logits.argmax(-1)]
+            tokens = self.draft.draft_token_ids[logits.argmax(-1)]
             right.append((tokens == drafted.wanted[kept]).sum())
         return ObjectiveOutput(loss, torch.stack(right))
 
-    def trained_head(self, weights: Mapping[str, Tensor]) -> Eagle3Head:
-        """A copy of the head that reads the target's features as they are.
+    def trained(self, weights: Mapping[str, Tensor]) -> DraftModule:
+        """A copy of the draft that reads the target's features as they are.
 
         Args:
             weights: of this module, whole and on the CPU.
         """
-        prefix = "head."
-        head = Eagle3Head(self.head.config)
-        head.load_state_dict(
-            {
-                name.removeprefix(prefix): tensor
-                for name, tensor in weights.items()
-                if name.startswith(prefix)
-            }
-        )
-        with torch.no_grad():
-            head.fc.weight.div_(weights["feature_scale"])
-        return head.eval()
+        prefix = "draft."
+        own = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in weights.items()
+            if name.startswith(prefix)
+        }
+        return self.draft.rebuilt(own, weights["feature_scale"])
 
     def _distance(self, hidden: Tensor, teacher: Tensor) -> Tensor:
         """Mean square between both streams, each at unit root mean square."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import distributed
 
-from deployments.engine.training.checkpoint import save_head
 from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.training.evaluation import DraftQuality, evaluate
 from deployments.engine.training.pace import Pace
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from deployments.engine.training.batches import FeatureText
     from deployments.engine.training.config import TrainingConfig
-    from deployments.engine.training.eagle3 import Eagle3Head
+    from deployments.engine.training.draft_module import DraftModule
     from deployments.engine.training.trainer import DraftTrainer
 
 DRAFT_FOLDER = "draft"
@@ -170,8 +169,8 @@ class DraftRun:
         return [text._replace(is_answer=torch.zeros_like(text.is_answer))]
 
     def _evaluate(self, seconds: float) -> None:
-        head = _whole_head(self._trainer)
-        quality = self._quality(head)
+        draft = _whole_draft(self._trainer)
+        quality = self._quality(draft)
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses = []
         point = CurvePoint(
@@ -182,9 +181,9 @@ class DraftRun:
             quality=quality,
         )
         self.curve.append(point)
-        if head is not None:
+        if draft is not None:
             if self.best is point:
-                save_head(head, self._folder / DRAFT_FOLDER, torch.bfloat16)
+                draft.save(self._folder / DRAFT_FOLDER)
             lines = [json.dumps(asdict(each)) + "\n" for each in self.curve]
             (self._folder / CURVE_FILE).write_text("".join(lines), encoding="utf-8")
         shown = " ".join(f"{share:.3f}" for share in quality.acceptance)
@@ -194,14 +193,14 @@ class DraftRun:
             f"{self._config.num_draft_tokens} commits {point.score:.3f}; acceptance {shown}"
         )
 
-    def _quality(self, head: Eagle3Head | None) -> DraftQuality:
+    def _quality(self, draft: DraftModule | None) -> DraftQuality:
         """The first process measures, the others hear of it: all must decide alike."""
         told: list[DraftQuality | None] = [None]
-        if head is not None:
+        if draft is not None:
             embedding = self._trainer.objective.get_buffer("embedding")
             told = [
                 evaluate(
-                    head.to(embedding.device),
+                    draft.to(embedding.device),
                     embedding,
                     self._held_out,
                     self._config.num_draft_tokens,
@@ -276,13 +275,13 @@ def num_steps(lengths: Sequence[int], config: TrainingConfig) -> int:
     return sum(len(epoch_steps(lengths, config, epoch)) for epoch in range(config.epochs))
 
 
-def _whole_head(trainer: DraftTrainer) -> Eagle3Head | None:
-    """A copy of the trained head, put together from all processes; every one must ask.
+def _whole_draft(trainer: DraftTrainer) -> DraftModule | None:
+    """A copy of the trained draft, put together from all processes; every one must ask.
 
     Only the first process is given it.
     """
     weights = trainer.state()["model"]
-    return trainer.objective.trained_head(weights) if weights else None
+    return trainer.objective.trained(weights) if weights else None
 
 
 def _point(raw: dict[str, Any]) -> CurvePoint:

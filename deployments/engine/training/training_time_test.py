@@ -1,8 +1,7 @@
-"""Training-time test: a head is trained on the features it will see, its own.
+"""Training-time test: a draft is trained on what it will see, its own.
 
-The first step reads the target's features. Every further one reads the output of the step before,
-and at position t attends to what drafting there would have: the rows of committed text up to t, and
-the head's own rows of the steps in between.
+How a draft goes on from its own output is its own affair (``DraftModule.unrolled``); here its steps
+are put beside what the target would have said.
 
 Source: EAGLE-3 (arXiv:2503.01840), section 3.2; SpecForge.
 
@@ -13,8 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch.nn import functional as F
+from deployments.engine.training.batches import left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,14 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.training.batches import FeatureBatch
-    from deployments.engine.training.eagle3 import Eagle3Head, Rows
+    from deployments.engine.training.draft_module import DraftModule
 
 
 class UnrolledStep(NamedTuple):
     """What one step drafted from, and what it should have drafted.
 
     Attributes:
-        hidden: [B, T, E], before the head's final norm.
+        hidden: [B, T, E], before the draft's final norm.
         teacher: [B, T, E], what the target's head read for the same token.
         wanted: [B, T] int64, the token the target would choose.
         is_counted: [B, T] bool: the answer's positions whose wanted token can be drafted.
@@ -44,42 +42,25 @@ class UnrolledStep(NamedTuple):
 
 
 def unroll(
-    head: Eagle3Head, embedding_VE: Tensor, batch: FeatureBatch, num_steps: int
+    draft: DraftModule, embedding_VE: Tensor, batch: FeatureBatch, num_steps: int
 ) -> Iterator[UnrolledStep]:
     """Draft ``num_steps`` tokens behind every position, fed with the true tokens.
 
     Args:
-        head: in training or not.
+        draft: in training or not.
         embedding_VE: the target's.
         batch: texts and features.
         num_steps: at least 1.
     """
-    num_positions = batch.token_ids.shape[1]
-    device = batch.token_ids.device
-    rows = torch.arange(num_positions, device=device)
-    causal = rows[:, None] >= rows[None, :]
-    feature = head.fuse(batch.features)
-    steps: tuple[Rows, ...] = ()
-    for step in range(num_steps):
+    can_draft = draft.get_buffer("t2d")
+    for step, hidden in enumerate(draft.unrolled(embedding_VE, batch, num_steps)):
         shift = step + 1
-        embedded = F.embedding(_left(batch.token_ids, shift), embedding_VE)
-        positions = (rows + step).expand(batch.token_ids.shape[0], -1)
-        output = head(embedded.to(feature.dtype), feature, positions, steps, causal)
-        steps = (*steps, output.rows)
-        feature = output.hidden
-        wanted = _left(batch.wanted, shift)
-        is_answer = _left(batch.is_answer, shift)
+        wanted = left(batch.wanted, shift)
+        is_answer = left(batch.is_answer, shift)
         yield UnrolledStep(
-            hidden=output.hidden,
-            teacher=_left(batch.hidden, shift),
+            hidden=hidden,
+            teacher=left(batch.hidden, shift),
             wanted=wanted,
-            is_counted=is_answer & head.get_buffer("t2d")[wanted],
+            is_counted=is_answer & can_draft[wanted],
             is_answer=is_answer,
         )
-
-
-def _left(x: Tensor, shift: int) -> Tensor:
-    """Position t gets what stood at t + shift; the end is filled with zeros."""
-    kept = x[:, shift:]
-    filling = x.new_zeros((x.shape[0], x.shape[1] - kept.shape[1], *x.shape[2:]))
-    return torch.cat((kept, filling), dim=1)

@@ -12,7 +12,9 @@ from cluster import cli
 from cluster.config_loader import load_config
 from cluster.draft_training import train_draft
 from cluster.errors import ConfigError
+from deployments.engine.torch_engine.student import load_student, read_student, save_student
 from deployments.engine.training.checkpoint import load_head
+from deployments.tokenizer import Tokenizer
 from tests.fakes_tokenizer import write_tokenizer
 
 SETTINGS = {
@@ -72,6 +74,7 @@ def train(work, out="out", tell=lambda _: None, config=None, **changes):
         "prompt_files": [work / "p.txt"],
         "licences": ["CC0"],
         "held_out_files": [],
+        "self_chat": False,
         "command_line": "paceline train draft",
         "on_progress": tell,
     } | changes
@@ -105,7 +108,7 @@ def test_the_command_makes_a_draft_with_a_card(paceline, work):
     assert "| p.txt | 16 | CC0 |" in card
     assert f"paceline train draft --config {work / 'c.yaml'}" in card
     assert "- `training.run.objective.num_unrolls: 2`" in card
-    assert "| answers of the target |" in card
+    assert "| answers to given prompts |" in card
 
 
 class Interrupted(BaseException):
@@ -233,3 +236,59 @@ def test_a_model_too_small_for_a_draft_is_refused_before_the_work(work, model, t
     with pytest.raises(ConfigError, match="4 layers"):
         train(work)
     assert not (work / "out" / "answers.jsonl").exists()
+
+
+def test_a_student_of_the_targets_own_chats_is_what_draft_replicas_load(work, monkeypatch):
+    for name, value in {
+        "METHOD": "student",
+        "STUDENT__FIRST_LAYERS": "2",
+        "STUDENT__LAST_LAYERS": "2",
+        "SELF_CHAT__NUM_TEXTS": "24",
+        "SELF_CHAT__NUM_TOGETHER": "16",
+        "SELF_CHAT__MAX_TOKENS": "24",
+        "SELF_CHAT__MAX_PROMPT_TOKENS": "24",
+        "RUN__OBJECTIVE__NUM_UNROLLS": "1",
+    }.items():
+        monkeypatch.setenv(f"PACELINE_TRAINING__{name}", value)
+    lines: list[str] = []
+    report, folder = train(work, tell=lines.append, prompt_files=[], licences=[], self_chat=True)
+    assert "24 texts of the target's own to train on" in lines
+    assert report.is_self_chat
+    assert report.features.num_texts == 24 + 4
+    assert report.answers.num_texts == 0
+    card = (folder / "README.md").read_text()
+    assert "No data set was used" in card
+    assert "the target's first 2 and last 2 layers" in card
+    config = load_config(work / "c.yaml")
+    student = read_student(folder / "student.safetensors")
+    save_student(student, config.cache_dir)
+    loaded = load_student(config.engine.model, dtype="float32", cache_dir=config.cache_dir)
+    assert loaded.config.num_layers == 4
+    # The same command, once more: nothing is left to do.
+    again, _ = train(work, prompt_files=[], licences=[], self_chat=True)
+    assert again.curve == report.curve
+
+
+def test_a_chat_that_was_cut_off_goes_on(work, monkeypatch):
+    monkeypatch.setattr("deployments.engine.training.job._TEXTS_PER_SHARD", 4)
+    for name, value in {"NUM_TEXTS": "24", "NUM_TOGETHER": "16", "MAX_TOKENS": "24"}.items():
+        monkeypatch.setenv(f"PACELINE_TRAINING__SELF_CHAT__{name}", value)
+
+    def tell(line: str) -> None:
+        if line.startswith("training texts: 2"):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(work, tell=tell, prompt_files=[], licences=[], self_chat=True)
+    kept = len(list((work / "out" / "features" / "training").iterdir()))
+    assert kept >= 1
+    report, _ = train(work, prompt_files=[], licences=[], self_chat=True)
+    assert report.features.num_texts == 24 + 4
+
+
+def test_what_contradicts_a_chat_with_oneself_is_refused(work, monkeypatch):
+    with pytest.raises(ConfigError, match="--self-chat: takes no --prompts"):
+        train(work, self_chat=True)
+    monkeypatch.setattr(Tokenizer, "has_chat_template", False)
+    with pytest.raises(ConfigError, match="--self-chat: the model has no chat template"):
+        train(work, "other", prompt_files=[], licences=[], self_chat=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deployments.engine.speculation.errors import DrafterFailedError
@@ -47,6 +48,6 @@ def _checked(query: DraftQuery, rows: list[OutcomeRow], vocab_size: int) -> list
     return [
         row
         if len(row.draft_token_ids) <= query.num_draft_tokens
-        else type(row)(row.node, row.bonus_token_id, row.draft_token_ids[: query.num_draft_tokens])
+        else replace(row, draft_token_ids=row.draft_token_ids[: query.num_draft_tokens])
         for row in rows[: (num_nodes + 1) * query.fanout]
     ]

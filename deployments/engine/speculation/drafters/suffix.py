@@ -48,7 +48,7 @@ class SuffixDrafter(Drafter):
         *,
         min_match_tokens: int = 2,
         max_session_tokens: int = 32_768,
-        max_tenant_tokens: int = 16_384,
+        max_tenant_tokens: int = 32_768,
         max_tenants: int = 32,
         max_sessions: int = 1_024,
     ) -> None:
@@ -110,15 +110,17 @@ class SuffixDrafter(Drafter):
                 if parent == node
             }
             rows.extend(
-                OutcomeRow(node, tokens[0], tokens[1:])
-                for tokens in self._continuations(state, suffix, query.num_draft_tokens + 1)
+                OutcomeRow(node, tokens[0], tokens[1:], num_matched)
+                for num_matched, tokens in self._continuations(
+                    state, suffix, query.num_draft_tokens + 1
+                )
                 if tokens[0] not in taken
             )
         return self._at_most(rows, query.fanout)
 
     def _continuations(
         self, state: _Session, suffix: Sequence[int], num_tokens: int
-    ) -> list[tuple[int, ...]]:
+    ) -> list[tuple[int, tuple[int, ...]]]:
         texts = [
             (match.num_matched, index.continuation(match.position, num_tokens))
             for index in (state.index, self._tenants.get(state.tenant))
@@ -130,9 +132,9 @@ class SuffixDrafter(Drafter):
             votes[text[0]] = votes.get(text[0], 0) + 1
         # The sort is stable: the session's own text stays before the tenant's, new before old.
         texts.sort(key=lambda item: (item[0], votes[item[1][0]]), reverse=True)
-        found: dict[int, tuple[int, ...]] = {}
-        for _, text in texts:
-            found.setdefault(text[0], text)
+        found: dict[int, tuple[int, tuple[int, ...]]] = {}
+        for num_matched, text in texts:
+            found.setdefault(text[0], (num_matched, text))
         return list(found.values())
 
     def _at_most(self, rows: list[OutcomeRow], fanout: int) -> list[OutcomeRow]:

@@ -49,6 +49,11 @@ class QuantizedBlocks(NamedTuple):
     kind: str
     data: NDArray[np.uint8]
 
+    def values(self) -> Tensor:
+        """The numbers that the blocks mean, in float32."""
+        kind = gguf.GGMLQuantizationType[self.kind]
+        return torch.from_numpy(gguf.quants.dequantize(self.data, kind).astype(np.float32))
+
 
 class GGUFFile:
     """One memory-mapped file.

@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import os
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import blake3
@@ -28,7 +30,7 @@ from deployments.engine.torch_engine.weights.safetensors import read_safetensors
 from kv_store.layout import PageLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -193,6 +195,7 @@ def fill_from_files(
     files: list[Path],
     weights: WeightsForm,
     own_name: Callable[[str], str | None] = lambda name: name,
+    replaced: Mapping[str, QuantizedBlocks] = MappingProxyType({}),
 ) -> dict[str, QuantizedBlocks]:
     """Fill a model and keep its matrices in the form asked for.
 
@@ -201,6 +204,7 @@ def fill_from_files(
         files: hold its tensors.
         weights: the form.
         own_name: the model's name for a tensor of the files; None for those it has no place for.
+        replaced: tensors that the files do not hold, by the model's names.
 
     Returns:
         The blocks of its matrices by the model's names; none if they stay dense.
@@ -214,7 +218,10 @@ def fill_from_files(
         return own_name(name) is not None
 
     blocks: dict[str, QuantizedBlocks] = {}
-    tensors = ((own_name(name) or name, tensor) for name, tensor in read_tensors(files, is_wanted))
+    tensors = chain(
+        ((own_name(name) or name, tensor) for name, tensor in read_tensors(files, is_wanted)),
+        ((name, found.values()) for name, found in replaced.items()),
+    )
     if weights in _BITS:
         fill_model(model, quantised(tensors, _BITS[weights], blocks))
         attach_blocks(model, blocks.items())
@@ -225,6 +232,7 @@ def fill_from_files(
     try:
         for name, found in file_blocks(files, is_wanted):
             blocks[own_name(name) or name] = found
+        blocks |= {name: found for name, found in replaced.items() if found.data.ndim == 2}
         attach_blocks(model, blocks.items())
     except UnsupportedModelError:
         if weights != "auto":

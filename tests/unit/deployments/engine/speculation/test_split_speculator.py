@@ -7,6 +7,7 @@ from deployments.engine.speculation.draft_service import DraftService
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.drafters.load import load_drafter
 from deployments.engine.speculation.fake_transport import FakeNetwork
+from deployments.engine.speculation.pool_client import PoolDraft
 from deployments.engine.speculation.pool_link import LinkLimits
 from deployments.engine.speculation.speculator import (
     NOTHING_ELSE,
@@ -127,6 +128,78 @@ def test_a_step_that_is_long_anyway_verifies_more():
     alone = play(speculator, 100, is_right=True, **linear)
     beside = play(speculator, 100, is_right=True, load=StepLoad(300, 0), **linear)
     assert sum(alone[50:]) < sum(beside[50:]) == 4 * 50
+
+
+class TwoWays(Drafter):
+    """Copies that rest on as many tokens as it is told."""
+
+    num_matched = 1
+
+    def propose(self, queries):
+        return [[OutcomeRow(-1, 1, (2, 3, 4), self.num_matched)] for _ in queries]
+
+
+def test_copies_are_trusted_by_what_they_rest_on():
+    drafter = TwoWays()
+    speculator = SplitSpeculator(
+        SpeculationConfig(num_draft_tokens=4),
+        vocab_size=VOCAB_SIZE,
+        local_drafter=drafter,
+        clock=FakeClock(),
+    )
+    speculator.open(spec_of(1, LOOP))
+    assert play(speculator, 20, is_right=False)[-1] == 1
+    drafter.num_matched = 2
+    assert play(speculator, 20, is_right=True)[-1] == 4
+    drafter.num_matched = 1
+    assert play(speculator, 1, is_right=False) == [1]
+    # A new sequence starts from what the last one taught of each.
+    speculator.close(1)
+    speculator.open(spec_of(1, LOOP))
+    lengths = []
+    for drafter.num_matched in (1, 2, 3, 40):
+        [taken] = speculator.take([request(1, LOOP)])
+        lengths.append(len(taken.tree))
+    assert lengths[0] < lengths[1] == lengths[2]
+    assert lengths[3] == len(DraftTree.chain((1, 2, 3, 4), DraftOrigin.LOCAL))
+
+
+@pytest.mark.parametrize("right", ["table", "copy"])
+def test_of_a_table_and_a_copy_the_one_that_was_right_before_is_taken(right):
+    class Pool:
+        def drafts(self, requests):
+            return [PoolDraft((5, 6, 7), was_asked=True) for _ in requests]
+
+        def open(self, session): ...
+
+        def announce(self, rounds): ...
+
+        def add_to(self, stats):
+            return stats
+
+    speculator = SplitSpeculator(
+        SpeculationConfig(num_draft_tokens=3),
+        vocab_size=VOCAB_SIZE,
+        local_drafter=TwoWays(),
+        clock=FakeClock(),
+    )
+    speculator._pool = Pool()  # the network is not what is looked at here
+    speculator.open(spec_of(1, LOOP))
+    wanted = DraftOrigin.POOL if right == "table" else DraftOrigin.LOCAL
+    origins = []
+    for _ in range(40):
+        asked = request(1, LOOP)
+        [taken] = speculator.take([asked])
+        assert taken.table_hit
+        origins.append(taken.tree.origin)
+        accepted = len(taken.tree) if taken.tree.origin is wanted else 0
+        speculator.verified(
+            [RoundResult(session_id=1, tree=taken.tree, num_accepted=accepted, new_token_ids=())]
+        )
+    assert set(origins[5:]) == {wanted}
+    stats = speculator.stats()
+    assert stats.num_table_hits == 40
+    assert (stats.num_pool_accepted_tokens > 90) is (right == "table")
 
 
 class BrokenDrafter(Drafter):

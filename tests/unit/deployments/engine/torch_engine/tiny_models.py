@@ -107,7 +107,9 @@ TOY_CONFIGS = {
     "llama-of-24-tokens": lambda: (LlamaForCausalLM, LlamaConfig(**{**SHAPE, "vocab_size": 24})),
     "llama-of-6-layers": lambda: (
         LlamaForCausalLM,
-        LlamaConfig(**{**SHAPE, "num_hidden_layers": 6}, tie_word_embeddings=True),
+        LlamaConfig(
+            **{**SHAPE, "num_hidden_layers": 6, "intermediate_size": 64}, tie_word_embeddings=True
+        ),
     ),
 }
 

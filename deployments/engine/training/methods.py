@@ -1,0 +1,144 @@
+"""Kinds of drafts: what each needs of its target, and what it is before its first gradient step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from deployments.engine.torch_engine.student import StudentWeights
+from deployments.engine.torch_engine.student_fitting import fit_connector
+from deployments.engine.training.eagle3 import Eagle3Config
+from deployments.engine.training.initial import feature_scale, random_head, start_from_target
+from deployments.engine.training.student_model import StudentModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    from deployments.engine.torch_engine.model_config import ModelConfig
+    from deployments.engine.torch_engine.weights.loader import LoadedModel
+    from deployments.engine.training.batches import FeatureText
+    from deployments.engine.training.config import DraftTrainingConfig, StudentConfig
+    from deployments.engine.training.draft_module import DraftModule
+
+_START_SHARPNESS = 0.6
+"""A closed-form student is surer of itself than it may be; training finds the rest."""
+
+
+class Start(NamedTuple):
+    """A draft that has not been trained.
+
+    Attributes:
+        draft: on the CPU, in float32.
+        feature_scale: by which the features it reads are to be divided.
+    """
+
+    draft: DraftModule
+    feature_scale: Tensor
+
+
+class Method(Protocol):
+    """One kind of draft for one target."""
+
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """Layers (counted from 0) whose outputs are the features of a text."""
+
+    def start(
+        self,
+        loaded: LoadedModel,
+        draft_token_ids: Tensor,
+        texts: Callable[[], Iterable[FeatureText]],
+    ) -> Start:
+        """Make a draft.
+
+        Args:
+            loaded: the target.
+            draft_token_ids: [d] ascending.
+            texts: to fit on; some ten thousand positions.
+        """
+
+
+class Eagle3Method:
+    """A head that reads its target's features (``eagle3``)."""
+
+    def __init__(self, config: DraftTrainingConfig, target: ModelConfig) -> None:
+        size = min(config.run.draft_vocab_size, target.vocab_size)
+        self._shape = Eagle3Config.for_target(target, size)
+        self._run = config.run
+
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """Three, as SpecForge chooses them."""
+        return self._shape.aux_layers
+
+    def start(
+        self,
+        loaded: LoadedModel,
+        draft_token_ids: Tensor,
+        texts: Callable[[], Iterable[FeatureText]],
+    ) -> Start:
+        """From the target in closed form, or random."""
+        head = random_head(self._shape, draft_token_ids, self._run.seed)
+        scale = feature_scale(texts())
+        if self._run.start == "target":
+            start_from_target(head, loaded.model, texts(), scale)
+        return Start(head, scale)
+
+
+class StudentMethod:
+    """First and last layers of the target, trained on (``student_model``)."""
+
+    def __init__(self, config: StudentConfig, target: ModelConfig) -> None:
+        first, last = config.first_layers, config.last_layers
+        if first + last >= target.num_layers:
+            raise ValueError(
+                f"a model of {target.num_layers} layers is no larger than its student of "
+                f"{first} + {last}"
+            )
+        self._kept = (*range(first), *range(target.num_layers - last, target.num_layers))
+        self._joint = first
+
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """Those before and behind the layers that are left out; only the start needs them."""
+        return (self._joint - 1, self._kept[self._joint] - 1)
+
+    def start(
+        self,
+        loaded: LoadedModel,
+        draft_token_ids: Tensor,
+        texts: Callable[[], Iterable[FeatureText]],
+    ) -> Start:
+        """The target's own layers, with the connector in closed form."""
+        rows = [(text.features.float(), text.is_answer) for text in texts()]
+        features, is_answer = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        inputs, outputs = features.chunk(2, dim=1)
+        weight, bias = fit_connector(inputs, outputs, is_answer)
+        student = StudentWeights(
+            connector_weight=weight,
+            connector_bias=bias,
+            draft_token_ids=draft_token_ids.int(),
+            logit_scale=_START_SHARPNESS,
+            kept_layers=self._kept,
+            joint=self._joint,
+            target_digest=loaded.weights_digest,
+            num_positions=len(features),
+            agreement=None,
+        )
+        draft = StudentModel.from_target(loaded.model, student)
+        return Start(draft, torch.ones(features.shape[1]))
+
+
+def method_of(config: DraftTrainingConfig, target: ModelConfig) -> Method:
+    """The configured kind.
+
+    Raises:
+        ValueError: the target is too small for it.
+        UnsupportedModelError: it cannot be made for this kind of target.
+    """
+    if config.method == "student":
+        return StudentMethod(config.student, target)
+    return Eagle3Method(config, target)
