@@ -289,8 +289,9 @@ class CheckedSpeculator(Speculator):
         self._phase = "idle"
         for result in results:
             assert self._round[result.session_id] == result.tree
-            assert result.num_accepted <= len(result.tree)
-            self.num_accepted += result.num_accepted
+            assert list(result.nodes) == sorted(set(result.nodes))
+            assert all(node < len(result.tree) for node in result.nodes)
+            self.num_accepted += len(result.nodes)
             self.sessions[result.session_id] += result.new_token_ids
 
     def close(self, session_id):
@@ -346,7 +347,7 @@ class HostileSpeculator(CheckedSpeculator):
             parents[rng.randrange(num_nodes)] = rng.choice((-2, num_nodes, num_nodes + 5))
         if num_nodes and rng.random() < 0.1:
             parents.pop()
-        return DraftTree(tuple(tokens), tuple(parents), DraftOrigin.POOL)
+        return DraftTree(tuple(tokens), tuple(parents), (DraftOrigin.POOL,) * len(tokens))
 
 
 @dataclass

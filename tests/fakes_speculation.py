@@ -206,7 +206,7 @@ class ToyTarget:
         return RoundResult(
             session_id=request.session_id,
             tree=tree,
-            num_accepted=len(accepted),
+            nodes=outcome.nodes,
             new_token_ids=(*accepted, outcome.bonus_token_id),
         )
 

@@ -117,7 +117,7 @@ class KnowingSpeculator(CheckedSpeculator):
                     tokens.append(guess)
                     parents.append(right)
             right = len(tokens) - 1
-        return DraftTree(tuple(tokens), tuple(parents), DraftOrigin.POOL)
+        return DraftTree(tuple(tokens), tuple(parents), (DraftOrigin.POOL,) * len(tokens))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -101,7 +101,7 @@ class KnowingSpeculator(CheckedSpeculator):
                     tokens.append(token if is_right else (token + 1) % 1000)
                     parents.append(right)
             right = len(tokens) - 1
-        return DraftTree(tuple(tokens), tuple(parents), DraftOrigin.POOL)
+        return DraftTree(tuple(tokens), tuple(parents), (DraftOrigin.POOL,) * len(tokens))
 
 
 def make_requests(prompts, **sampling):

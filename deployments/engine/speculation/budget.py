@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 INITIAL_ACCEPTANCE = 0.75
-_WEIGHT = 0.15
-_WORTH = 0.2
 
 
-def update_acceptance(
-    acceptance: float, num_accepted: int, num_drafted: int, *, weight: float = _WEIGHT
-) -> float:
+def update_acceptance(acceptance: float, was_right: bool, weight: float) -> float:
     """The estimate of a draft token's chance, given that all before it were accepted.
 
     Args:
         acceptance: the estimate so far.
-        num_accepted: accepted tokens of the round, along one path.
-        num_drafted: verified tokens of that path; 0 teaches nothing.
-        weight: of one token that was put to the test.
-
-    Returns:
-        An exponential average over draft tokens that were put to the test: the accepted ones and,
-        if one was refused, that one.
+        was_right: what became of one that was put to the test.
+        weight: of that one.
     """
-    if num_drafted == 0:
-        return acceptance
-    num_tested = num_accepted + (num_accepted < num_drafted)
-    keep = (1.0 - weight) ** num_tested
-    observed = num_accepted / num_tested
     # In this form equal values stay equal; the sum of two products would drift above 1.
-    return min(1.0, max(0.0, observed + keep * (acceptance - observed)))
-
-
-def draft_length(acceptance: float, max_draft_tokens: int) -> int:
-    """Draft tokens worth verifying.
-
-    The i-th token survives with chance ``acceptance ** i``; it is worth a row of the batch while
-    that is at least 0.2.
-
-    Returns:
-        1 to ``max_draft_tokens``; 0 only if that is 0. One token is always tried, else a session
-        whose text turns predictable would never notice.
-    """
-    if acceptance >= 1.0:
-        return max_draft_tokens
-    if acceptance <= _WORTH:
-        return min(1, max_draft_tokens)
-    return min(max_draft_tokens, int(math.log(_WORTH) / math.log(acceptance)))
+    return min(1.0, max(0.0, acceptance + weight * (was_right - acceptance)))
 
 
 def verify_lengths(

@@ -63,13 +63,13 @@ class RoundResult:
     """What became of a sequence's draft.
 
     Attributes:
-        num_accepted: accepted draft tokens.
+        nodes: accepted ones of the tree, from the root's child downwards.
         new_token_ids: committed in this step: the accepted ones and the bonus token.
     """
 
     session_id: int
     tree: DraftTree
-    num_accepted: int
+    nodes: tuple[int, ...]
     new_token_ids: tuple[int, ...]
 
 

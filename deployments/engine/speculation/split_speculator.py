@@ -1,4 +1,4 @@
-"""The target's speculator: the better of the pool's row and the local drafter's, or neither."""
+"""The target's speculator: the likeliest of what pool and local drafter guess, or nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deployments.engine.speculation.budget import draft_length, verify_lengths
-from deployments.engine.speculation.draft_source import NO_GUESS, POOL, DraftSource, Guess, Trust
+from deployments.engine.speculation.budget import verify_lengths
+from deployments.engine.speculation.draft_source import (
+    NOTHING,
+    POOL,
+    DraftSource,
+    Guess,
+    Merged,
+    Priors,
+    Trust,
+)
 from deployments.engine.speculation.drafters.ask import ask, calling
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.errors import DrafterFailedError
@@ -45,15 +53,17 @@ class _Running:
     """What the engine thread keeps of a running sequence.
 
     Attributes:
-        taken: the draft that was at hand last.
+        guesses: that were at hand last.
+        merged: the tree of them.
     """
 
-    __slots__ = ("num_withheld_rounds", "spec", "taken", "trust")
+    __slots__ = ("guesses", "merged", "num_withheld_rounds", "spec", "trust")
 
-    def __init__(self, spec: SessionSpec, priors: dict[DraftSource, float]) -> None:
+    def __init__(self, spec: SessionSpec, priors: Priors) -> None:
         self.spec = spec
         self.trust = Trust(priors)
-        self.taken = NO_GUESS
+        self.guesses: tuple[Guess, ...] = ()
+        self.merged: Merged = NOTHING
         self.num_withheld_rounds = 0
 
 
@@ -93,7 +103,7 @@ class SplitSpeculator(Speculator):
             local_drafter = SuffixDrafter(min_match_tokens=config.min_match_tokens)
         self._local = local_drafter
         self._running: dict[int, _Running] = {}
-        self._priors: dict[DraftSource, float] = {}
+        self._priors: Priors = {}
         self._step_times = StepTimes()
         self._step_began_at = 0.0
         self._num_step_rows = 0
@@ -145,7 +155,7 @@ class SplitSpeculator(Speculator):
     def take(
         self, requests: Sequence[DraftRequest], load: StepLoad = NOTHING_ELSE
     ) -> list[TakenDraft]:
-        """The draft at hand that promises most, as far as verifying it pays; else nothing.
+        """The likeliest tokens at hand, as far as verifying them pays; else nothing.
 
         What a step takes is learned from those between ``take`` and ``verified``.
         """
@@ -184,16 +194,16 @@ class SplitSpeculator(Speculator):
             from_pool = self._pool.drafts(requests)
         taken: list[TakenDraft] = []
         local = self._local_drafts(requests)
-        for request, draft, best in zip(requests, from_pool, local, strict=True):
+        for request, draft, guesses in zip(requests, from_pool, local, strict=True):
             has_room = request.max_draft_tokens > 0
             hit = bool(draft.token_ids) and has_room
             running = self._running.get(request.session_id)
+            tree = _EMPTY
             if running is not None:
-                running.taken = best
-                if hit:
-                    row = running.trust.guess(draft.token_ids, POOL, self._most(request))
-                    running.taken = running.trust.better(row, best)
-            tree = NO_GUESS.tree if running is None else running.taken.tree
+                from_table = (Guess(tuple(draft.token_ids), POOL),) if hit else ()
+                running.guesses = (*from_table, *guesses)
+                running.merged = running.trust.merge(running.guesses, self._most(request))
+                tree = running.merged.tree
             missed = draft.was_asked and has_room and not hit
             taken.append(TakenDraft(tree=tree, table_hit=hit, table_miss=missed))
             self._num_table_hits += hit
@@ -203,14 +213,14 @@ class SplitSpeculator(Speculator):
     def _most(self, request: DraftRequest) -> int:
         return min(request.max_draft_tokens, self._config.num_draft_tokens)
 
-    def _chances(self, request: DraftRequest, tree: DraftTree) -> list[float]:
+    def _chances(self, request: DraftRequest, tree: DraftTree) -> Sequence[float]:
         """That each draft token is accepted, with all before it."""
         running = self._running.get(request.session_id)
         if running is None or not len(tree):
             return []
         if running.num_withheld_rounds >= _PROBE_INTERVAL_ROUNDS:
             return [_PROBE_WORTH]
-        return running.trust.chances(running.taken)
+        return running.merged.chances
 
     def _cut(self, request: DraftRequest, draft: TakenDraft, length: int) -> TakenDraft:
         running = self._running.get(request.session_id)
@@ -220,8 +230,7 @@ class SplitSpeculator(Speculator):
         if length == len(draft.tree):
             return draft
         self._num_withheld += len(draft.tree) - length
-        tree = DraftTree.chain(draft.tree.token_ids[:length], draft.tree.origin)
-        return replace(draft, tree=tree if length else _EMPTY)
+        return replace(draft, tree=draft.tree.cut(length))
 
     def verifying(self, rounds: Sequence[tuple[DraftRequest, DraftTree]]) -> None:
         """Announce the round to the pool, plain ones too: their bonus token can be foreseen."""
@@ -239,14 +248,14 @@ class SplitSpeculator(Speculator):
         for result in results:
             self._num_rounds += 1
             running = self._running.get(result.session_id)
-            origin = result.tree.origin
-            num_drafted = len(result.tree)
-            self._num_drafted[origin] += num_drafted
-            self._num_accepted[origin] += result.num_accepted
+            for origin in result.tree.origins:
+                self._num_drafted[origin] += 1
+            for node in result.nodes:
+                self._num_accepted[result.tree.origins[node]] += 1
             if running is None:
                 continue
-            if origin is running.taken.source.origin:
-                running.trust.learn(running.taken.source, result.num_accepted, num_drafted)
+            for guess in running.guesses:
+                running.trust.learn(guess, result.tree, result.nodes)
             if self._local is not None:
                 with self._tolerating(self._local):
                     self._local.append(result.session_id, result.new_token_ids)
@@ -290,10 +299,10 @@ class SplitSpeculator(Speculator):
 
     def _wanted(self, request: DraftRequest) -> int:
         running, k = self._running.get(request.session_id), self._config.num_draft_tokens
-        return k if running is None else draft_length(running.trust.acceptance(POOL), k)
+        return k if running is None else running.trust.worth(POOL, k)
 
-    def _local_drafts(self, requests: Sequence[DraftRequest]) -> list[Guess]:
-        guesses = [NO_GUESS] * len(requests)
+    def _local_drafts(self, requests: Sequence[DraftRequest]) -> list[tuple[Guess, ...]]:
+        guesses: list[tuple[Guess, ...]] = [()] * len(requests)
         asking = [
             index
             for index, request in enumerate(requests)
@@ -319,9 +328,7 @@ class SplitSpeculator(Speculator):
         for index, rows in zip(asking, answers, strict=True):
             if rows:
                 token_ids = (rows[0].bonus_token_id, *rows[0].draft_token_ids)
-                trust = self._running[requests[index].session_id].trust
-                source = DraftSource.of_copy(rows[0])
-                guesses[index] = trust.guess(token_ids, source, self._most(requests[index]))
+                guesses[index] = (Guess(token_ids, DraftSource.of_copy(rows[0])),)
         return guesses
 
     @contextmanager

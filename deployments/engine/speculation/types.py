@@ -27,17 +27,35 @@ class DraftTree:
     Attributes:
         token_ids: one per node, parents before children.
         parents: node index of each node's parent; -1 is the last committed token.
-        origin: who guessed it.
+        origins: who guessed each node; empty where nobody wants to know.
     """
 
     token_ids: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
-    origin: DraftOrigin = DraftOrigin.NONE
+    origins: tuple[DraftOrigin, ...] = ()
 
     @classmethod
     def chain(cls, token_ids: Sequence[int], origin: DraftOrigin) -> DraftTree:
         """A tree without branches."""
-        return cls(tuple(token_ids), tuple(range(-1, len(token_ids) - 1)), origin)
+        length = len(token_ids)
+        return cls(tuple(token_ids), tuple(range(-1, length - 1)), (origin,) * length)
+
+    def cut(self, length: int) -> DraftTree:
+        """The first nodes; parents come before children, so it is a tree."""
+        return DraftTree(self.token_ids[:length], self.parents[:length], self.origins[:length])
+
+    def walk(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """The nodes that a text behind the last committed token passes, as far as there are any."""
+        path: list[int] = []
+        for token_id in token_ids:
+            at = path[-1] if path else -1
+            for node, parent in enumerate(self.parents):
+                if parent == at and self.token_ids[node] == token_id:
+                    path.append(node)
+                    break
+            else:
+                break
+        return tuple(path)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -109,7 +127,7 @@ class DraftQuery:
         token_ids: committed tokens, prompt included; the sequence the drafter continues.
         in_flight: the draft being verified; empty when the round is plain.
         num_draft_tokens: tokens wanted behind each bonus token (k).
-        fanout: bonus tokens to guess at each node (F).
+        fanout: bonus tokens to guess for each node, on average (F).
     """
 
     session_id: int

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from deployments.engine.speculation.errors import MalformedMessageError
 from deployments.engine.speculation.types import (
-    DraftOrigin,
     DraftSampling,
     DraftTree,
     OutcomeRow,
@@ -111,7 +110,7 @@ def in_flight_from_wire(message: draft_pb2.Commit, vocab_size: int) -> DraftTree
     check_token_ids(token_ids, vocab_size)
     if message.num_draft_tokens > MAX_DRAFT_TOKENS or message.fanout > MAX_FANOUT:
         raise MalformedMessageError("more draft tokens or fan-out asked than the protocol allows")
-    return DraftTree(token_ids, parents, DraftOrigin.NONE)
+    return DraftTree(token_ids, parents)
 
 
 def rows_to_wire(rows: Iterable[OutcomeRow]) -> list[draft_pb2.Row]:

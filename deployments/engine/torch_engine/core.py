@@ -320,8 +320,8 @@ class EngineCore:
             self._transfer.publish(sequence)
         self._num_output_tokens += len(new_token_ids)
         self._scheduler.count_output(sequence, len(new_token_ids))
-        sequence.speculation.add(outcome.draft, len(outcome.nodes))
-        self._speculation.add(outcome.draft, len(outcome.nodes))
+        sequence.speculation.add(outcome.draft, outcome.nodes)
+        self._speculation.add(outcome.draft, outcome.nodes)
         if outcome.stop is not None:
             self._end(sequence, new_token_ids, outcome.stop, logprobs)
             return

@@ -1,9 +1,10 @@
 """The draft pool's reference drafter: a causal language model that answers for all outcomes.
 
 A query tells which draft the target is verifying. The model reads the new committed text and that
-draft in one forward, which gives it a distribution behind every node: there the likeliest bonus
-tokens are taken, and each (node, bonus) branch is continued for k tokens. Every choice adds the
-noise the target will add, so that the two agree wherever their distributions nearly do.
+draft in one forward, which gives it a distribution behind every node. The likeliest outcomes (the
+node at which the draft ends, and the bonus token there) are each continued for k tokens. Every
+choice adds the noise the target will add, so that the two agree wherever their distributions nearly
+do.
 
 Rows of committed text stay in the session's pages. Rows of guesses go to scratch slots, where the
 branches of a session form one tree: each row sees the text, its node's path, and itself.
@@ -226,7 +227,11 @@ class CausalLMDrafter(Drafter):
         return list(torch.split(logits, [part.num_logits for part in parts]))
 
     def _choose_bonus_tokens(self, group: Sequence[_Round], logits: Sequence[Tensor]) -> None:
-        """Open a branch for the best F tokens behind each node that its draft does not hold."""
+        """Open branches for the likeliest outcomes that the draft does not hold, F for every node.
+
+        An outcome is a place where the draft ends and the token that stands there instead. Places
+        that are likelier to be the end, by the model's own scores, get more of them.
+        """
         for work, logits_RV in zip(group, logits, strict=True):
             tree, length = work.query.in_flight, len(work.query.token_ids)
             positions = [length + depth for depth in work.depths]
@@ -236,15 +241,14 @@ class CausalLMDrafter(Drafter):
             for parent, token in zip(tree.parents, tree.token_ids, strict=True):
                 reached.append(reached[parent + 1] + float(log_probs_RV[parent + 1, token]))
                 log_probs_RV[parent + 1, token] = -torch.inf
-            best = log_probs_RV.topk(min(work.fanout, log_probs_RV.shape[1]), dim=1)
-            for row, (values, tokens) in enumerate(
-                zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            ):
-                work.branches += [
-                    _Branch(row - 1, positions[row], reached[row] + value, [token])
-                    for value, token in zip(values, tokens, strict=True)
-                    if value > -torch.inf
-                ]
+            outcomes = (log_probs_RV + log_probs_RV.new_tensor(reached).unsqueeze(1)).flatten()
+            count = min(work.fanout * len(reached), outcomes.shape[0])
+            best, vocab_size = outcomes.topk(count), log_probs_RV.shape[1]
+            for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                if value == -torch.inf:
+                    break
+                row, token = divmod(place, vocab_size)
+                work.branches.append(_Branch(row - 1, positions[row], value, [token]))
 
     def _continue_branches(self, group: Sequence[_Round]) -> None:
         """Extend every branch, all queries together, one token per forward."""

@@ -164,7 +164,7 @@ class DraftRounds:
             RoundResult(
                 session_id=outcome.sequence.session_id,
                 tree=outcome.draft.tree,
-                num_accepted=len(outcome.nodes),
+                nodes=outcome.nodes,
                 new_token_ids=outcome.new_token_ids,
             )
             for outcome in outcomes
@@ -214,8 +214,4 @@ def usable_draft(tree: DraftTree, max_draft_tokens: int, vocab_size: int) -> Dra
     )
     if not is_sound or max_draft_tokens <= 0:
         return DraftTree()
-    if len(tree) <= max_draft_tokens:
-        return tree
-    return DraftTree(
-        tree.token_ids[:max_draft_tokens], tree.parents[:max_draft_tokens], tree.origin
-    )
+    return tree.cut(max_draft_tokens)

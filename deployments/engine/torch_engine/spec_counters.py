@@ -8,6 +8,8 @@ from deployments.engine.speculation.types import DraftOrigin
 from deployments.engine.types import SpeculationStats
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from deployments.engine.speculation.speculator import TakenDraft
 
 
@@ -23,12 +25,12 @@ class SpeculationCounters:
         self._num_table_misses = 0
         self._histogram: list[int] = []
 
-    def add(self, taken: TakenDraft, num_accepted: int) -> None:
+    def add(self, taken: TakenDraft, nodes: Sequence[int]) -> None:
         """Count one sequence's step.
 
         Args:
             taken: the draft that was verified, possibly empty.
-            num_accepted: draft tokens that became output.
+            nodes: of its tree, that became output.
         """
         self._num_table_hits += taken.table_hit
         self._num_table_misses += taken.table_miss
@@ -36,9 +38,10 @@ class SpeculationCounters:
             return
         self._num_spec_steps += 1
         self._num_draft_tokens += len(taken.tree)
+        num_accepted = len(nodes)
         self._num_accepted += num_accepted
-        if taken.tree.origin is DraftOrigin.POOL:
-            self._num_accepted_pool += num_accepted
+        if origins := taken.tree.origins:
+            self._num_accepted_pool += sum(origins[node] is DraftOrigin.POOL for node in nodes)
         self._histogram.extend([0] * (num_accepted + 1 - len(self._histogram)))
         self._histogram[num_accepted] += 1
 

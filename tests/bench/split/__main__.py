@@ -12,6 +12,7 @@ import asyncio
 import json
 import platform
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,11 @@ from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.model_files import model_folder
 from deployments.tokenizer import ChatTurn, Tokenizer
 from tests.bench.split.bars import bars_of
-from tests.bench.split.clock import Pair, ReplayRunner
+from tests.bench.split.clock import PacedDrafter, Pair, ReplayRunner
 from tests.bench.split.distance import Distance
 from tests.bench.split.model import Measured, seconds_per_token
 from tests.bench.split.modes import Mode, Modes, all_modes
-from tests.bench.split.pool import SECRET, draft_pool, identity
+from tests.bench.split.pool import SECRET, draft_pool, hosted, identity
 from tests.bench.split.prompts import other_prompts, prompts
 from tests.bench.split.race import Race
 from tests.bench.split.report import draw, show
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
     from tests.bench.split.race import Tally
 
 _FOLDER = Path("build/reports")
-_PAIR = Pair(target_s=0.030, row_share=0.004, draft_s=0.002)
-"""Assumed, not measured: about a target of 70 B parameters and a drafter of 1 B on GPUs."""
+_PAIR = Pair(target_s=0.030, row_share=0.004, draft_s=0.002, head_s=0.0006)
+"""Assumed, not measured: about a target of 70 B parameters, a drafter of 1 B on a GPU of its own,
+and a head beside the target."""
 _OWN_KEY, _PACED_KEY = bytes([1]) * 32, bytes([2]) * 32
 """Replayed prompts have pages of their own, so that every one is seen whole."""
 _POOL_MODES = (Mode.SYNC, Mode.PULL, Mode.PUSH, Mode.SPLIT)
@@ -69,8 +71,11 @@ class Bench:
         self._distance = Distance()
         connect = grpc_connector(identity(self._config, self._tokenizer), "bench", SECRET)
         vocab_size = self._tokenizer.vocab_size
+        self._colocated = PacedDrafter(hosted(told.drafter, num_threads=1), 0.0)
         self._modes = Modes(
-            all_modes(self._config.speculation, vocab_size, connect, self._distance)
+            all_modes(
+                self._config.speculation, vocab_size, connect, self._distance, self._colocated
+            )
         )
         self._prompts = {name: self._chats(texts) for name, texts in prompts().items()}
         self._others = {name: self._chats(texts) for name, texts in other_prompts().items()}
@@ -113,12 +118,12 @@ class Bench:
             race = Race(engine, self._modes, endpoint, _OWN_KEY, earlier)
             for name, texts in self._prompts.items():
                 for batch in self._told.batches:
-                    modes = (Mode.PLAIN, Mode.LOCAL, Mode.SPLIT)
+                    modes = (Mode.PLAIN, Mode.LOCAL, Mode.COLOCATED, Mode.SPLIT)
                     tallies = await race.run(
                         texts, modes, batch, self._told.repetitions, self._told.tokens
                     )
                     rows += [_row(name, "own", batch, 0.0, mode, tallies) for mode in modes[1:]]
-                    _tell(rows, 2)
+                    _tell(rows, len(modes) - 1)
         return rows
 
     async def _at_simulated_speed(
@@ -138,20 +143,24 @@ class Bench:
         core = engine._core  # type: ignore[attr-defined]
         core._runner = ReplayRunner(texts, self._tokenizer.vocab_size, pair)
         rows = []
+        self._colocated.draft_s = pair.head_s
         with draft_pool(told.drafter, pair.draft_s) as endpoint:
             race = Race(engine, self._modes, endpoint, _PACED_KEY, earlier)
-            for name, own in chosen.items():
-                for round_trip in told.round_trips:
-                    self._distance.round_trip_s = round_trip * pair.target_s
-                    modes = (Mode.PLAIN, *((Mode.LOCAL,) if not round_trip else ()), *_POOL_MODES)
-                    tallies = await race.run(own, modes, 1, len(own), told.tokens)
-                    found = [
-                        _row(name, "simulated", 1, round_trip, mode, tallies) for mode in modes[1:]
-                    ]
+            for name, batch, round_trip in product(chosen, told.paced_batches, told.round_trips):
+                own = chosen[name]
+                self._distance.round_trip_s = round_trip * pair.target_s
+                near = () if round_trip else (Mode.LOCAL, Mode.COLOCATED)
+                modes = (Mode.PLAIN, *near, *_POOL_MODES)
+                repetitions = max(1, len(own) // batch)
+                tallies = await race.run(own, modes, batch, repetitions, told.tokens)
+                found = [
+                    _row(name, "simulated", batch, round_trip, mode, tallies) for mode in modes[1:]
+                ]
+                if batch == 1:
                     for row in found:
                         _compare(row, pair)
-                    rows += found
-                    _tell(rows, len(found))
+                rows += found
+                _tell(rows, len(found))
         return rows
 
     def _chats(self, texts: Sequence[str]) -> list[list[int]]:
@@ -175,6 +184,9 @@ def main() -> int:
         "--round-trips", type=float, nargs="*", default=(0.0, 0.25, 0.5, 1.0, 2.0), help="in T"
     )
     parser.add_argument("--paced-prompts", type=int, default=4, help="of each kind")
+    parser.add_argument(
+        "--paced-batches", type=int, nargs="*", default=(1, 4), help="on the simulated clock"
+    )
     parser.add_argument("--slow-down", type=float, default=6.0, help="of the simulated clock")
     told = parser.parse_args()
     rows = asyncio.run(Bench(told).run())

@@ -32,15 +32,19 @@ class Pair(NamedTuple):
         target_s: of a step that chooses one token.
         row_share: what one more token of the step adds to that.
         draft_s: of one forward of the drafter.
+        head_s: of one forward of a drafter beside the target.
     """
 
     target_s: float
     row_share: float
     draft_s: float
+    head_s: float
 
     def slowed(self, factor: float) -> Pair:
         """The pair on a clock that runs ``factor`` times slower."""
-        return Pair(self.target_s * factor, self.row_share, self.draft_s * factor)
+        return Pair(
+            self.target_s * factor, self.row_share, self.draft_s * factor, self.head_s * factor
+        )
 
     def step_s(self, num_extra_rows: float) -> float:
         """Of a step that verifies so many draft tokens."""
@@ -93,11 +97,14 @@ class PacedDrafter(Drafter):
     """Takes ``draft_s`` for every forward; more only if this machine is slower than that.
 
     A batch is one forward over the drafts in flight and one more for every token drafted.
+
+    Attributes:
+        draft_s: may be changed while nothing runs.
     """
 
     def __init__(self, inner: Drafter, draft_s: float) -> None:
         self._inner = inner
-        self._draft_s = draft_s
+        self.draft_s = draft_s
 
     def open(self, session: SessionSpec) -> None:
         """Hand on."""
@@ -116,6 +123,6 @@ class PacedDrafter(Drafter):
         began = time.perf_counter()
         rows = self._inner.propose(queries)
         num_forwards = 1 + max(query.num_draft_tokens for query in queries)
-        due = began + num_forwards * self._draft_s
+        due = began + num_forwards * self.draft_s
         time.sleep(max(0.0, due - time.perf_counter()))
         return rows

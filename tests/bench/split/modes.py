@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deployments.engine.speculation import wire
+from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.speculator import (
     NOTHING_ELSE,
     NoSpeculation,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from deployments.engine.config import SpeculationConfig
+    from deployments.engine.speculation.drafters.base import Drafter
     from deployments.engine.speculation.speculator import DraftRequest, RoundResult, StepLoad
     from deployments.engine.speculation.transport import Connector, TargetTransport
     from tests.bench.split.distance import Distance
@@ -44,6 +46,8 @@ class Mode(StrEnum):
     PLAIN = "plain"
     LOCAL = "local"
     """A suffix drafter in the target's process, no pool."""
+    COLOCATED = "colocated"
+    """The pool's own drafter in the target's process: its forwards stand between two steps."""
     SYNC = "sync"
     """The pool is asked behind every step, and waited for."""
     PULL = "pull"
@@ -61,17 +65,22 @@ def all_modes(
     vocab_size: int,
     connect: Connector,
     distance: Distance,
+    colocated: Drafter | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Mode, Speculator]:
     """A speculator per mode that has one.
 
     Args:
+        colocated: runs on the engine's thread; without it there is no such mode.
         clock: seconds; budgets come from what it says steps take.
     """
     pool_only = config.model_copy(update={"local_drafter": "none"})
     here: dict[str, Any] = {"vocab_size": vocab_size, "clock": clock}
     far = here | {"connect": distance.to(connect)}
-    return {
+    beside = {}
+    if colocated is not None:
+        beside[Mode.COLOCATED] = SplitSpeculator(config, local_drafter=colocated, **here)
+    return beside | {
         Mode.LOCAL: SplitSpeculator(config, **here),
         Mode.SYNC: _SyncSpeculator(far["connect"], vocab_size, config.num_draft_tokens),
         Mode.PULL: _PullSpeculator(distance, pool_only, **far),
@@ -103,7 +112,9 @@ class Modes(Speculator):
     def teach(self, tenant: str, texts: Sequence[Sequence[int]]) -> None:
         """Have the local drafter take these for outputs that the tenant had before."""
         speculator = self._current
-        if not isinstance(speculator, SplitSpeculator) or speculator._local is None:
+        if not isinstance(speculator, SplitSpeculator):
+            return
+        if not isinstance(speculator._local, SuffixDrafter):
             return
         for number, text in enumerate(texts):
             session = SessionSpec(

@@ -23,6 +23,8 @@ from tests.bench.split.clock import PacedDrafter
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from deployments.engine.speculation.drafters.base import Drafter
+
 SECRET = SecretStr("bench-split")
 
 
@@ -33,6 +35,12 @@ def identity(engine: TorchEngineConfig, tokenizer: Tokenizer) -> Identity:
         vocab_size=tokenizer.vocab_size,
         vocab_digest=tokenizer.vocab_digest(),
     )
+
+
+def hosted(name: str, num_threads: int) -> Drafter:
+    """The drafter of the pool; ``name`` as in ``draft.drafter``."""
+    draft = DraftPoolConfig(drafter=name, num_threads=num_threads)
+    return build_drafter(draft, TorchEngineConfig(), default_cache_dir())
 
 
 @contextmanager
@@ -59,10 +67,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--forward-seconds", type=float, default=0.0)
     told = parser.parse_args()
-    engine, cache_dir = TorchEngineConfig(), default_cache_dir()
-    tokenizer = Tokenizer.load(model_folder(engine.model, cache_dir))
-    draft = DraftPoolConfig(drafter=told.drafter, num_threads=told.threads)
-    drafter = build_drafter(draft, engine, cache_dir)
+    engine = TorchEngineConfig()
+    tokenizer = Tokenizer.load(model_folder(engine.model, default_cache_dir()))
+    drafter = hosted(told.drafter, told.threads)
     if told.forward_seconds:
         drafter = PacedDrafter(drafter, told.forward_seconds)
     server = DraftServer(drafter, identity(engine, tokenizer), SECRET)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {
     Mode.LOCAL: "#8b949e",
+    Mode.COLOCATED: "#2da44e",
     Mode.SYNC: "#d29922",
     Mode.PULL: "#a371f7",
     Mode.PUSH: "#6ea8fe",
@@ -52,11 +53,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     )
     for column, name in enumerate(names):
         own = [row for row in rows if row["prompts"] == name]
-        paced = [row for row in own if row["clock"] == "simulated" and row["batch"] == 1]
+        paced = [row for row in own if row["clock"] == "simulated"]
+        batches = sorted({row["batch"] for row in paced})
+        paced = [row for row in paced if row["batch"] == batches[0]]
         above, below = grid[0][column], grid[1][column]
         _lines(above, paced, "round_trip", with_model=True)
         _lines(below, [row for row in own if row["clock"] == "own"], "batch", with_model=False)
-        above.set_title(f"{name}, batch 1, simulated clock", fontsize=9)
+        above.set_title(f"{name}, batch {batches[0]}, simulated clock", fontsize=9)
         above.set_xlabel("round trip / target step")
         below.set_title(f"{name}, this machine", fontsize=9)
         below.set_xlabel("batch")

@@ -103,7 +103,7 @@ class RandomTrees(NoSpeculation):
             parents.append(parent)
             if is_right:
                 right, depth = len(tokens) - 1, depth + 1
-        return DraftTree(tuple(tokens), tuple(parents), DraftOrigin.LOCAL)
+        return DraftTree(tuple(tokens), tuple(parents), (DraftOrigin.LOCAL,) * len(tokens))
 
 
 def continuation(texts: Sequence[list[int]], beginning: list[int]) -> list[int]:

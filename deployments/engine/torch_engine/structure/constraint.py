@@ -113,6 +113,7 @@ class Constraint:
         kept: dict[int, int] = {-1: -1}
         token_ids: list[int] = []
         parents: list[int] = []
+        origins: list[DraftOrigin] = []
         paths: list[tuple[int, ...]] = []
         for node, (parent, token) in enumerate(zip(tree.parents, tree.token_ids, strict=True)):
             if parent not in kept:
@@ -122,8 +123,9 @@ class Constraint:
                 kept[node] = len(token_ids)
                 token_ids.append(token)
                 parents.append(kept[parent])
+                origins += tree.origins[node : node + 1]
                 paths.append((*path, token))
-        return DraftTree(tuple(token_ids), tuple(parents), tree.origin)
+        return DraftTree(tuple(token_ids), tuple(parents), tuple(origins))
 
     def _stand_at(self, path: Sequence[int]) -> bool:
         """Walk to a place; False if the grammar does not lead there."""

@@ -62,9 +62,9 @@ def play(speculator, num_rounds, *, is_right, clock=None, seconds_of=None, load=
         speculator.verifying([(asked, taken.tree)])
         if clock is not None:
             clock.now += seconds_of(load.num_rows + 1 + len(taken.tree))
-        accepted = len(taken.tree) if is_right else 0
+        nodes = tuple(range(len(taken.tree))) if is_right else ()
         speculator.verified(
-            [RoundResult(session_id=1, tree=taken.tree, num_accepted=accepted, new_token_ids=())]
+            [RoundResult(session_id=1, tree=taken.tree, nodes=nodes, new_token_ids=())]
         )
     return lengths
 
@@ -99,10 +99,10 @@ def test_wrong_drafts_get_shorter_and_right_ones_longer():
     speculator = local_only(num_draft_tokens=4)
     speculator.open(spec_of(1, LOOP))
 
-    assert play(speculator, 12, is_right=False)[-1] == 1
-    assert play(speculator, 12, is_right=True)[-1] == 4
+    assert play(speculator, 30, is_right=False)[-1] == 1
+    assert play(speculator, 30, is_right=True)[-1] == 4
     stats = speculator.stats()
-    assert stats.num_rounds == 24
+    assert stats.num_rounds == 60
     assert 0 < stats.num_local_accepted_tokens < stats.num_local_draft_tokens
     assert stats.num_pool_draft_tokens == 0
 
@@ -148,7 +148,7 @@ def test_copies_are_trusted_by_what_they_rest_on():
         clock=FakeClock(),
     )
     speculator.open(spec_of(1, LOOP))
-    assert play(speculator, 20, is_right=False)[-1] == 1
+    assert play(speculator, 200, is_right=False)[-1] == 1
     drafter.num_matched = 2
     assert play(speculator, 20, is_right=True)[-1] == 4
     drafter.num_matched = 1
@@ -164,8 +164,8 @@ def test_copies_are_trusted_by_what_they_rest_on():
     assert lengths[3] == len(DraftTree.chain((1, 2, 3, 4), DraftOrigin.LOCAL))
 
 
-@pytest.mark.parametrize("right", ["table", "copy"])
-def test_of_a_table_and_a_copy_the_one_that_was_right_before_is_taken(right):
+@pytest.mark.parametrize("right", [DraftOrigin.POOL, DraftOrigin.LOCAL])
+def test_the_one_that_was_right_before_gets_the_rows(right):
     class Pool:
         def drafts(self, requests):
             return [PoolDraft((5, 6, 7), was_asked=True) for _ in requests]
@@ -185,21 +185,28 @@ def test_of_a_table_and_a_copy_the_one_that_was_right_before_is_taken(right):
     )
     speculator._pool = Pool()  # the network is not what is looked at here
     speculator.open(spec_of(1, LOOP))
-    wanted = DraftOrigin.POOL if right == "table" else DraftOrigin.LOCAL
-    origins = []
+    trees = []
     for _ in range(40):
         asked = request(1, LOOP)
         [taken] = speculator.take([asked])
         assert taken.table_hit
-        origins.append(taken.tree.origin)
-        accepted = len(taken.tree) if taken.tree.origin is wanted else 0
-        speculator.verified(
-            [RoundResult(session_id=1, tree=taken.tree, num_accepted=accepted, new_token_ids=())]
+        tree = taken.tree
+        trees.append(tree)
+        text = (5, 6, 7) if right is DraftOrigin.POOL else (1, 2, 3)
+        path = tree.walk(text)
+        result = RoundResult(
+            session_id=1, tree=tree, nodes=path, new_token_ids=(*text[: len(path)], 9)
         )
-    assert set(origins[5:]) == {wanted}
+        speculator.verified([result])
+    assert trees[0].parents[:2] == (-1, -1)  # nothing speaks for one of them yet
+    assert set(trees[0].origins) == {DraftOrigin.POOL, DraftOrigin.LOCAL}
+    assert trees[-1].is_chain
+    assert set(trees[-1].origins) == {right}
     stats = speculator.stats()
     assert stats.num_table_hits == 40
-    assert (stats.num_pool_accepted_tokens > 90) is (right == "table")
+    from_pool, local = stats.num_pool_accepted_tokens, stats.num_local_accepted_tokens
+    assert (from_pool, local)[right is DraftOrigin.POOL] == 0
+    assert max(from_pool, local) > 100
 
 
 class BrokenDrafter(Drafter):

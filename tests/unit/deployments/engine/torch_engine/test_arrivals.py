@@ -120,7 +120,7 @@ class HalfLiar(CheckedSpeculator):
             tokens[rng.randrange(len(tokens))] = rng.choice((-1, VOCAB_SIZE, 10**9))
         if tokens and rng.random() < 0.1:
             parents[rng.randrange(len(parents))] = rng.choice((-2, len(parents)))
-        return DraftTree(tuple(tokens), tuple(parents), DraftOrigin.POOL)
+        return DraftTree(tuple(tokens), tuple(parents), (DraftOrigin.POOL,) * len(tokens))
 
 
 def make_requests(rng: random.Random) -> list[GenerationRequest]:

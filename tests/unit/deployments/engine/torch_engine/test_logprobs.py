@@ -225,7 +225,7 @@ class ForkingSpeculator(CheckedSpeculator):
                 tokens += [(token + 1) % 97, token]
                 parents += [parent, parent]
                 parent = len(tokens) - 1
-        return DraftTree(tuple(tokens), tuple(parents), DraftOrigin.POOL)
+        return DraftTree(tuple(tokens), tuple(parents), (DraftOrigin.POOL,) * len(tokens))
 
 
 def real_parts(config, speculator):
