@@ -151,8 +151,9 @@ def test_hidden_states_are_handed_out_without_changing_a_bit(loaded):
     assert torch.equal(logits, plain.forward(batch))
     assert torch.equal(caches[0].k, caches[1].k)
     output = loaded.model(batch, KVCache(loaded.config, 16, dtype=loaded.model.dtype), (2, 0, 3))
+    # Where the processor multiplies bfloat16, torch rounds between the steps of a layer too.
     for found, expected in zip(features, output.features, strict=True):
-        torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+        assert (found - expected).float().norm() < 0.05 * expected.float().norm()
 
 
 def test_rows_of_other_arithmetic_are_other_pages(loaded):
