@@ -30,7 +30,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu protos reference chart \
-        demo serve bench-engine bench-quality bench-split bench-kv chaos-kv fuzz-kv soak-engine exactness train-smoke clean
+        demo serve bench-engine bench-quality bench-split bench-drafts bench-kv chaos-kv fuzz-kv soak-engine exactness train-smoke clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -120,6 +120,9 @@ bench-quality: $(ENVIRONMENT) ## What quantised weights cost in meaning, on a te
 
 bench-split: plotting ## What drafts give, by source and distance, on a simulated clock and on this machine
 	$(PY) -m tests.bench.split
+
+bench-drafts: $(ENVIRONMENT) ## What the shipped drafts are worth on MT-bench, greedy and sampled; about ten minutes
+	$(PY) -m tests.bench.split.drafts
 
 bench-kv: plotting ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
 	$(PY) -m tests.bench.kv

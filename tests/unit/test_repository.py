@@ -15,6 +15,8 @@ from packaging.utils import canonicalize_name
 
 MAX_MODULE_LINES = 400
 MAX_FILE_BYTES = 2 << 20
+DRAFTS = Path("deployments/engine/torch_engine/data/students")
+MAX_DRAFT_BYTES = 48 << 20
 PACKAGES = ("cluster", "deployments", "kv_store", "protos")
 CONSTRAINTS = Path(".constraints/core.txt")
 
@@ -73,8 +75,10 @@ def test_no_notes_to_self() -> None:
     assert found == []
 
 
-def test_no_large_file() -> None:
-    assert [str(path) for path in TRACKED if path.stat().st_size > MAX_FILE_BYTES] == []
+def test_no_large_file_but_drafts() -> None:
+    large = [path for path in TRACKED if path.stat().st_size > MAX_FILE_BYTES]
+    assert [str(path) for path in large if path.parent != DRAFTS] == []
+    assert sum(path.stat().st_size for path in large) <= MAX_DRAFT_BYTES
 
 
 def test_every_text_file_ends_with_one_newline() -> None:

@@ -75,7 +75,11 @@ async def _run(told: argparse.Namespace) -> list[Result]:
     connect = grpc_connector(identity(config, tokenizer), "exactness", SECRET)
     trees = RandomTrees(tokenizer.vocab_size, seed=told.seed)
     speculators = all_modes(
-        config.speculation, tokenizer.vocab_size, connect, Distance(), RandomClock(told.seed)
+        config.speculation,
+        tokenizer.vocab_size,
+        connect,
+        Distance(),
+        clock=RandomClock(told.seed),
     )
     modes = Modes({**speculators, Mode.TREES: trees})
     asked = [
@@ -117,7 +121,7 @@ async def _run(told: argparse.Namespace) -> list[Result]:
                 with draft_pool(_ORACLE) as endpoint:
                     await compare(endpoint, "oracle", _DRAFTED, temperature)
             with draft_pool("student") as endpoint:
-                await compare(endpoint, "student", (Mode.SYNC,), temperature)
+                await compare(endpoint, "student", (Mode.SYNC, Mode.SPLIT), temperature)
     finally:
         await engine.close()
     return results
