@@ -53,6 +53,7 @@ async def measure(told: argparse.Namespace, before: Sequence[str]) -> list[dict[
     prepare_builtin(cache_dir, _say)
     config = TorchEngineConfig(
         dtype="bfloat16",
+        weights="file",
         num_threads=told.threads,
         num_pages=1024,
         speculation=SpeculationConfig(num_draft_tokens=told.draft_tokens, fanout=told.fanout),
@@ -133,7 +134,7 @@ def main() -> int:
     parser.add_argument("--draft-tokens", type=int, default=3)
     parser.add_argument("--fanout", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="of the target")
-    parser.add_argument("--step-seconds", type=float, default=0.3, help="of the slow clock")
+    parser.add_argument("--step-seconds", type=float, default=0.2, help="of the slow clock")
     told = parser.parse_args()
     rows = asyncio.run(measure(told, _OTHERS.read_text(encoding="utf-8").splitlines()))
     _FOLDER.mkdir(parents=True, exist_ok=True)

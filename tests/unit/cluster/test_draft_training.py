@@ -257,6 +257,7 @@ def test_a_student_of_the_targets_own_chats_is_what_draft_replicas_load(work, mo
     assert report.features.num_texts == 24 + 4
     assert report.answers.num_texts == 0
     card = (folder / "README.md").read_text()
+    assert "24 chats that the target wrote itself" in card
     assert "No data set was used" in card
     assert "the target's first 2 and last 2 layers" in card
     config = load_config(work / "c.yaml")

@@ -194,7 +194,7 @@ def greedy_answer(target, prompt, num_tokens=24):
 
 def test_the_shipped_student_fits_the_builtin_model(cache_dir, tmp_path):
     student = load_student(str(cache_dir / "models" / NAME), dtype="float32", cache_dir=tmp_path)
-    assert student.config.num_layers == 4
+    assert student.config.num_layers == 6
 
 
 def test_the_shipped_student_reads_the_files_own_blocks(cache_dir, tmp_path):
