@@ -107,10 +107,11 @@ def _lines(card: DraftCard) -> Iterator[str]:
     yield "## Data"
     yield ""
     if report.is_self_chat:
+        count = card.training.self_chat.num_texts - report.num_left_out
         yield (
-            f"{card.training.self_chat.num_texts - report.num_left_out} chats that the target wrote "
-            f"itself, prompts and answers; {report.num_left_out} more were left out for want of "
-            "room. No data set was used to train on."
+            f"{count} chats that the target wrote itself, prompts and answers; "
+            f"{report.num_left_out} more were left out for want of room. No data set was used to "
+            "train on."
         )
     else:
         yield "Prompts only; all answers were written by the target itself."

@@ -56,6 +56,7 @@ async def measure(told: argparse.Namespace, before: Sequence[str]) -> list[dict[
         weights="file",
         num_threads=told.threads,
         num_pages=1024,
+        max_batch_tokens=8192,
         speculation=SpeculationConfig(num_draft_tokens=told.draft_tokens, fanout=told.fanout),
     )
     tokenizer = Tokenizer.load(model_folder(config.model, cache_dir))
