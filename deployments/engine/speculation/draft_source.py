@@ -26,15 +26,17 @@ class DraftSource(NamedTuple):
 
     Attributes:
         evidence: doublings of the tokens that a copied draft rests on, up to a few.
+        rank: 0 for what a drafter thinks likeliest.
     """
 
     origin: DraftOrigin
     evidence: int = 0
+    rank: int = 0
 
     @classmethod
-    def of_copy(cls, row: OutcomeRow) -> DraftSource:
+    def of_copy(cls, row: OutcomeRow, rank: int) -> DraftSource:
         """The source of a local drafter's row."""
-        return cls(DraftOrigin.LOCAL, min(row.num_matched.bit_length(), _MOST_EVIDENCE))
+        return cls(DraftOrigin.LOCAL, min(row.num_matched.bit_length(), _MOST_EVIDENCE), rank)
 
 
 POOL = DraftSource(DraftOrigin.POOL)

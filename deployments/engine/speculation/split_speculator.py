@@ -46,6 +46,8 @@ _MAX_LOCAL_FAILURES = 3
 _PROBE_INTERVAL_ROUNDS = 16
 _PROBE_WORTH = 2.0
 """Tokens: what is learned from a draft token that would not pay counts like more than one."""
+_LOCAL_GUESSES = 2
+"""What follows is asked of the local drafter this often; a tree has room for more than one."""
 _EMPTY = DraftTree()
 
 
@@ -317,7 +319,7 @@ class SplitSpeculator(Speculator):
                 in_flight=_EMPTY,
                 # The bonus token behind the committed text is itself the draft's first token.
                 num_draft_tokens=self._most(requests[index]) - 1,
-                fanout=1,
+                fanout=_LOCAL_GUESSES,
                 sampling=self._running[requests[index].session_id].spec.sampling,
             )
             for index in asking
@@ -326,9 +328,10 @@ class SplitSpeculator(Speculator):
         with self._tolerating(self._local):
             answers = ask(self._local, queries, self._vocab_size)
         for index, rows in zip(asking, answers, strict=True):
-            if rows:
-                token_ids = (rows[0].bonus_token_id, *rows[0].draft_token_ids)
-                guesses[index] = (Guess(token_ids, DraftSource.of_copy(rows[0])),)
+            guesses[index] = tuple(
+                Guess((row.bonus_token_id, *row.draft_token_ids), DraftSource.of_copy(row, rank))
+                for rank, row in enumerate(rows)
+            )
         return guesses
 
     @contextmanager

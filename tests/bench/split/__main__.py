@@ -118,7 +118,7 @@ class Bench:
             race = Race(engine, self._modes, endpoint, _OWN_KEY, earlier)
             for name, texts in self._prompts.items():
                 for batch in self._told.batches:
-                    modes = (Mode.PLAIN, Mode.LOCAL, Mode.COLOCATED, Mode.SPLIT)
+                    modes = (Mode.PLAIN, Mode.LOCAL, Mode.COLOCATED, Mode.CHAIN, Mode.SPLIT)
                     tallies = await race.run(
                         texts, modes, batch, self._told.repetitions, self._told.tokens
                     )
@@ -149,7 +149,7 @@ class Bench:
             for name, batch, round_trip in product(chosen, told.paced_batches, told.round_trips):
                 own = chosen[name]
                 self._distance.round_trip_s = round_trip * pair.target_s
-                near = () if round_trip else (Mode.LOCAL, Mode.COLOCATED)
+                near = () if round_trip else (Mode.LOCAL, Mode.COLOCATED, Mode.CHAIN)
                 modes = (Mode.PLAIN, *near, *_POOL_MODES)
                 repetitions = max(1, len(own) // batch)
                 tallies = await race.run(own, modes, batch, repetitions, told.tokens)

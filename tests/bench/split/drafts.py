@@ -1,8 +1,10 @@
 """``make bench-drafts``: what the shipped drafts are worth on MT-bench, at temperature 0 and 1.
 
 The engine answers the 80 first questions plainly. Then it says the same again, on a clock slow
-enough for every draft to be there in time, with drafts of the pool alone, of the local drafter
-alone, and of both: tokens per step are the mean acceptance length (tau).
+enough for every draft to be there in time: with the draft alone, asked behind every step (sync);
+with copies of the text and of earlier outputs alone (local); with both, verified together (chain);
+and as a pool serves them, one round ahead (split). Tokens per step are the mean acceptance length
+(tau).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from deployments.tokenizer import ChatTurn, Tokenizer
 from tests.bench.split.clock import Pair, ReplayRunner
 from tests.bench.split.distance import Distance
 from tests.bench.split.modes import Mode, Modes, all_modes
-from tests.bench.split.pool import SECRET, draft_pool, identity
+from tests.bench.split.pool import SECRET, draft_pool, hosted, identity
 from tests.bench.split.prompts import mt_bench
 from tests.bench.split.race import Race
 
@@ -39,7 +41,7 @@ _PLAIN_KEY = bytes([1]) * 32
 _OTHERS = Path("deployments/engine/torch_engine/data/student_prompts.txt")
 _BATCH = 8
 _SPARE_TOKENS = 16
-_BARS = {Mode.SYNC: 1.6, Mode.SPLIT: 1.75}
+_BARS = {Mode.SYNC: 1.6, Mode.CHAIN: 1.75}
 """Tokens per step with three draft tokens, greedy: the draft alone, and all together."""
 
 
@@ -63,7 +65,14 @@ async def measure(told: argparse.Namespace, before: Sequence[str]) -> list[dict[
     connect = grpc_connector(identity(config, tokenizer), "bench", SECRET)
     # A clock that stands still says nothing of costs, so all that is at hand is verified.
     modes = Modes(
-        all_modes(config.speculation, tokenizer.vocab_size, connect, Distance(), clock=lambda: 0.0)
+        all_modes(
+            config.speculation,
+            tokenizer.vocab_size,
+            connect,
+            Distance(),
+            hosted("student", 1),
+            lambda: 0.0,
+        )
     )
 
     def chats(texts: Sequence[str]) -> list[list[int]]:
@@ -102,7 +111,7 @@ async def measure(told: argparse.Namespace, before: Sequence[str]) -> list[dict[
                 core._runner = ReplayRunner(texts, tokenizer.vocab_size, pair)
                 key = bytes([2 + number]) * 32
                 again = Race(engine, modes, endpoint, key, earlier)
-                for mode in (Mode.SYNC, Mode.LOCAL, Mode.SPLIT):
+                for mode in (Mode.SYNC, Mode.LOCAL, Mode.CHAIN, Mode.SPLIT):
                     tallies = await again.run(
                         asked, (mode,), _BATCH, repetitions, told.tokens, (temperature,)
                     )

@@ -27,14 +27,14 @@ class Measured(NamedTuple):
 def seconds_per_token(mode: Mode, pair: Pair, round_trip_s: float, measured: Measured) -> float:
     """Of one sequence alone.
 
-    ``sync`` waits for the draft and the network in every step; ``colocated`` for the draft;
-    ``pull`` for the network, whether there is a row or not; the others for nothing.
+    ``sync`` waits for the draft and the network in every step; ``colocated`` and ``chain`` for the
+    draft; ``pull`` for the network, whether there is a row or not; the others for nothing.
     """
     hit_rate, tokens_per_hit, draft_length = measured
     step_s = hit_rate * pair.step_s(draft_length) + (1 - hit_rate) * pair.target_s
     if mode is Mode.SYNC:
         step_s += draft_length * pair.draft_s + round_trip_s
-    elif mode is Mode.COLOCATED:
+    elif mode in (Mode.COLOCATED, Mode.CHAIN):
         step_s += draft_length * pair.head_s
     elif mode is Mode.PULL:
         step_s += round_trip_s

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deployments.engine.speculation import wire
+from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.speculator import (
     NOTHING_ELSE,
@@ -18,8 +20,10 @@ from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.speculation.transport import TransportState
 from deployments.engine.speculation.types import (
     DraftOrigin,
+    DraftQuery,
     DraftSampling,
     DraftTree,
+    OutcomeRow,
     SessionSpec,
 )
 from protos import draft_pb2
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from deployments.engine.config import SpeculationConfig
-    from deployments.engine.speculation.drafters.base import Drafter
     from deployments.engine.speculation.speculator import DraftRequest, RoundResult, StepLoad
     from deployments.engine.speculation.transport import Connector, TargetTransport
     from tests.bench.split.distance import Distance
@@ -48,6 +51,8 @@ class Mode(StrEnum):
     """A suffix drafter in the target's process, no pool."""
     COLOCATED = "colocated"
     """The pool's own drafter in the target's process: its forwards stand between two steps."""
+    CHAIN = "chain"
+    """Both in the target's process, verified together."""
     SYNC = "sync"
     """The pool is asked behind every step, and waited for."""
     PULL = "pull"
@@ -77,9 +82,13 @@ def all_modes(
     pool_only = config.model_copy(update={"local_drafter": "none"})
     here: dict[str, Any] = {"vocab_size": vocab_size, "clock": clock}
     far = here | {"connect": distance.to(connect)}
-    beside = {}
+    beside: dict[Mode, Speculator] = {}
     if colocated is not None:
-        beside[Mode.COLOCATED] = SplitSpeculator(config, local_drafter=colocated, **here)
+        suffix = SuffixDrafter(min_match_tokens=config.min_match_tokens)
+        beside = {
+            Mode.COLOCATED: SplitSpeculator(config, local_drafter=Joint(colocated), **here),
+            Mode.CHAIN: SplitSpeculator(config, local_drafter=Joint(suffix, colocated), **here),
+        }
     return beside | {
         Mode.LOCAL: SplitSpeculator(config, **here),
         Mode.SYNC: _SyncSpeculator(far["connect"], vocab_size, config.num_draft_tokens),
@@ -87,6 +96,30 @@ def all_modes(
         Mode.PUSH: SplitSpeculator(pool_only, **far),
         Mode.SPLIT: SplitSpeculator(config, **far),
     }
+
+
+class Joint(Drafter):
+    """Several drafters, each asked for what it thinks likeliest."""
+
+    def __init__(self, *drafters: Drafter) -> None:
+        self.drafters = drafters
+
+    def open(self, session: SessionSpec) -> None:
+        for drafter in self.drafters:
+            drafter.open(session)
+
+    def append(self, session_id: int, token_ids: Sequence[int]) -> None:
+        for drafter in self.drafters:
+            drafter.append(session_id, token_ids)
+
+    def close(self, session_id: int) -> None:
+        for drafter in self.drafters:
+            drafter.close(session_id)
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[list[OutcomeRow]]:
+        first = [replace(query, fanout=1) for query in queries]
+        answers = [drafter.propose(first) for drafter in self.drafters]
+        return [[row for rows in own for row in rows] for own in zip(*answers, strict=True)]
 
 
 class Modes(Speculator):
@@ -114,7 +147,10 @@ class Modes(Speculator):
         speculator = self._current
         if not isinstance(speculator, SplitSpeculator):
             return
-        if not isinstance(speculator._local, SuffixDrafter):
+        drafter = speculator._local
+        if isinstance(drafter, Joint):
+            drafter = drafter.drafters[0]
+        if not isinstance(drafter, SuffixDrafter):
             return
         for number, text in enumerate(texts):
             session = SessionSpec(
@@ -124,9 +160,9 @@ class Modes(Speculator):
                 token_ids=(),
                 sampling=DraftSampling(seed=0),
             )
-            speculator._local.open(session)
-            speculator._local.append(session.session_id, text)
-            speculator._local.close(session.session_id)
+            drafter.open(session)
+            drafter.append(session.session_id, text)
+            drafter.close(session.session_id)
 
     def detach(self, request_id: str) -> None:
         """The request has ended."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _COLOURS = {
     Mode.LOCAL: "#8b949e",
     Mode.COLOCATED: "#2da44e",
+    Mode.CHAIN: "#116329",
     Mode.SYNC: "#d29922",
     Mode.PULL: "#a371f7",
     Mode.PUSH: "#6ea8fe",

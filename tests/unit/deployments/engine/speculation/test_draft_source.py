@@ -99,7 +99,7 @@ def test_a_new_sequence_starts_from_what_the_last_ones_did():
 
 def test_a_copy_is_known_by_the_doublings_of_what_it_rests_on():
     evidences = [
-        DraftSource.of_copy(OutcomeRow(-1, 1, (), matched)).evidence
+        DraftSource.of_copy(OutcomeRow(-1, 1, (), matched), 0).evidence
         for matched in (0, 1, 2, 3, 4, 8, 32)
     ]
     assert evidences == [0, 1, 2, 2, 3, 4, 4]
