@@ -51,8 +51,8 @@ def test_rows_answer_the_query(drafter, in_flight, k, fanout):
         assert all(0 <= token < VOCAB_SIZE for token in (row.bonus_token_id, *row.draft_token_ids))
     for node in range(-1, len(in_flight)):
         bonus = [row.bonus_token_id for row in rows if row.node == node]
-        assert len(bonus) <= fanout
         assert len(set(bonus)) == len(bonus)
+    assert len(rows) <= fanout * (len(in_flight) + 1)
     assert ask(drafter, [query], VOCAB_SIZE) == [rows]
 
 
