@@ -59,18 +59,26 @@ def train_draft(
     """
     from deployments.engine.training.errors import RunMismatchError
     from deployments.engine.training.job import split_prompts
+    from deployments.engine.training.self_chat import longest_text
     from deployments.model_files import context_length, model_folder
     from deployments.tokenizer import Tokenizer
 
     engine = config.engine
     model = model_folder(engine.model, config.cache_dir)
     tokenizer = Tokenizer.load(model)
-    if self_chat and prompt_files:
-        raise ConfigError(("--self-chat: takes no --prompts, it writes its own",))
+    if self_chat and (prompt_files or licences):
+        raise ConfigError(("--self-chat: takes no --prompts and no --licence, it writes its own",))
     chat = chat_frame(tokenizer) if self_chat else None
     sources = [] if chat else _sources(prompt_files, licences, tokenizer)
     held_out = [read_prompts(path, NO_LICENCE, tokenizer, "--held-out") for path in held_out_files]
     longest = min(context_length(engine, model), config.training.run.max_length)
+    if chat and (needed := longest_text(chat, config.training.self_chat)) > longest:
+        raise ConfigError(
+            (
+                f"training.self_chat: texts of up to {needed} tokens; context and "
+                f"training.run.max_length allow {longest}",
+            )
+        )
     try:
         prompts = split_prompts(
             (prompt for source in sources for prompt in source.prompts),

@@ -252,7 +252,7 @@ class Commit(_message.Message):
     num_draft_tokens: _builtins.int
     """Tokens wanted behind each guessed bonus token."""
     fanout: _builtins.int
-    """Bonus tokens to guess behind each node; 0 asks for no table: more text follows, or the last ones
+    """Bonus tokens to guess for each node, on average; 0 asks for no table: more text follows, or the last ones
     came too late.
     """
     @_builtins.property

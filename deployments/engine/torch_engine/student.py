@@ -54,7 +54,6 @@ _FORMAT = "paceline-student-1"
 _FILE = "student.safetensors"
 _SHIPPED = Path(__file__).parent / "data" / "students"
 _WEIGHT, _BIAS, _VOCABULARY = "connector.weight", "connector.bias", "draft_token_ids"
-_FINAL_NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

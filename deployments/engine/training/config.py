@@ -17,7 +17,7 @@ class ObjectiveConfig(_Config):
     """What is minimised."""
 
     num_unrolls: int = Field(default=5, ge=1, le=16)
-    """Draft steps of the training-time test; SpecForge takes 7."""
+    """Draft steps of a head's training-time test; SpecForge takes 7. A student needs one."""
     unroll_decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of a step against the one before it; EAGLE's value."""
     loss: LossName = "cross_entropy"

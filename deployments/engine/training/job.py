@@ -295,7 +295,8 @@ class DraftJob:
         draft, scale = self._method.start(loaded, self._draft_vocabulary(), self._first_texts)
         num_weights = sum(weight.numel() for weight in draft.parameters())
         device = loaded.model.device
-        objective = DraftObjective(draft, loaded.model, config.objective, scale).to(device)
+        unrolled = config.objective.model_copy(update={"num_unrolls": self._method.num_unrolls})
+        objective = DraftObjective(draft, loaded.model, unrolled, scale).to(device)
         if distributed.is_initialized():
             shard(objective)
         steps = num_steps(self._training.lengths, config)

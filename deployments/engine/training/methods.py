@@ -46,6 +46,10 @@ class Method(Protocol):
     def aux_layers(self) -> tuple[int, ...]:
         """Layers (counted from 0) whose outputs are the features of a text."""
 
+    @property
+    def num_unrolls(self) -> int:
+        """Steps that training has to unroll."""
+
     def start(
         self,
         loaded: LoadedModel,
@@ -73,6 +77,11 @@ class Eagle3Method:
     def aux_layers(self) -> tuple[int, ...]:
         """Three, as SpecForge chooses them."""
         return self._shape.aux_layers
+
+    @property
+    def num_unrolls(self) -> int:
+        """As configured: a head reads its own output."""
+        return self._run.objective.num_unrolls
 
     def start(
         self,
@@ -105,6 +114,11 @@ class StudentMethod:
     def aux_layers(self) -> tuple[int, ...]:
         """Those before and behind the layers that are left out; only the start needs them."""
         return (self._joint - 1, self._kept[self._joint] - 1)
+
+    @property
+    def num_unrolls(self) -> int:
+        """One: a student reads tokens only, so further steps would say the same again."""
+        return 1
 
     def start(
         self,

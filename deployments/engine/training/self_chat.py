@@ -51,9 +51,14 @@ class ChatFrame(NamedTuple):
     closing: tuple[int, ...]
 
 
-@dataclass(slots=True)
+def longest_text(frame: ChatFrame, config: SelfChatConfig) -> int:
+    """Tokens of a text, at most."""
+    return len(frame.opening) + config.max_prompt_tokens + len(frame.closing) + config.max_tokens
+
+
+@dataclass(slots=True, eq=False)
 class _Text:
-    """One text being written.
+    """One text being written; two of them may say the same and are still two.
 
     Attributes:
         temperature: of its answer; 0 is greedy.
@@ -105,10 +110,8 @@ class SelfChat:
         self._frame, self._aux, self._dtype = frame, aux_layers, dtype
         self._ends = frozenset(shape.eos_token_ids)
         self._num_rows = -(-config.num_together // _ROWS_TOGETHER) * _ROWS_TOGETHER
-        self._longest = (
-            len(frame.opening) + config.max_prompt_tokens + len(frame.closing) + config.max_tokens
-        )
-        size = (shape.num_layers, self._num_rows, shape.num_kv_heads, self._longest, shape.head_dim)
+        longest = longest_text(frame, config)
+        size = (shape.num_layers, self._num_rows, shape.num_kv_heads, longest, shape.head_dim)
         self._keys = torch.zeros(size, dtype=model.compute_dtype, device=model.device)
         self._values = torch.zeros_like(self._keys)
         self._generator = torch.Generator().manual_seed(_number(seed))

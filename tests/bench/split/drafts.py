@@ -1,6 +1,6 @@
 """``make bench-drafts``: what the shipped drafts are worth on MT-bench, at temperature 0 and 1.
 
-The engine answers the 80 first questions plainly. Then it says the same again, on a clock slow
+The engine answers first questions plainly. Then it says the same again, on a clock slow
 enough for every draft to be there in time: with the draft alone, asked behind every step (sync);
 with copies of the text and of earlier outputs alone (local); with both, verified together (chain);
 and as a pool serves them, one round ahead (split). Tokens per step are the mean acceptance length
@@ -139,12 +139,12 @@ async def measure(told: argparse.Namespace, before: Sequence[str]) -> list[dict[
 def main() -> int:
     """Measure, print, write ``build/reports/drafts.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--questions", type=int, default=80)
-    parser.add_argument("--tokens", type=int, default=96, help="of each answer")
+    parser.add_argument("--questions", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--draft-tokens", type=int, default=3)
     parser.add_argument("--fanout", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="of the target")
-    parser.add_argument("--step-seconds", type=float, default=0.2, help="of the slow clock")
+    parser.add_argument("--step-seconds", type=float, default=0.15, help="of the slow clock")
     told = parser.parse_args()
     rows = asyncio.run(measure(told, _OTHERS.read_text(encoding="utf-8").splitlines()))
     _FOLDER.mkdir(parents=True, exist_ok=True)

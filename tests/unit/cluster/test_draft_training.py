@@ -247,7 +247,6 @@ def test_a_student_of_the_targets_own_chats_is_what_draft_replicas_load(work, mo
         "SELF_CHAT__NUM_TOGETHER": "16",
         "SELF_CHAT__MAX_TOKENS": "24",
         "SELF_CHAT__MAX_PROMPT_TOKENS": "24",
-        "RUN__OBJECTIVE__NUM_UNROLLS": "1",
     }.items():
         monkeypatch.setenv(f"PACELINE_TRAINING__{name}", value)
     lines: list[str] = []
@@ -272,7 +271,12 @@ def test_a_student_of_the_targets_own_chats_is_what_draft_replicas_load(work, mo
 
 def test_a_chat_that_was_cut_off_goes_on(work, monkeypatch):
     monkeypatch.setattr("deployments.engine.training.job._TEXTS_PER_SHARD", 4)
-    for name, value in {"NUM_TEXTS": "24", "NUM_TOGETHER": "16", "MAX_TOKENS": "24"}.items():
+    for name, value in {
+        "NUM_TEXTS": "24",
+        "NUM_TOGETHER": "16",
+        "MAX_TOKENS": "24",
+        "MAX_PROMPT_TOKENS": "24",
+    }.items():
         monkeypatch.setenv(f"PACELINE_TRAINING__SELF_CHAT__{name}", value)
 
     def tell(line: str) -> None:
@@ -290,6 +294,12 @@ def test_a_chat_that_was_cut_off_goes_on(work, monkeypatch):
 def test_what_contradicts_a_chat_with_oneself_is_refused(work, monkeypatch):
     with pytest.raises(ConfigError, match="--self-chat: takes no --prompts"):
         train(work, self_chat=True)
+    with pytest.raises(ConfigError, match="no --licence"):
+        train(work, prompt_files=[], self_chat=True)
+    with pytest.raises(ConfigError, match=r"training\.self_chat: texts of up to 385 tokens"):
+        train(work, prompt_files=[], licences=[], self_chat=True)
+    monkeypatch.setenv("PACELINE_TRAINING__SELF_CHAT__MAX_TOKENS", "8")
+    monkeypatch.setenv("PACELINE_TRAINING__SELF_CHAT__MAX_PROMPT_TOKENS", "16")
     monkeypatch.setattr(Tokenizer, "has_chat_template", False)
     with pytest.raises(ConfigError, match="--self-chat: the model has no chat template"):
         train(work, "other", prompt_files=[], licences=[], self_chat=True)
