@@ -138,6 +138,7 @@ def _work(rank: int, plan: JobPlan, meeting: str, said: Queue[object]) -> None:
     from torch import distributed
 
     from deployments.engine.errors import EngineError
+    from deployments.engine.training.sharding import end_process
 
     Thread(target=_end_with_parent, daemon=True).start()
     world_size = plan.config.training.num_processes
@@ -161,7 +162,9 @@ def _work(rank: int, plan: JobPlan, meeting: str, said: Queue[object]) -> None:
         raise
     if rank == 0:
         said.put(report)
-    distributed.destroy_process_group()
+        said.close()
+        said.join_thread()
+    end_process()
 
 
 def _end_with_parent() -> None:

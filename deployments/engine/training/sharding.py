@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,3 +25,15 @@ def shard(objective: DraftObjective) -> None:
     """
     device_type = objective.get_buffer("embedding").device.type
     fully_shard(objective, mesh=init_device_mesh(device_type, (distributed.get_world_size(),)))
+
+
+def end_process() -> NoReturn:
+    """Leave the default group and end this process well, without the interpreter's own end.
+
+    The group's threads may still let go of Python objects while the interpreter goes down; one that
+    asks for its lock then is unwound through C++ and aborts a process whose work is done.
+    """
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

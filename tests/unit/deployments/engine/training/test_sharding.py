@@ -14,7 +14,7 @@ from torch import distributed
 
 from deployments.engine.training.initial import start_from_target
 from deployments.engine.training.run import DraftRun, num_steps
-from deployments.engine.training.sharding import shard
+from deployments.engine.training.sharding import end_process, shard
 from deployments.engine.training.trainer import DraftTrainer
 from tests.unit.deployments.engine.training.test_run import InMemory
 from tests.unit.deployments.engine.training.tiny_training import (
@@ -106,4 +106,4 @@ if __name__ == "__main__":
     a_run._save = save_and_stop
     with contextlib.suppress(StoppedError):
         a_run.run()
-    distributed.destroy_process_group()
+    end_process()
