@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cluster.commands import chat, doctor, fetch, kv, render, serve, status, train
+from cluster.commands import bench, chat, doctor, fetch, kv, render, serve, status, train
 from cluster.console import fail
 from cluster.errors import ClusterError
 from deployments.engine.errors import WeightsMissingError
@@ -27,6 +27,7 @@ app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
 app.command("fetch")(fetch.fetch)
 app.command("render")(render.render)
+app.add_typer(bench.app, name="bench")
 app.add_typer(kv.app, name="kv")
 app.add_typer(train.app, name="train")
 

@@ -89,40 +89,56 @@ def read_prompts(path: Path, licence: str, tokenizer: Tokenizer, option: str) ->
     Raises:
         ConfigError: the file cannot be read or holds something else; the message names the line.
     """
-    where = f"{option}: {path}"
+    data = _read(path, option)
+    return _source(path, data, licence, tokenizer, f"{option}: {path}")
+
+
+def read_conversations(path: Path, option: str) -> list[tuple[str, list[ChatTurn]]]:
+    """The same file's conversations, each up to its last user message, with where it stands.
+
+    Raises:
+        ConfigError: as of ``read_prompts``.
+    """
+    return list(_conversations(path, _read(path, option), f"{option}: {path}"))
+
+
+def _read(path: Path, option: str) -> bytes:
     try:
-        return _source(path, path.read_bytes(), licence, tokenizer, where)
+        return path.read_bytes()
     except OSError as error:
-        raise ConfigError((f"{where}: {error.strerror or error}",)) from error
+        raise ConfigError((f"{option}: {path}: {error.strerror or error}",)) from error
 
 
 def _source(
     path: Path, data: bytes, licence: str, tokenizer: Tokenizer, where: str
 ) -> PromptSource:
     from deployments.errors import RequestInvalidError
+
+    prompts = []
+    for at, turns in _conversations(path, data, where):
+        try:
+            prompts.append(_encode(turns, tokenizer))
+        except RequestInvalidError as error:
+            raise ConfigError((f"{at}: {error}",)) from error
+    digest = blake2b(data, digest_size=16).hexdigest()
+    return PromptSource(name=path.name, licence=licence, digest=digest, prompts=tuple(prompts))
+
+
+def _conversations(path: Path, data: bytes, where: str) -> Iterator[tuple[str, list[ChatTurn]]]:
     from deployments.tokenizer import ChatTurn
 
     try:
         lines = data.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError((f"{where}: not UTF-8: {error}",)) from error
-    prompts = []
+    if not any(map(str.strip, lines)):
+        raise ConfigError((f"{where}: no prompts",))
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         at = f"{where}:{number}"
-        if path.suffix == ".jsonl":
-            turns = _conversation(line, at)
-        else:
-            turns = [ChatTurn("user", line.strip())]
-        try:
-            prompts.append(_encode(turns, tokenizer))
-        except RequestInvalidError as error:
-            raise ConfigError((f"{at}: {error}",)) from error
-    if not prompts:
-        raise ConfigError((f"{where}: no prompts",))
-    digest = blake2b(data, digest_size=16).hexdigest()
-    return PromptSource(name=path.name, licence=licence, digest=digest, prompts=tuple(prompts))
+        is_json = path.suffix == ".jsonl"
+        yield at, _conversation(line, at) if is_json else [ChatTurn("user", line.strip())]
 
 
 def _encode(turns: list[ChatTurn], tokenizer: Tokenizer) -> tuple[int, ...]:

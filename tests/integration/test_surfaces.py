@@ -15,6 +15,10 @@ import openai
 import pytest
 from pydantic import SecretStr
 
+from cluster.load.run import LoadTest
+from cluster.load.summary import Slo
+from cluster.load.surfaces import surfaces
+from cluster.load.workload import LoadRequest
 from deployments.config import AuthConfig, IngressConfig, TenantConfig
 from deployments.grpc_servicers import GRPC_SERVICERS
 from protos import inference_pb2 as pb
@@ -525,3 +529,50 @@ def test_a_replica_that_is_scaled_in_finishes_what_it_began(http: httpx.Client) 
         wait_until(lambda: len(replicas()) == 1, timeout_s=60, what="one target replica")
     finally:
         _DEPLOY[-1](2)  # the tests run in any order
+
+
+async def test_load_goes_through_both_surfaces_and_is_counted_alike(ports: Ports):
+    asked = [
+        LoadRequest(
+            at_s=number / 40,
+            # Text on the one surface is text on the other, and so are ids.
+            prompt="the cat" if number % 4 < 2 else (5, 6, 7, 8),
+            max_tokens=6,
+            ignore_eos=True,
+        )
+        for number in range(40)
+    ]
+    through = surfaces(
+        ("http", "grpc"),
+        http_url=f"http://127.0.0.1:{ports.http}",
+        grpc_address=f"127.0.0.1:{ports.grpc}",
+        model=MODEL,
+        api_key=KEY,
+        temperature=0.0,
+    )
+    test = LoadTest(schedule=asked, surfaces=through, slo=Slo(), timeout_s=60, max_in_flight=100)
+    report, outcomes = await test.run(lambda _: None)
+    assert [outcome.error for outcome in outcomes] == [None] * 40
+    assert report["all"]["num_good"] == 40
+    for name in ("http", "grpc"):
+        own = report["surfaces"][name]
+        assert (own["num_complete"], own["num_output_tokens"]) == (20, 120)
+    by_ids = [each for each in outcomes if each.index % 4 >= 2]
+    assert {each.num_prompt_tokens for each in by_ids} == {4}
+
+
+async def test_load_with_a_wrong_key_fails_on_both_surfaces(ports: Ports):
+    asked = [LoadRequest(at_s=0, prompt="a", max_tokens=2, ignore_eos=False)] * 2
+    through = surfaces(
+        ("http", "grpc"),
+        http_url=f"http://127.0.0.1:{ports.http}",
+        grpc_address=f"127.0.0.1:{ports.grpc}",
+        model=MODEL,
+        api_key="wrong",
+        temperature=0.0,
+    )
+    test = LoadTest(schedule=asked, surfaces=through, slo=Slo(), timeout_s=60, max_in_flight=100)
+    report, outcomes = await test.run(lambda _: None)
+    assert report["all"]["num_failed"] == 2
+    assert "401" in str(outcomes[0].error)
+    assert "UNAUTHENTICATED" in str(outcomes[1].error)

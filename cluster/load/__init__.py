@@ -1,0 +1,1 @@
+"""Open-loop load: requests leave at their times, however the server fares."""
