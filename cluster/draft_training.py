@@ -58,7 +58,7 @@ def train_draft(
         TrainingError: one of several training processes died.
     """
     from deployments.engine.training.errors import RunMismatchError
-    from deployments.engine.training.job import split_prompts
+    from deployments.engine.training.prompt_split import split_prompts
     from deployments.engine.training.self_chat import longest_text
     from deployments.model_files import context_length, model_folder
     from deployments.tokenizer import Tokenizer
