@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 LossName: TypeAlias = Literal["cross_entropy", "kl", "acceptance", "hybrid"]
 
@@ -142,6 +142,13 @@ class CostsConfig(_Config):
         default_factory=dict
     )
     """Of the draft. One row drafts a chain's next token."""
+
+    @field_validator("target_step_s", "draft_step_s")
+    @classmethod
+    def _begin_with_one_row(cls, seconds_of: dict[int, float]) -> dict[int, float]:
+        if seconds_of and 1 not in seconds_of:
+            raise ValueError("the time of a step of 1 row is needed")
+        return seconds_of
 
 
 class StudentConfig(_Config):

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
-from deployments.engine.training.config import DraftTrainingConfig
+from deployments.engine.training.config import CostsConfig, DraftTrainingConfig
 from deployments.engine.training.evaluation import DraftQuality
 from deployments.engine.training.methods import method_of
 from deployments.engine.training.step_costs import (
@@ -55,6 +56,11 @@ def test_costs_are_kept(tmp_path):
     costs = StepCosts(target_s={1: 0.03, 4: 0.031}, draft_s={1: 0.002})
     costs.write(tmp_path / "costs.json")
     assert StepCosts.read(tmp_path / "costs.json") == costs
+
+
+def test_given_costs_begin_with_one_row():
+    with pytest.raises(ValidationError, match="a step of 1 row is needed"):
+        CostsConfig(target_step_s={4: 0.03})
 
 
 @pytest.mark.parametrize("name", ["eagle3", "student"])
