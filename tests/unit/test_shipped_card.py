@@ -10,9 +10,9 @@ CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
 MODES = ("sync", "local", "chain", "split")
 
 
-def report(questions=80, same_text=1.0):
+def report(same_text=1.0, **changed):
     return {
-        "options": {"questions": questions, "tokens": 64, "draft_tokens": 3},
+        "options": {"questions": 80, "tokens": 64, "draft_tokens": 3} | changed,
         "rows": [
             {
                 "mode": mode,
@@ -39,7 +39,9 @@ def test_a_report_fills_its_part_and_no_other():
     assert filled.partition("<!-- end of figures")[2] == CARD.partition("<!-- end of figures")[2]
 
 
-@pytest.mark.parametrize("bad", [report(questions=40), report(same_text=0.99)])
+@pytest.mark.parametrize(
+    "bad", [report(questions=40), report(tokens=2), report(draft_tokens=5), report(same_text=0.99)]
+)
 def test_another_report_is_refused(bad):
-    with pytest.raises(ValueError, match=r"80 questions|plain decoding"):
+    with pytest.raises(ValueError, match=r"the card wants|plain decoding"):
         in_the_engine(bad)
