@@ -30,7 +30,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu protos reference chart \
-        demo serve bench-engine bench-quality bench-split bench-drafts bench-kv chaos-kv fuzz-kv soak-engine exactness train-smoke clean
+        demo serve bench-engine bench-quality bench-split bench-drafts bench-train bench-kv chaos-kv fuzz-kv soak-engine exactness train-smoke shipped-card clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,8 +121,16 @@ bench-quality: $(ENVIRONMENT) ## What quantised weights cost in meaning, on a te
 bench-split: plotting ## What drafts give, by source and distance, on a simulated clock and on this machine
 	$(PY) -m tests.bench.split
 
-bench-drafts: $(ENVIRONMENT) ## What the shipped drafts are worth on MT-bench, greedy and sampled; about ten minutes
-	$(PY) -m tests.bench.split.drafts
+QUESTIONS ?= 40
+
+bench-drafts: $(ENVIRONMENT) ## What the shipped drafts are worth on MT-bench, greedy and sampled; ten minutes for 40 questions
+	$(PY) -m tests.bench.split.drafts --questions $(QUESTIONS)
+
+shipped-card: plotting ## The shipped draft's card: its curve, and figures of `make bench-drafts QUESTIONS=80`
+	$(PY) -m tests.shipped_card
+
+bench-train: plotting ## How fast drafts are trained against this machine's limits, online and offline
+	$(PY) -m tests.bench.train
 
 bench-kv: plotting ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
 	$(PY) -m tests.bench.kv

@@ -1,4 +1,4 @@
-"""The card and the curve that a trained draft comes with."""
+"""The card that a trained draft comes with."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from cluster.draft_curve import extrapolation, points_of
+from deployments.engine.training.tree_shape import TreeShape
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from cluster.training_prompts import PromptSource
     from deployments.engine.training.config import DraftTrainingConfig
@@ -51,36 +54,6 @@ def write_card(card: DraftCard, folder: Path) -> None:
     (folder / _CARD).write_text("\n".join(_lines(card)) + "\n", encoding="utf-8")
 
 
-def draw_curve(report: JobReport, path: Path) -> bool:
-    """Write a picture of quality against tokens; False where matplotlib is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        return False
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (length, share) = plt.subplots(1, 2, figsize=(11, 4.5))
-    tokens = [point.num_tokens for point in report.curve]
-    chains = range(1, len(report.best.quality.acceptance) + 1)
-    for chain in chains:
-        label = f"{chain} draft token" + ("s" if chain > 1 else "")
-        values = [point.quality.mean_acceptance_length[chain - 1] for point in report.curve]
-        length.plot(tokens, values, marker=".", label=label)
-        values = [point.quality.acceptance[chain - 1] for point in report.curve]
-        share.plot(tokens, values, marker=".", label=f"position {chain}")
-    length.set_ylabel("tokens that a round commits")
-    share.set_ylabel("accepted, of chains right so far")
-    for axes in (length, share):
-        axes.set_xlabel("tokens trained on")
-        axes.legend()
-    figure.suptitle("greedy drafts on held-out prompts")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return True
-
-
 def _lines(card: DraftCard) -> Iterator[str]:
     report, run = card.report, card.training.run
     yield f"# A draft for {card.target}"
@@ -100,9 +73,13 @@ def _lines(card: DraftCard) -> Iterator[str]:
     )
     yield ""
     yield from _quality(report)
+    yield ""
+    yield from _worth(report, TreeShape(run.tree_widths))
     if card.has_picture:
         yield ""
         yield "![Quality against tokens trained on](curve.png)"
+    yield ""
+    yield from extrapolation(points_of(report), report.best.quality.coverage)
     yield ""
     yield "## Data"
     yield ""
@@ -194,6 +171,29 @@ def _quality(report: JobReport) -> Iterator[str]:
         )
     for name, point in points:
         yield row(f"share accepted at position K, {name}", point.quality.acceptance)
+    for name, point in points:
+        yield row(f"predicted speed-up of K draft tokens, {name}", point.speed_ups.chains)
+
+
+def _worth(report: JobReport, tree: TreeShape) -> Iterator[str]:
+    """What a tree gives, and from what speed-ups are predicted."""
+    costs, best = report.costs, report.best
+
+    def shown(seconds_of: Mapping[int, float]) -> str:
+        rows = (f"{seconds * 1e3:.3g} ms for {count}" for count, seconds in seconds_of.items())
+        return ", ".join(rows)
+
+    yield (
+        f"A tree of {tree.describe()}, always the draft's likeliest tokens, commits "
+        f"{best.quality.tree_acceptance_length:.3f} a round "
+        f"({report.curve[0].quality.tree_acceptance_length:.3f} before training); predicted "
+        f"speed-up {best.speed_ups.tree:.3f}."
+    )
+    yield ""
+    yield (
+        "Predicted: drafted in line, one sequence alone, against plain decoding, from what a step "
+        f"takes by its rows. Target: {shown(costs.target_s)}. Draft: {shown(costs.draft_s)}."
+    )
 
 
 def _making(report: JobReport) -> Iterator[str]:
@@ -209,9 +209,18 @@ def _making(report: JobReport) -> Iterator[str]:
     for name, num_tokens, seconds in rows:
         yield f"| {name} | {num_tokens} | {seconds:.0f} | {num_tokens / max(seconds, 1e-9):.0f} |"
     yield ""
-    yield (
-        f"The features took {report.num_features_bytes / 1e6:.0f} MB on disk. The draft was kept "
-        f"after step {report.best.step} of {last.step}."
+    yield f"The draft was kept after step {report.best.step} of {last.step}. {_storage(report)}"
+
+
+def _storage(report: JobReport) -> str:
+    queue = report.queue
+    stored = f"{report.num_features_bytes / 1e6:.0f} MB on disk"
+    if queue is None:
+        return f"The features took {stored}."
+    return (
+        f"Held-out features took {stored}; all others went from the target to the training through "
+        f"memory: {queue.num_taken} texts, of which at most {queue.most_bytes / 1e6:.0f} MB waited "
+        f"({queue.max_bytes / 1e6:.0f} MB allowed)."
     )
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from cluster.config import ClusterConfig
     from deployments.engine.torch_engine.weights.loader import LoadedModel
-    from deployments.engine.training.job import DraftJob, JobReport, PromptSplit
+    from deployments.engine.training.job import DraftJob, JobReport
+    from deployments.engine.training.prompt_split import PromptSplit
     from deployments.engine.training.self_chat import ChatFrame
 
 _POLL_S = 0.5

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from cluster.draft_card import DraftCard, draw_curve, write_card
+from cluster.draft_card import DraftCard, write_card
+from cluster.draft_curve import draw_curve, points_of
 from cluster.draft_fit import JobPlan, capture_and_fit, open_job
 from cluster.errors import ConfigError
 from cluster.training_prompts import (
@@ -58,7 +59,7 @@ def train_draft(
         TrainingError: one of several training processes died.
     """
     from deployments.engine.training.errors import RunMismatchError
-    from deployments.engine.training.job import split_prompts
+    from deployments.engine.training.prompt_split import split_prompts
     from deployments.engine.training.self_chat import longest_text
     from deployments.model_files import context_length, model_folder
     from deployments.tokenizer import Tokenizer
@@ -111,7 +112,9 @@ def train_draft(
         raise ConfigError((f"--out: {error}",)) from error
     except (UnsupportedModelError, WeightsMismatchError) as error:
         raise ConfigError((f"engine.model: {error}",)) from error
-    has_picture = draw_curve(report, job.draft_folder / "curve.png")
+    has_picture = draw_curve(
+        points_of(report), job.draft_folder / "curve.png", report.best.quality.coverage
+    )
     card = DraftCard(
         target=config.served_model_name,
         sources=tuple(sources),

@@ -105,7 +105,7 @@ def draft(
         sys.stdout.write(json.dumps(asdict(report), indent=2) + "\n")
         return
     before, after = report.curve[0].quality, report.best.quality
-    table = Table("draft tokens", "a round commits", "before", "accepted at", "before")
+    table = Table("draft tokens", "a round commits", "before", "accepted at", "before", "predicted")
     for index, share in enumerate(after.acceptance):
         table.add_row(
             str(index + 1),
@@ -113,6 +113,7 @@ def draft(
             f"{before.mean_acceptance_length[index]:.3f}",
             f"{share:.3f}",
             f"{before.acceptance[index]:.3f}",
+            f"{report.best.speed_ups.chains[index]:.2f}x",
         )
     out.print(table)
     out.print(f"the draft and its card are in {draft_folder}")

@@ -38,6 +38,16 @@ class FeatureText(NamedTuple):
         """T."""
         return self.token_ids.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self)
+
+    def without_features(self) -> FeatureText:
+        """The text and what was wanted of it alone."""
+        empty = self.features.new_empty((self.num_tokens, 0))
+        return self._replace(features=empty, hidden=empty)
+
 
 class FeatureBatch(NamedTuple):
     """Several texts, padded at the right with zeros that are no part of any answer."""

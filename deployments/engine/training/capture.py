@@ -32,6 +32,11 @@ class AnsweredPrompt(NamedTuple):
     token_ids: Sequence[int]
     prompt_length: int
 
+    @classmethod
+    def of(cls, text: FeatureText) -> AnsweredPrompt:
+        """The text that was read for some features."""
+        return cls(text.token_ids.tolist(), int(text.is_answer.nonzero()[0]) + 1)
+
     def fits(self, max_length: int) -> bool:
         """Whether there is something of an answer within the length."""
         return 0 < self.prompt_length < min(len(self.token_ids), max_length)
@@ -70,6 +75,10 @@ class FeatureCapture:
         for prompt in answered:
             if prompt.fits(self._max_length):
                 yield self._run(list(prompt.token_ids[: self._max_length]), prompt.prompt_length)
+
+    def num_tokens(self, prompt: AnsweredPrompt) -> int:
+        """Of a text, as far as it is read."""
+        return min(len(prompt.token_ids), self._max_length)
 
     @torch.inference_mode()
     def _run(self, token_ids: list[int], prompt_length: int) -> FeatureText:

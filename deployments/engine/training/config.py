@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 LossName: TypeAlias = Literal["cross_entropy", "kl", "acceptance", "hybrid"]
 
@@ -65,6 +65,11 @@ class TrainingConfig(_Config):
     """Evaluations without a better one after which the run ends; 0 goes on to the end."""
     num_draft_tokens: int = Field(default=5, ge=1, le=16)
     """Length of the chains that evaluations draft."""
+    tree_widths: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(
+        default=(2, 2, 1), min_length=1, max_length=8
+    )
+    """Shape of the tree that evaluations verify beside chains: how many of its likeliest tokens the
+    draft puts behind each node, depth by depth. By default 2, 2 and 1, a tree of ten nodes."""
 
 
 class AnswersConfig(_Config):
@@ -105,13 +110,45 @@ class SelfChatConfig(_Config):
 
 
 class FeaturesConfig(_Config):
-    """What the target computes on its answers, on disk."""
+    """What the target computes on its answers."""
 
+    mode: Literal["offline", "online"] = "offline"
+    """``offline`` stores the features of training texts on disk before the training. ``online`` has
+    the target compute them beside the training, anew in every epoch, and they never touch a disk.
+    Prompts with answers give the same draft to the bit either way. Held-out texts are stored in
+    both."""
+    queue_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    """Of features that wait for the training, with ``online``; a longer text passes alone."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of what is stored: a text token takes eight (float32: sixteen) bytes per unit of the target's
+    """Of what is kept: a text token takes eight (float32: sixteen) bytes per unit of the target's
     hidden size."""
     max_bytes: int = Field(default=8 << 30, ge=1 << 20)
-    """Of the training texts' folder; texts that no longer fit are left out, and that is said."""
+    """Of the training texts' folder, with ``offline``; texts that no longer fit are left out, and
+    that is said."""
+
+
+class CostsConfig(_Config):
+    """What steps take where the draft will serve, in seconds, by their rows.
+
+    Between two numbers of rows it is straight, beyond the last it goes on. Where nothing is given,
+    the run measures on its own machine.
+    """
+
+    target_step_s: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict
+    )
+    """Of the target. One row decodes a token, K + 1 verify K draft tokens."""
+    draft_step_s: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict
+    )
+    """Of the draft. One row drafts a chain's next token."""
+
+    @field_validator("target_step_s", "draft_step_s")
+    @classmethod
+    def _begin_with_one_row(cls, seconds_of: dict[int, float]) -> dict[int, float]:
+        if seconds_of and 1 not in seconds_of:
+            raise ValueError("the time of a step of 1 row is needed")
+        return seconds_of
 
 
 class StudentConfig(_Config):
@@ -136,7 +173,9 @@ class DraftTrainingConfig(_Config):
     self_chat: SelfChatConfig = SelfChatConfig()
     """What it writes with ``--self-chat``."""
     features: FeaturesConfig = FeaturesConfig()
-    """What the target computes on its answers, on disk."""
+    """What the target computes on its answers, on disk or beside the training."""
+    costs: CostsConfig = CostsConfig()
+    """From which evaluations predict a speed-up."""
     run: TrainingConfig = TrainingConfig()
     """The training itself."""
     num_processes: int = Field(default=1, ge=1)

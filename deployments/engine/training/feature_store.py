@@ -19,7 +19,7 @@ from deployments.engine.training.batches import FeatureText
 from deployments.engine.training.errors import RunMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable, Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -106,6 +106,10 @@ class FeatureStore:
         """
         file, rows = self._locate(index)
         return FeatureText(*(file.get_slice(name)[rows] for name in _FIELDS))
+
+    def stream(self, indices: Iterable[int]) -> Generator[FeatureText, None, None]:
+        """Texts by index, each read when it is taken."""
+        yield from map(self.text, indices)
 
     def answers(self) -> Iterator[Tensor]:
         """The tokens of each text's answer; its features are not read."""

@@ -4,18 +4,18 @@ Each stage keeps its work as it goes and passes over what is there, so a job tha
 even by SIGKILL, goes on where it was when it is started again in the same folder::
 
     answers.jsonl                what the target wrote to given prompts
-    features/training/, held-out/    what it computed on that
+    features/training/, held-out/    what it computed on that; online only texts/, held-out/
+    costs.json                   what steps take here, for predictions
     checkpoint.pt, curve.jsonl   the training
     draft/                       the best draft so far
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed
@@ -26,11 +26,19 @@ from deployments.engine.training.feature_store import FeatureStore, fingerprint
 from deployments.engine.training.initial import draft_vocabulary
 from deployments.engine.training.methods import method_of
 from deployments.engine.training.objective import DraftObjective
+from deployments.engine.training.online import OnlineTexts, QueueStats
 from deployments.engine.training.pace import Pace
 from deployments.engine.training.run import DRAFT_FOLDER, CurvePoint, DraftRun, num_steps
 from deployments.engine.training.self_chat import SelfChat
 from deployments.engine.training.sharding import shard
+from deployments.engine.training.step_costs import (
+    StepCosts,
+    decoding_step,
+    rows_needed,
+    time_steps,
+)
 from deployments.engine.training.trainer import DraftTrainer
+from deployments.engine.training.tree_shape import TreeShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -41,25 +49,12 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.weights.loader import LoadedModel
     from deployments.engine.training.batches import FeatureText
     from deployments.engine.training.config import DraftTrainingConfig
+    from deployments.engine.training.prompt_split import PromptSplit
     from deployments.engine.training.self_chat import ChatFrame
 
 _TEXTS_PER_SHARD = 32
 _START_TOKENS = 20_000
 """The closed-form start is fitted on so many; more change little."""
-
-PromptIds = tuple[int, ...]
-
-
-class PromptSplit(NamedTuple):
-    """Prompts to train on, and prompts that only evaluations see; none is in both.
-
-    Attributes:
-        num_dropped: were too long, or are there already.
-    """
-
-    training: list[PromptIds]
-    held_out: list[PromptIds]
-    num_dropped: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,61 +80,24 @@ class JobReport:
         features: of training and held-out texts, prompts included. In a self-chat they come with
             the texts, and the seconds are those of both.
         num_features_bytes: of both, on disk.
+        queue: what went through memory instead, to the first process; only online.
         num_left_out: training texts for which there was no room left on disk.
         num_weights: of the draft that are trained.
         curve: first the draft before its first gradient step.
         best: the point whose draft was kept.
+        costs: from which speed-ups are predicted.
     """
 
     is_self_chat: bool
     answers: StageReport
     features: StageReport
     num_features_bytes: int
+    queue: QueueStats | None
     num_left_out: int
     num_weights: int
     curve: tuple[CurvePoint, ...]
     best: CurvePoint
-
-
-def split_prompts(
-    prompts: Iterable[PromptIds],
-    held_out: Iterable[PromptIds],
-    *,
-    num_held_out: int,
-    max_prompt_tokens: int,
-    seed: int,
-    is_self_chat: bool = False,
-) -> PromptSplit:
-    """Decide which prompts are used, and which of them are held out.
-
-    Args:
-        prompts: all, in order.
-        held_out: those that are chosen already; where there are none, some are drawn.
-        num_held_out: to draw; never more than half.
-        max_prompt_tokens: longer ones leave no room for an answer and are dropped.
-        seed: of the draw.
-        is_self_chat: there is nothing to train on among them, and nothing has to be held out.
-
-    Raises:
-        ValueError: nothing is left to train on.
-    """
-    offered = [list(prompts), list(held_out)]
-    fitting = [[prompt for prompt in of if len(prompt) <= max_prompt_tokens] for of in offered]
-    kept = dict.fromkeys(fitting[1])
-    distinct = [prompt for prompt in dict.fromkeys(fitting[0]) if prompt not in kept]
-    num_dropped = sum(map(len, offered)) - len(kept) - len(distinct)
-    if is_self_chat:
-        return PromptSplit([], list(kept), num_dropped)
-    if not kept:
-        count = min(num_held_out, len(distinct) // 2)
-        kept = dict.fromkeys(random.Random(seed).sample(distinct, count))  # noqa: S311 - no secret
-    training = [prompt for prompt in distinct if prompt not in kept]
-    if not training or not kept:
-        raise ValueError(
-            "at least one prompt to train on and another one to hold out are needed, of at most "
-            f"{max_prompt_tokens} tokens"
-        )
-    return PromptSplit(training, list(kept), num_dropped)
+    costs: StepCosts
 
 
 class DraftJob:
@@ -202,7 +160,9 @@ class DraftJob:
             layers=self._method.aux_layers,
             **({"chat": chat, "self_chat": config.self_chat.model_dump()} if chat else {}),
         )
-        self._training = FeatureStore(folder / "features" / "training", fingerprint=self._features)
+        self._is_online = config.features.mode == "online"
+        name = "texts" if self._is_online else "training"
+        self._training = FeatureStore(folder / "features" / name, fingerprint=self._features)
         self._held_out = FeatureStore(folder / "features" / "held-out", fingerprint=self._features)
 
     @property
@@ -223,16 +183,14 @@ class DraftJob:
         )
 
     def capture(self, loaded: LoadedModel) -> None:
-        """Store features of all answers that have none yet."""
-        capture = FeatureCapture(
-            loaded,
-            self._method.aux_layers,
-            max_length=self._config.run.max_length,
-            dtype=getattr(torch, self._config.features.dtype),
-        )
+        """Store features of all answers that have none yet, and measure what steps take."""
+        self._measure(loaded)
         if self._chat:
             self._talk(loaded, self._chat)
-        stores = ((self._held_out, self._held_out_texts()), (self._training, self._texts()))
+        capture = self._capture_of(loaded)
+        stores = [(self._held_out, self._held_out_texts())]
+        if not self._is_online:
+            stores.append((self._training, self._texts()))
         for store, answered in stores:
             missing = answered[store.num_texts :]
             pace = Pace("features", len(answered), self._progress, done=store.num_texts)
@@ -243,7 +201,7 @@ class DraftJob:
             )
             for _ in shards:
                 pass
-        if left_out := self._num_training - self._training.num_texts:
+        if left_out := self._num_left_out:
             self._progress(
                 f"warning: {left_out} of {self._num_training} texts are left out: "
                 "training.features.max_bytes is reached"
@@ -273,8 +231,11 @@ class DraftJob:
                 dtype=getattr(torch, self._config.features.dtype),
             )
             pace = Pace(f"{name} texts", count, self._progress, done=store.num_texts)
+            texts: Iterator[FeatureText] = islice(chat.texts(temperatures), missing)
+            if self._is_online and store is self._training:
+                texts = (text.without_features() for text in texts)
             shards = store.extend(
-                self._paced(islice(chat.texts(temperatures), missing), pace),
+                self._paced(texts, pace),
                 texts_per_shard=_TEXTS_PER_SHARD,
                 max_bytes=self._config.features.max_bytes,
             )
@@ -291,39 +252,89 @@ class DraftJob:
             RunMismatchError: the folder's checkpoint is of other settings or texts.
         """
         config = self._config.run
+        texts = self._training_texts(loaded)
         self._progress("solving for the start")
-        draft, scale = self._method.start(loaded, self._draft_vocabulary(), self._first_texts)
+        vocabulary = self._draft_vocabulary(texts)
+        draft, scale = self._method.start(loaded, vocabulary, lambda: _first_texts(texts))
         num_weights = sum(weight.numel() for weight in draft.parameters())
         device = loaded.model.device
         unrolled = config.objective.model_copy(update={"num_unrolls": self._method.num_unrolls})
         objective = DraftObjective(draft, loaded.model, unrolled, scale).to(device)
         if distributed.is_initialized():
             shard(objective)
-        steps = num_steps(self._training.lengths, config)
+        steps = num_steps(texts.lengths, config)
         run = DraftRun(
             self._folder,
             DraftTrainer(objective, config, steps, str(device)),
             config,
-            self._training,
+            texts,
             self._held_out,
             self._progress,
             fingerprint=fingerprint(
                 features=self._features,
-                num_texts=self._training.num_texts,
+                num_texts=len(texts.lengths),
                 method=self._config.method,
                 student=self._config.student.model_dump(),
             ),
+            costs=StepCosts.read(self._costs_path),
         )
         best = run.run()
-        return self._report(run, best, num_weights)
+        return self._report(run, best, num_weights, texts)
 
     @property
     def draft_folder(self) -> Path:
         """Where the best draft is."""
         return self._folder / DRAFT_FOLDER
 
-    def _report(self, run: DraftRun, best: CurvePoint, num_weights: int) -> JobReport:
+    @property
+    def _costs_path(self) -> Path:
+        return self._folder / "costs.json"
+
+    def _measure(self, loaded: LoadedModel) -> None:
+        """Keep what steps take, once in a folder: a run's predictions are to be comparable."""
+        if self._costs_path.is_file():
+            return
+        self._progress("measuring steps")
+        config, given = self._config.run, self._config.costs
+        target_rows, draft_rows = rows_needed(
+            config.num_draft_tokens, TreeShape(config.tree_widths)
+        )
+        target = given.target_step_s or time_steps(decoding_step(loaded), target_rows)
+        draft = given.draft_step_s
+        if not draft:
+            size = min(config.draft_vocab_size, self._target_config.vocab_size)
+            draft = time_steps(self._method.drafting_step(loaded, size), draft_rows)
+        StepCosts(target_s=target, draft_s=draft).write(self._costs_path)
+
+    def _capture_of(self, loaded: LoadedModel) -> FeatureCapture:
+        return FeatureCapture(
+            loaded,
+            self._method.aux_layers,
+            max_length=self._config.run.max_length,
+            dtype=getattr(torch, self._config.features.dtype),
+        )
+
+    def _training_texts(self, loaded: LoadedModel) -> FeatureStore | OnlineTexts:
+        if not self._is_online:
+            return self._training
+        capture, bound = self._capture_of(loaded), self._config.features.queue_bytes
+        return OnlineTexts(capture, self._streamed(), bound)
+
+    def _streamed(self) -> list[AnsweredPrompt]:
+        """What the target reads beside the training."""
+        return list(map(AnsweredPrompt.of, self._training)) if self._chat else self._texts()
+
+    @property
+    def _num_left_out(self) -> int:
+        is_streamed = self._is_online and not self._chat
+        num_texts = len(self._texts()) if is_streamed else self._training.num_texts
+        return self._num_training - num_texts
+
+    def _report(
+        self, run: DraftRun, best: CurvePoint, num_weights: int, texts: FeatureStore | OnlineTexts
+    ) -> JobReport:
         stores = (self._training, self._held_out)
+        queue = texts.stats if isinstance(texts, OnlineTexts) else None
         return JobReport(
             is_self_chat=self._chat is not None,
             answers=StageReport(
@@ -337,10 +348,12 @@ class DraftJob:
                 seconds=sum(store.seconds for store in stores),
             ),
             num_features_bytes=sum(store.num_bytes for store in stores),
-            num_left_out=self._num_training - self._training.num_texts,
+            queue=queue,
+            num_left_out=self._num_left_out,
             num_weights=num_weights,
             curve=tuple(run.curve),
             best=best,
+            costs=StepCosts.read(self._costs_path),
         )
 
     def _answered(self, indices: range) -> list[AnsweredPrompt]:
@@ -357,22 +370,23 @@ class DraftJob:
     def _held_out_texts(self) -> list[AnsweredPrompt]:
         return self._answered(range(self._num_asked, len(self._questions)))
 
-    def _draft_vocabulary(self) -> torch.Tensor:
-        written = (token for answer in self._training.answers() for token in answer.tolist())
+    def _draft_vocabulary(self, texts: FeatureStore | OnlineTexts) -> torch.Tensor:
+        written = (token for answer in texts.answers() for token in answer.tolist())
         vocab_size = self._target_config.vocab_size
         size = min(self._config.run.draft_vocab_size, vocab_size)
         return draft_vocabulary(written, size, vocab_size)
-
-    def _first_texts(self) -> Iterator[FeatureText]:
-        num_tokens = 0
-        for text in self._training:
-            yield text
-            num_tokens += text.num_tokens
-            if num_tokens >= _START_TOKENS:
-                return
 
     @staticmethod
     def _paced(texts: Iterable[FeatureText], pace: Pace) -> Iterator[FeatureText]:
         for text in texts:
             yield text
             pace.advance(text.num_tokens)
+
+
+def _first_texts(texts: Iterable[FeatureText]) -> Iterator[FeatureText]:
+    num_tokens = 0
+    for text in texts:
+        yield text
+        num_tokens += text.num_tokens
+        if num_tokens >= _START_TOKENS:
+            return

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from deployments.engine.torch_engine.student import StudentWeights
+from deployments.engine.torch_engine.student import StudentWeights, cut_student
 from deployments.engine.torch_engine.student_fitting import fit_connector
-from deployments.engine.training.eagle3 import Eagle3Config
+from deployments.engine.training.eagle3 import Eagle3Config, Rows
 from deployments.engine.training.initial import feature_scale, random_head, start_from_target
+from deployments.engine.training.step_costs import CONTEXT_TOKENS, decoding_step
 from deployments.engine.training.student_model import StudentModel
 
 if TYPE_CHECKING:
@@ -64,6 +66,14 @@ class Method(Protocol):
             texts: to fit on; some ten thousand positions.
         """
 
+    def drafting_step(self, loaded: LoadedModel, draft_vocab_size: int) -> Callable[[int], object]:
+        """Steps of such a draft over so many rows behind a context, for what they take.
+
+        Args:
+            loaded: the target, whose arithmetic they have.
+            draft_vocab_size: tokens that can be drafted.
+        """
+
 
 class Eagle3Method:
     """A head that reads its target's features (``eagle3``)."""
@@ -95,6 +105,27 @@ class Eagle3Method:
         if self._run.start == "target":
             start_from_target(head, loaded.model, texts(), scale)
         return Start(head, scale)
+
+    def drafting_step(self, loaded: LoadedModel, draft_vocab_size: int) -> Callable[[int], object]:
+        """A head's rows see the context and themselves; what they guess from costs the same."""
+        model, vocabulary = loaded.model, torch.arange(draft_vocab_size)
+        shape = replace(self._shape, draft_vocab_size=draft_vocab_size)
+        head = random_head(shape, vocabulary, seed=0).to(model.device, model.dtype).eval()
+        size = (1, CONTEXT_TOKENS, shape.num_kv_heads, shape.head_dim)
+        committed = torch.zeros(size, device=model.device, dtype=model.dtype)
+        context = (Rows(committed, committed),)
+
+        @torch.inference_mode()
+        def step(num_rows: int) -> object:
+            stream = torch.ones(
+                (1, num_rows, shape.hidden_size), device=model.device, dtype=model.dtype
+            )
+            positions = torch.full((1, num_rows), CONTEXT_TOKENS, device=model.device)
+            mask = torch.ones((num_rows, CONTEXT_TOKENS), dtype=torch.bool, device=model.device)
+            output = head(stream, stream, positions, context, mask)
+            return head.logits(output.hidden).argmax(-1).tolist()
+
+        return step
 
 
 class StudentMethod:
@@ -144,6 +175,22 @@ class StudentMethod:
         )
         draft = StudentModel.from_target(loaded.model, student)
         return Start(draft, torch.ones(features.shape[1]))
+
+    def drafting_step(self, loaded: LoadedModel, draft_vocab_size: int) -> Callable[[int], object]:
+        """Steps of the target's own layers; weights that are trained take as long."""
+        size = loaded.config.hidden_size
+        student = StudentWeights(
+            connector_weight=torch.eye(size),
+            connector_bias=torch.zeros(size),
+            draft_token_ids=torch.arange(draft_vocab_size, dtype=torch.int32),
+            logit_scale=1.0,
+            kept_layers=self._kept,
+            joint=self._joint,
+            target_digest=loaded.weights_digest,
+            num_positions=0,
+            agreement=None,
+        )
+        return decoding_step(cut_student(loaded, student))
 
 
 def method_of(config: DraftTrainingConfig, target: ModelConfig) -> Method:

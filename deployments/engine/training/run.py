@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -18,14 +20,17 @@ from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.training.evaluation import DraftQuality, evaluate
 from deployments.engine.training.pace import Pace
 from deployments.engine.training.plan import plan_epoch, share
+from deployments.engine.training.step_costs import SpeedUps
+from deployments.engine.training.tree_shape import TreeShape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from deployments.engine.training.batches import FeatureText
     from deployments.engine.training.config import TrainingConfig
     from deployments.engine.training.draft_module import DraftModule
+    from deployments.engine.training.step_costs import StepCosts
     from deployments.engine.training.trainer import DraftTrainer
 
 DRAFT_FOLDER = "draft"
@@ -34,14 +39,14 @@ _CHECKPOINT_FILE = "checkpoint.pt"
 
 
 class Texts(Protocol):
-    """Texts by index, in memory or on disk."""
+    """Texts by index, on disk or computed when they are wanted."""
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each text."""
 
-    def text(self, index: int) -> FeatureText:
-        """One text."""
+    def stream(self, indices: Iterable[int]) -> Generator[FeatureText, None, None]:
+        """Texts in this order; may prepare some ahead, and is closed when no more are wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,7 @@ class CurvePoint:
         num_tokens: trained on before it, padding not counted, on all processes.
         loss: mean over the steps since the evaluation before; None at the start.
         seconds: of training, evaluations included, in all sessions of the run.
+        speed_ups: predicted from the run's costs.
     """
 
     step: int
@@ -60,6 +66,7 @@ class CurvePoint:
     loss: float | None
     seconds: float
     quality: DraftQuality
+    speed_ups: SpeedUps
 
     @property
     def score(self) -> float:
@@ -80,6 +87,7 @@ class DraftRun:
         progress: Callable[[str], None],
         *,
         fingerprint: str,
+        costs: StepCosts,
     ) -> None:
         """Begin a run, or go on with the one whose checkpoint the folder holds.
 
@@ -91,6 +99,7 @@ class DraftRun:
             held_out: for evaluations; gone through anew for each.
             progress: gets short lines for a person to read.
             fingerprint: of target and texts; a folder continues with the same only.
+            costs: of the target's and the draft's steps.
 
         Raises:
             RunMismatchError: the folder's checkpoint is of another run.
@@ -103,6 +112,8 @@ class DraftRun:
         self._held_out = held_out
         self._progress = progress
         self._fingerprint = fingerprint
+        self._costs = costs
+        self._tree = TreeShape(config.tree_widths)
         self._is_first = not distributed.is_initialized() or distributed.get_rank() == 0
         self._num_tokens = 0
         self._seconds = 0.0
@@ -154,19 +165,20 @@ class DraftRun:
     def _steps_ahead(self) -> Iterator[list[list[FeatureText]]]:
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         world_size = distributed.get_world_size() if distributed.is_initialized() else 1
-        done = self._trainer.num_steps_done
-        for epoch in range(self._config.epochs):
-            steps = epoch_steps(self._texts.lengths, self._config, epoch)
-            for step in steps[done:]:
-                yield [self._share(batch, rank, world_size) for batch in step]
-            done = max(0, done - len(steps))
-
-    def _share(self, batch: list[int], rank: int, world_size: int) -> list[FeatureText]:
-        if mine := share(batch, rank, world_size):
-            return [self._texts.text(index) for index in mine]
+        lengths = self._texts.lengths
+        steps = [
+            [(share(batch, rank, world_size), batch[:1]) for batch in step]
+            for epoch in range(self._config.epochs)
+            for step in epoch_steps(lengths, self._config, epoch)
+        ][self._trainer.num_steps_done :]
         # Every forward gathers weights from all processes: who has nothing to learn from runs too.
-        text = self._texts.text(batch[0])
-        return [text._replace(is_answer=torch.zeros_like(text.is_answer))]
+        indices = (i for step in steps for mine, other in step for i in mine or other)
+        with closing(self._texts.stream(indices)) as texts:
+            for step in steps:
+                yield [
+                    list(islice(texts, len(mine))) if mine else [_without_answer(next(texts))]
+                    for mine, _ in step
+                ]
 
     def _evaluate(self, seconds: float) -> None:
         draft = _whole_draft(self._trainer)
@@ -179,6 +191,7 @@ class DraftRun:
             loss=loss,
             seconds=seconds,
             quality=quality,
+            speed_ups=self._costs.speed_ups(quality, self._tree),
         )
         self.curve.append(point)
         if draft is not None:
@@ -190,7 +203,8 @@ class DraftRun:
         taught = "" if loss is None else f", loss {loss:.3f}"
         self._progress(
             f"step {point.step}, {point.num_tokens} tokens{taught}: a round of "
-            f"{self._config.num_draft_tokens} commits {point.score:.3f}; acceptance {shown}"
+            f"{self._config.num_draft_tokens} commits {point.score:.3f}, a tree "
+            f"{quality.tree_acceptance_length:.3f}; {_worth(point.speed_ups)}; acceptance {shown}"
         )
 
     def _quality(self, draft: DraftModule | None) -> DraftQuality:
@@ -204,6 +218,7 @@ class DraftRun:
                     embedding,
                     self._held_out,
                     self._config.num_draft_tokens,
+                    self._tree,
                 )
             ]
         if distributed.is_initialized():
@@ -284,14 +299,23 @@ def _whole_draft(trainer: DraftTrainer) -> DraftModule | None:
     return trainer.objective.trained(weights) if weights else None
 
 
+def _without_answer(text: FeatureText) -> FeatureText:
+    return text._replace(is_answer=torch.zeros_like(text.is_answer))
+
+
+def _worth(speed_ups: SpeedUps) -> str:
+    best = speed_ups.best_length
+    return f"predicted {speed_ups.chains[best - 1]:.2f}x with K = {best}"
+
+
 def _point(raw: dict[str, Any]) -> CurvePoint:
     quality = raw["quality"]
+    speed_ups = raw["speed_ups"]
     return CurvePoint(
-        **{key: value for key, value in raw.items() if key != "quality"},
+        **{key: value for key, value in raw.items() if key not in ("quality", "speed_ups")},
         quality=DraftQuality(
-            acceptance=tuple(quality["acceptance"]),
-            mean_acceptance_length=tuple(quality["mean_acceptance_length"]),
-            coverage=quality["coverage"],
-            num_positions=quality["num_positions"],
+            **quality
+            | {name: tuple(quality[name]) for name in ("acceptance", "mean_acceptance_length")}
         ),
+        speed_ups=SpeedUps(**speed_ups | {"chains": tuple(speed_ups["chains"])}),
     )

@@ -109,6 +109,12 @@ def test_the_command_makes_a_draft_with_a_card(paceline, work):
     assert f"paceline train draft --config {work / 'c.yaml'}" in card
     assert "- `training.run.objective.num_unrolls: 2`" in card
     assert "| answers to given prompts |" in card
+    assert "| predicted speed-up of K draft tokens, this draft |" in card
+    assert "A tree of 10 nodes, 2-4-4 by depth" in card
+    assert "**Extrapolated, not measured:**" in card
+    points = [json.loads(x) for x in (work / "out" / "curve.jsonl").read_text().splitlines()]
+    assert all(len(point["speed_ups"]["chains"]) == 3 for point in points)
+    assert all(point["quality"]["tree_acceptance_length"] >= 1 for point in points)
 
 
 class Interrupted(BaseException):
@@ -289,6 +295,78 @@ def test_a_chat_that_was_cut_off_goes_on(work, monkeypatch):
     assert kept >= 1
     report, _ = train(work, prompt_files=[], licences=[], self_chat=True)
     assert report.features.num_texts == 24 + 4
+
+
+def online(monkeypatch):
+    monkeypatch.setenv("PACELINE_TRAINING__FEATURES__MODE", "online")
+
+
+def test_online_features_make_the_same_draft_and_touch_no_disk(work, monkeypatch):
+    _, stored = train(work, "offline")
+    online(monkeypatch)
+    report, streamed = train(work, "online")
+    whole, other = (load_file(of / "model.safetensors") for of in (stored, streamed))
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+    assert report.queue.num_taken == report.queue.num_put == 3 * 24
+    assert 0 < report.queue.most_bytes <= report.queue.max_bytes
+    assert report.num_left_out == 0
+    assert not list((work / "online" / "features" / "texts").iterdir())
+    assert "through memory: 72 texts" in (streamed / "README.md").read_text()
+
+
+def test_an_online_training_that_was_cut_off_ends_with_the_same_weights(work, monkeypatch):
+    online(monkeypatch)
+    _, folder = train(work, "whole")
+
+    def tell(line: str) -> None:
+        if line.startswith("step 4,"):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(work, "cut", tell)
+    lines: list[str] = []
+    report, cut = train(work, "cut", lines.append)
+    assert any(line.startswith("going on behind step") for line in lines)
+    # What had been trained on is not computed again.
+    assert report.queue.num_put < 3 * 24
+    whole, other = (load_file(of / "model.safetensors") for of in (folder, cut))
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_processes_stream_their_shares(work, monkeypatch):
+    online(monkeypatch)
+    _, folder = train(work, "one")
+    monkeypatch.setenv("PACELINE_TRAINING__NUM_PROCESSES", "2")
+    report, together = train(work, "two")
+    assert 0 < report.queue.num_taken < 3 * 24
+    for name, weight in torch.load(folder.parent / "checkpoint.pt")["model"].items():
+        other = torch.load(together.parent / "checkpoint.pt")["model"][name]
+        torch.testing.assert_close(other, weight, rtol=0, atol=1e-4)
+
+
+def test_the_targets_own_chats_are_streamed_too(work, monkeypatch):
+    online(monkeypatch)
+    for name, value in {
+        "NUM_TEXTS": "24",
+        "NUM_TOGETHER": "16",
+        "MAX_TOKENS": "24",
+        "MAX_PROMPT_TOKENS": "24",
+    }.items():
+        monkeypatch.setenv(f"PACELINE_TRAINING__SELF_CHAT__{name}", value)
+    report, folder = train(work, prompt_files=[], licences=[], self_chat=True)
+    assert report.queue.num_taken == 3 * 24
+    assert report.num_left_out == 0
+    [shard] = (folder.parent / "features" / "texts").iterdir()
+    assert load_file(shard)["features"].numel() == 0
+
+
+def test_given_step_times_are_taken_and_nothing_is_measured(work, monkeypatch):
+    monkeypatch.setenv("PACELINE_TRAINING__COSTS__TARGET_STEP_S", "{1: 0.03, 11: 0.04}")
+    monkeypatch.setenv("PACELINE_TRAINING__COSTS__DRAFT_STEP_S", "{1: 0.001}")
+    report, _ = train(work)
+    assert report.costs.target_s == {1: 0.03, 11: 0.04}
+    length = report.best.quality.mean_acceptance_length[0]
+    assert report.best.speed_ups.chains[0] == pytest.approx(length * 0.03 / 0.032)
 
 
 def test_what_contradicts_a_chat_with_oneself_is_refused(work, monkeypatch):

@@ -14,6 +14,7 @@ from deployments.engine.training.checkpoint import load_head
 from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.training.initial import start_from_target
 from deployments.engine.training.run import DraftRun, num_steps
+from deployments.engine.training.step_costs import StepCosts
 from deployments.engine.training.trainer import DraftTrainer
 from tests.unit.deployments.engine.training.tiny_training import (
     CONFIG,
@@ -33,6 +34,7 @@ RUN = CONFIG.model_copy(
         "num_draft_tokens": 3,
     }
 )
+COSTS = StepCosts(target_s={1: 0.030, 4: 0.032, 11: 0.036}, draft_s={1: 0.002, 4: 0.003})
 
 
 class InMemory:
@@ -40,8 +42,8 @@ class InMemory:
         self._kept = kept
         self.lengths = [text.num_tokens for text in kept]
 
-    def text(self, index):
-        return self._kept[index]
+    def stream(self, indices):
+        yield from map(self._kept.__getitem__, indices)
 
 
 def draft_run(folder, config=RUN, progress=lambda _: None, held_out=None, fingerprint="texts"):
@@ -51,7 +53,16 @@ def draft_run(folder, config=RUN, progress=lambda _: None, held_out=None, finger
     trained = objective(a_head)
     trainer = DraftTrainer(trained, config, num_steps(kept.lengths, config), "cpu")
     held_out = held_out or texts(4, seed=9)
-    run = DraftRun(folder, trainer, config, kept, held_out, progress, fingerprint=fingerprint)
+    run = DraftRun(
+        folder,
+        trainer,
+        config,
+        kept,
+        held_out,
+        progress,
+        fingerprint=fingerprint,
+        costs=COSTS,
+    )
     return run, trainer
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.engine.training.job import split_prompts
+from deployments.engine.training.prompt_split import split_prompts
 
 PROMPTS = [(i, i) for i in range(40)]
 
