@@ -3,7 +3,8 @@
 A text file holds one prompt a line. A ``.jsonl`` file holds one conversation a line, as
 ``messages`` or ``conversations`` with ``role`` and ``content`` (or ``from`` and ``value``), one
 ``prompt``, or ``turns`` as MT-bench has them, of which the first is taken. Of a conversation, what
-stands behind its last user message is not read: the target writes its own answers.
+stands behind its last user message is not read: the target writes its own answers. A folder holds
+``.jsonl`` files at any depth, as a traffic log does.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def read_prompts(path: Path, licence: str, tokenizer: Tokenizer, option: str) ->
     """The prompts of a file.
 
     Args:
-        path: ``.jsonl``, or any text.
+        path: ``.jsonl``, any text, or a folder of ``.jsonl`` files.
         licence: of its contents.
         tokenizer: the target's.
         option: that named the file, for messages.
@@ -91,6 +92,9 @@ def read_prompts(path: Path, licence: str, tokenizer: Tokenizer, option: str) ->
     """
     where = f"{option}: {path}"
     try:
+        if path.is_dir():
+            data = b"".join(file.read_bytes() for file in sorted(path.rglob("*.jsonl")))
+            return _source(path.with_suffix(".jsonl"), data, licence, tokenizer, where)
         return _source(path, path.read_bytes(), licence, tokenizer, where)
     except OSError as error:
         raise ConfigError((f"{where}: {error.strerror or error}",)) from error
