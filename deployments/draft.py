@@ -137,6 +137,7 @@ class DraftReplica:
     def _replace(self, draft: DraftPoolConfig) -> None:
         successor = build_drafter(draft, self._engine, self._cache_dir)
         self._server.replace_drafter(successor)
+        self._metrics.trial(is_running=False)
         self._refresh = self._follow(draft, self._server, successor)
 
     def _follow(

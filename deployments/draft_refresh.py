@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MAX_BEGUN = 20
+"""Trials of one candidate, by replicas that came and went. It may be what they die of."""
+
 
 class DraftRefresh:
     """Belongs to one thread, for loading a student takes seconds.
@@ -106,14 +109,16 @@ class DraftRefresh:
         stamp = stamp_of(self._shelf.candidate)
         if stamp == self._candidate_stamp:
             return
-        was_on_trial = self._trial is not None
-        self._candidate = self._candidate_stamp = self._trial = None
-        if stamp is None:
-            if was_on_trial:
-                self._server.replace_drafter(self._stable)
-                logger.info("the trial is over; the drafter at work stays")
-            return
+        if self._trial is not None:
+            self._server.replace_drafter(self._stable)
+            logger.info("the trial is over; the drafter at work stays")
+        self._candidate = self._trial = None
         self._candidate_stamp = stamp
+        if stamp is None:
+            return
+        if (num_begun := self._shelf.begin()) > _MAX_BEGUN:
+            self._end(stamp, Outcome.ROLLED_BACK, f"begun {num_begun - 1} times, never ended")
+            return
         try:
             self._candidate = self._build(self._shelf.candidate)
         except EngineError as error:

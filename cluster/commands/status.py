@@ -108,7 +108,7 @@ def _drafters(snapshot: MetricsSnapshot) -> dict[str, float]:
     for drafter, number in rounds.items():
         if number:
             scores[f"rounds ({drafter})"] = int(number)
-            scores[f"confirmed a round ({drafter})"] = round(confirmed[drafter] / number, 3)
+            scores[f"confirmed a round ({drafter})"] = round(confirmed.get(drafter, 0) / number, 3)
     trials = snapshot.by_label("paceline_draft_trials_total", "outcome")
     scores |= {f"candidates {name.replace('_', ' ')}": int(n) for name, n in trials.items()}
     if running := int(snapshot.total("paceline_draft_trial_running")):

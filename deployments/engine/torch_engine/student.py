@@ -101,14 +101,18 @@ def student_path(cache_dir: Path, target_digest: str) -> Path:
     return cache_dir / "students" / target_digest / _FILE
 
 
+def shipped_student(target_digest: str) -> Path:
+    """Where the student lies that comes with the package, for the few targets that have one."""
+    return _SHIPPED / f"{target_digest}.safetensors"
+
+
 def find_student(cache_dir: Path, target_digest: str) -> Path:
     """The student fitted here, else the one that comes with the package.
 
     Raises:
         WeightsMissingError: there is neither.
     """
-    shipped = _SHIPPED / f"{target_digest}.safetensors"
-    for path in (student_path(cache_dir, target_digest), shipped):
+    for path in (student_path(cache_dir, target_digest), shipped_student(target_digest)):
         if path.is_file():
             return path
     raise WeightsMissingError(

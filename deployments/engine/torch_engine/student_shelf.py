@@ -9,6 +9,7 @@ folder. Files only ever appear and vanish whole.
 ``candidate.safetensors`` on trial: drafts for a share of the sessions
 ``previous.safetensors``  drafted before a candidate was promoted
 ``decision.json``         what became of the last candidate, and why
+``begun``                 a byte for every time that a replica began to try the candidate
 ========================  ==========================================================
 """
 
@@ -24,7 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from deployments.engine.torch_engine.student import find_student, student_path
+from deployments.engine.torch_engine.student import (
+    find_student,
+    shipped_student,
+    student_path,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,6 +72,7 @@ class StudentShelf:
         self.candidate = self.stable.with_name("candidate.safetensors")
         self._previous = self.stable.with_name("previous.safetensors")
         self._decision = self.stable.with_name("decision.json")
+        self._begun = self.stable.with_name("begun")
 
     def in_use(self) -> Path:
         """The file that drafts are made with.
@@ -88,10 +94,20 @@ class StudentShelf:
             shutil.copyfile(source, scratch)
             with self._locked():
                 self._decision.unlink(missing_ok=True)
+                self._begun.unlink(missing_ok=True)
                 Path(scratch).replace(self.candidate)
         except BaseException:
             Path(scratch).unlink(missing_ok=True)
             raise
+
+    def begin(self) -> int:
+        """A replica begins to try the candidate; tells how often that happened, this time included.
+
+        A candidate that takes its replica down is begun again and again.
+        """
+        with self._locked(), self._begun.open("ab") as file:
+            file.write(b".")
+            return file.tell()
 
     def promote(self, candidate: FileStamp, decision: Decision) -> bool:
         """Let the candidate draft from now on, and keep what drafted before.
@@ -128,16 +144,13 @@ class StudentShelf:
 
         Returns:
             What drafts from now on; None if there is nothing to go back to.
-
-        Raises:
-            WeightsMissingError: nothing is left to draft with.
         """
         with self._locked():
             if self.candidate.is_file():
                 self.candidate.unlink()
             elif self._previous.is_file():
                 self._previous.replace(self.stable)
-            elif self.stable.is_file():
+            elif self.stable.is_file() and shipped_student(self._target_digest).is_file():
                 self.stable.unlink()
             else:
                 return None

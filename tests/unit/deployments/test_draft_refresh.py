@@ -195,6 +195,27 @@ def test_a_newer_candidate_takes_the_place_of_the_one_on_trial(shelf, offer):
     assert shelf.candidate.read_text() == "newer"
 
 
+def test_a_newer_candidate_that_does_not_fit_ends_the_trial_before_it(shelf, offer):
+    replica = Replica(shelf)
+    offer("new")
+    replica.poll()
+    offer("damaged")
+    assert replica.poll() == "stable"
+    assert not replica.is_on_trial
+
+
+def test_a_candidate_whose_replicas_die_is_not_tried_for_ever(shelf, offer):
+    offer("new")
+    for _ in range(20):
+        assert Replica(shelf).poll() is None
+    last = Replica(shelf)
+    assert last.poll() == "stable"
+    assert last.loaded == []
+    assert shelf.last_decision().reason == "begun 20 times, never ended"
+    offer("newer")
+    assert last.poll() is None
+
+
 def test_a_stable_student_that_cannot_be_loaded_is_not_taken_up(shelf, offer):
     replica = Replica(shelf)
     shelf.stable.unlink()

@@ -78,6 +78,10 @@ def test_without_one_before_the_shipped_student_comes_back(shelf, tmp_path, monk
     from deployments.engine.torch_engine import student
 
     assert shelf.roll_back(WITHDRAWN) is None
+    assert shelf.promote(offered(shelf, tmp_path, "only"), PROMOTED)
+    # Nothing would be left to draft with.
+    assert shelf.roll_back(WITHDRAWN) is None
+    shelf.stable.unlink()
     (tmp_path / "d1gest.safetensors").write_text("shipped")
     monkeypatch.setattr(student, "_SHIPPED", tmp_path)
     assert shelf.promote(offered(shelf, tmp_path, "own"), PROMOTED)
