@@ -66,7 +66,7 @@ def _config(model: Path, folder: Path, told: argparse.Namespace) -> ClusterConfi
             deterministic=True,
             # What the pool is worth shows best where nothing else drafts, and where tables are
             # small enough to be there in time on two busy cores.
-            speculation=SpeculationConfig(num_draft_tokens=2, local_drafter="none"),
+            speculation=SpeculationConfig(num_draft_tokens=2, fanout=1, local_drafter="none"),
         ),
         draft=DraftPoolConfig(
             canary=CanaryConfig(
@@ -178,7 +178,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=12)
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--min-sessions", type=int, default=8)
+    parser.add_argument("--min-sessions", type=int, default=10)
     parser.add_argument("--min-rounds", type=int, default=120)
     parser.add_argument("--timeout-s", type=float, default=150.0)
     told = parser.parse_args()

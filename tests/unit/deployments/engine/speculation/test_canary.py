@@ -10,7 +10,7 @@ import pytest
 from deployments.engine.config import CanaryConfig
 from deployments.engine.speculation.canary import Outcome, Tally, half_width, judge
 
-RULE = CanaryConfig(min_sessions=10, min_rounds=100, max_sessions=400)
+RULE = CanaryConfig(min_sessions=20, min_rounds=100, max_sessions=400)
 
 
 def session(rng: random.Random, score: float) -> tuple[int, int]:
@@ -60,7 +60,7 @@ def test_a_better_candidate_is_promoted_and_a_worse_one_rolled_back(seed):
 def test_looking_all_the_time_does_not_find_what_is_not_there():
     """Two equal drafters: the candidate is promoted by chance in few of many trials.
 
-    A bound for a single look, 1.96 standard errors, promotes several times as many.
+    The bound of a single look, 1.96 standard errors, promotes a fifth of them.
     """
     promoted = sum(watch(seed, 0.5, 0.5)[0] is Outcome.PROMOTED for seed in range(200))
     assert promoted <= 200 * RULE.error_rate
@@ -73,7 +73,7 @@ def test_a_candidate_that_shows_no_difference_is_given_up_in_the_end():
     assert verdict.reason.startswith("not better: candidate 0.500 confirmed")
 
 
-@pytest.mark.parametrize(("num_sessions", "num_rounds"), [(9, 900), (90, 99)])
+@pytest.mark.parametrize(("num_sessions", "num_rounds"), [(19, 900), (90, 99)])
 def test_nothing_is_decided_by_too_few_sessions_or_rounds(num_sessions, num_rounds):
     few = Tally(num_sessions, num_rounds, 3 * num_rounds, 10_000, 90_000, 30_000)
     many = Tally(1000, 20_000, 0, 450_000, 0, 0)
