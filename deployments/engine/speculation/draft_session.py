@@ -71,7 +71,9 @@ class DraftSession:
         """Count a table made for the target."""
         self._num_tables += 1
         self._num_rows += len(rows)
-        self.score.told(question.base_len, question.query.in_flight, rows, now)
+        # The next round, which asked for nothing, may have begun before this table was made.
+        is_late = len(self.token_ids) > question.base_len
+        self.score.told(question.base_len, question.query.in_flight, () if is_late else rows, now)
 
     def end(self, reason: str) -> None:
         """End the session's span.

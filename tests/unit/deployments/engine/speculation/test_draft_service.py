@@ -389,6 +389,20 @@ def test_a_question_that_was_overtaken_is_a_round_without_a_right_token():
     assert scored(bench)["stable"] == (1, 0)
 
 
+def test_a_table_made_behind_a_round_that_asked_nothing_is_late():
+    bench = Bench()
+    bench.service.replace_drafter(FarSighted())
+    nothing = {"num_draft_tokens": 0, "fanout": 0}
+    bench.send(opens=[opened(1)], commits=[commit(1, 1, 3), commit(1, 2, 4, [3], **nothing)])
+    [table] = bench.answers().tables
+    assert table.base_len == 3
+    bench.send(commits=[commit(1, 3, 6, [4, 5], **nothing)])
+    bench.answers()
+    bench.send(closes=[draft_pb2.Close(session=1, epoch=1)])
+    bench.answers()
+    assert scored(bench)["stable"] == (1, 0)
+
+
 def test_scores_of_a_trial_are_kept_apart_and_begin_with_it():
     bench = Bench()
     bench.send(opens=[opened(7)], commits=[commit(7, 1, 3)])
