@@ -50,11 +50,14 @@ from tests.smoke.refresh.load import Asked, SteadyLoad
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cluster.state import ClusterState
     from deployments.engine.torch_engine.student import StudentWeights
 
+_ENDS = ("promoted", "rolled back")
 _REPORT = Path("build/reports/refresh.json")
 _TEMPERATURES = (0.0, 0.8)
 _POLL_S = 0.2
+_METRICS_TIMEOUT_S = 30.0
 
 
 def _config(model: Path, folder: Path, told: argparse.Namespace) -> ClusterConfig:
@@ -124,7 +127,8 @@ def run(told: argparse.Namespace, on_progress: Callable[[str], None]) -> dict[st
                         trials.append(
                             {"candidate": candidate} | _trial(config, source, load, told.timeout_s)
                         )
-            status = _drafters(MetricsSnapshot.read(state.metrics_url))
+                on_progress("reading the metrics")
+                status = _status(state)
         logged = read_prompts(
             folder / "traffic", "own", Tokenizer.load(model), "the demo's traffic log"
         )
@@ -137,6 +141,17 @@ def run(told: argparse.Namespace, on_progress: Callable[[str], None]) -> dict[st
         "questions": told.questions,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _status(state: ClusterState) -> dict[str, float]:
+    """What ``paceline status`` shows, once Ray has exported how the trials ended."""
+    deadline = time.monotonic() + _METRICS_TIMEOUT_S
+    while True:
+        status = _drafters(MetricsSnapshot.read(state.metrics_url))
+        has_all = all(f"candidates {end}" in status for end in _ENDS)
+        if has_all or time.monotonic() > deadline:
+            return status
+        time.sleep(_POLL_S)
 
 
 def _trial(
@@ -152,7 +167,6 @@ def _trial(
         "reason": decision.reason if decision else "",
         "answers_meanwhile": load.num_equal - answers_before,
         "seconds": round(time.monotonic() - began, 1),
-        "in_use": shelf.in_use().stat().st_size,
     }
 
 
@@ -168,6 +182,11 @@ def _bars(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         name: {"value": value, "bar": bar, "holds": value == bar}
         for name, (value, bar) in found.items()
     } | {
+        "trials that the metrics tell of": {
+            "value": [report["status"].get(f"candidates {end}", 0) for end in _ENDS],
+            "bar": [1, 1],
+            "holds": all(report["status"].get(f"candidates {end}") == 1 for end in _ENDS),
+        },
         "answers": {"value": report["answers"], "bar": "> 0", "holds": report["answers"] > 0},
     }
 
@@ -175,9 +194,9 @@ def _bars(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def main() -> int:
     """Run, show, write the report; 0 if everything holds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--questions", type=int, default=12)
+    parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--clients", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--min-sessions", type=int, default=10)
     parser.add_argument("--min-rounds", type=int, default=120)
     parser.add_argument("--timeout-s", type=float, default=150.0)
@@ -194,16 +213,17 @@ def main() -> int:
     report["bars"] = bars = _bars(report)
     _REPORT.parent.mkdir(parents=True, exist_ok=True)
     _REPORT.write_text(json.dumps(report, indent=2) + "\n")
-    table = Table("candidate", "outcome", "why", "answers meanwhile", "seconds")
+    table = Table("candidate", "outcome", "answers meanwhile", "seconds")
     for trial in report["trials"]:
         table.add_row(
             trial["candidate"],
             trial["outcome"],
-            trial["reason"],
             str(trial["answers_meanwhile"]),
             str(trial["seconds"]),
         )
     out.print(table)
+    for trial in report["trials"]:
+        out.print(f"{trial['candidate']}: {trial['reason']}")
     for name, bar in bars.items():
         out.print(f"{'holds' if bar['holds'] else 'BROKEN'}  {name}: {bar['value']}")
     out.print(f"report: {_REPORT}")
