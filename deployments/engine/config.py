@@ -43,8 +43,8 @@ class CanaryConfig(_Config):
     max_sessions: int = Field(default=2000, ge=2)
     """Sessions of a candidate after which it is given up unless it has shown to be better."""
     error_rate: float = Field(default=0.05, gt=0, lt=1)
-    """Chance that a draft replica ever finds a difference where there is none; it holds for sessions
-    that are independent of each other, the better the more of them there are."""
+    """Chance that a draft replica ever finds a difference where there is none; it holds for
+    sessions that are independent of each other, the better the more of them there are."""
 
     @model_validator(mode="after")
     def _can_end(self) -> Self:
