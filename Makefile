@@ -30,7 +30,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu protos reference chart \
-        demo serve bench-engine bench-quality bench-split bench-drafts bench-train bench-kv chaos-kv fuzz-kv soak-engine exactness train-smoke shipped-card clean
+        demo demo-refresh serve bench-engine bench-quality bench-split bench-drafts bench-train bench-kv chaos-kv fuzz-kv soak-engine exactness train-smoke shipped-card clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -145,6 +145,9 @@ exactness: $(ENVIRONMENT) ## Speculative text against plain text on MT-bench, fr
 
 train-smoke: $(ENVIRONMENT) ## Train a draft, kill it in every stage, check what is claimed; some minutes
 	$(PY) -m tests.smoke.training
+
+demo-refresh: $(ENVIRONMENT) ## A better draft takes over a serving cluster, a worse one is rolled back; some minutes
+	$(PY) -m tests.smoke.refresh
 
 CHAOS_OPERATIONS ?= 100000
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cluster.commands import bench, chat, doctor, fetch, kv, render, serve, status, train
+from cluster.commands import bench, chat, doctor, draft, fetch, kv, render, serve, status, train
 from cluster.console import fail
 from cluster.errors import ClusterError
 from deployments.engine.errors import WeightsMissingError
@@ -30,6 +30,7 @@ app.command("render")(render.render)
 app.add_typer(bench.app, name="bench")
 app.add_typer(kv.app, name="kv")
 app.add_typer(train.app, name="train")
+app.add_typer(draft.app, name="draft")
 
 
 @app.callback()

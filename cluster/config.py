@@ -136,6 +136,16 @@ class ClusterConfig(_Config):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Of every process of the cluster."""
 
+    @model_validator(mode="after")
+    def _who_consents_is_known(self) -> ClusterConfig:
+        known = {tenant.name for tenant in self.auth.tenants} or {"default"}
+        if unknown := sorted(set(self.ingress.traffic_log.tenants) - known):
+            raise ValueError(
+                f"ingress.traffic_log.tenants names {', '.join(unknown)}; tenants are "
+                f"{', '.join(sorted(known))}"
+            )
+        return self
+
     @property
     def served_model_name(self) -> str:
         """The model id that clients use."""

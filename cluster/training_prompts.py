@@ -3,7 +3,8 @@
 A text file holds one prompt a line. A ``.jsonl`` file holds one conversation a line, as
 ``messages`` or ``conversations`` with ``role`` and ``content`` (or ``from`` and ``value``), one
 ``prompt``, or ``turns`` as MT-bench has them, of which the first is taken. Of a conversation, what
-stands behind its last user message is not read: the target writes its own answers.
+stands behind its last user message is not read: the target writes its own answers. A folder holds
+``.jsonl`` files at any depth, as a traffic log does.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def read_prompts(path: Path, licence: str, tokenizer: Tokenizer, option: str) ->
     """The prompts of a file.
 
     Args:
-        path: ``.jsonl``, or any text.
+        path: ``.jsonl``, any text, or a folder of ``.jsonl`` files.
         licence: of its contents.
         tokenizer: the target's.
         option: that named the file, for messages.
@@ -104,6 +105,8 @@ def read_conversations(path: Path, option: str) -> list[tuple[str, list[ChatTurn
 
 def _read(path: Path, option: str) -> bytes:
     try:
+        if path.is_dir():
+            return b"".join(file.read_bytes() for file in sorted(path.rglob("*.jsonl")))
         return path.read_bytes()
     except OSError as error:
         raise ConfigError((f"{option}: {path}: {error.strerror or error}",)) from error
@@ -137,7 +140,7 @@ def _conversations(path: Path, data: bytes, where: str) -> Iterator[tuple[str, l
         if not line.strip():
             continue
         at = f"{where}:{number}"
-        is_json = path.suffix == ".jsonl"
+        is_json = path.suffix == ".jsonl" or path.is_dir()
         yield at, _conversation(line, at) if is_json else [ChatTurn("user", line.strip())]
 
 

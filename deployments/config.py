@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from deployments.engine.config import CanaryConfig
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -56,6 +58,25 @@ class AuthConfig(_Config):
         return self
 
 
+class TrafficLogConfig(_Config):
+    """Prompts kept for ``paceline draft refresh``; by default nobody's."""
+
+    tenants: tuple[str, ...] = ()
+    """Tenants that consented to have their conversations kept in clear text and trained on;
+    ``default`` is everybody where authentication is off."""
+    folder: Path | None = None
+    """Where they are kept; each tenant has a folder in it."""
+    max_tenant_bytes: int = Field(default=64 << 20, ge=64 << 10)
+    """Of one tenant's prompts; beyond it the oldest are deleted. An eighth of it bounds one
+    conversation."""
+
+    @model_validator(mode="after")
+    def _has_a_folder(self) -> TrafficLogConfig:
+        if self.tenants and self.folder is None:
+            raise ValueError("tenants consented to a traffic log that has no folder")
+        return self
+
+
 class IngressConfig(_Config):
     """Limits and defaults of the public surfaces."""
 
@@ -77,6 +98,8 @@ class IngressConfig(_Config):
     """Times a request moves to another target replica after its replica died."""
     tokenizer_threads: int = Field(default=2, ge=1)
     """Threads that render templates and tokenise, so that the event loop never does."""
+    traffic_log: TrafficLogConfig = TrafficLogConfig()
+    """Whose prompts are kept for training drafts, and where."""
 
 
 class DraftPoolConfig(_Config):
@@ -102,6 +125,8 @@ class DraftPoolConfig(_Config):
     """Sequences served at once; beyond it the one unused for longest is dropped."""
     max_session_tokens: int = Field(default=32_768, ge=64)
     """Longest text that is drafted for."""
+    canary: CanaryConfig = CanaryConfig()
+    """How a new student is tried before it drafts for all; only for ``student``."""
     secret: SecretStr = SecretStr("")
     """Targets show it to draft replicas; the cluster draws one when it is empty."""
 

@@ -12,7 +12,7 @@ from ray import serve
 
 from deployments.draft_metrics import DraftMetrics
 from deployments.draft_sessions import ENDPOINT_KEY
-from deployments.drafters import build_drafter
+from deployments.drafters import STUDENT, build_drafter
 from deployments.engine.errors import EngineError
 from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.draft_service import DraftLimits
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deployments.config import DraftPoolConfig, TracingConfig
+    from deployments.draft_refresh import DraftRefresh
     from deployments.engine.config import EngineConfig
+    from deployments.engine.speculation.drafters.base import Drafter
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class DraftReplica:
         self._executor = ThreadPoolExecutor(1, "draft-lifecycle")
         loop = asyncio.get_running_loop()
         self._host = ray.util.get_node_ip_address()
+        self._refresh: DraftRefresh | None = None
         self._identity, self._server, self._port = await loop.run_in_executor(
             self._executor, self._start, engine, draft, cache_dir
         )
@@ -67,7 +70,8 @@ class DraftReplica:
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Put another drafter to work while the replica serves; Serve calls this.
 
-        Nothing else can be changed so. A drafter that cannot be had leaves the old one at work.
+        Nothing else can be changed so. A drafter that cannot be had, or does not fit the targets,
+        leaves the old one at work.
 
         Args:
             user_config: ``drafter``, as ``draft.drafter``.
@@ -84,13 +88,10 @@ class DraftReplica:
             return
         loop = asyncio.get_running_loop()
         try:
-            successor = await loop.run_in_executor(
-                self._executor, build_drafter, draft, self._engine, self._cache_dir
-            )
+            await loop.run_in_executor(self._executor, self._replace, draft)
         except (EngineError, DrafterLoadError):
             logger.exception("%s stays at work: there is no %s", self._draft.drafter, draft.drafter)
             return
-        self._server.replace_drafter(successor)
         self._draft = draft
         logger.info("drafting with %s", draft.drafter)
 
@@ -118,9 +119,48 @@ class DraftReplica:
         self._executor.shutdown(wait=False)
 
     async def _report(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_REPORT_PERIOD_S)
             self._metrics.server(self._server.stats())
+            await loop.run_in_executor(self._executor, self._poll)
+
+    def _poll(self) -> None:
+        if self._refresh is None:
+            return
+        try:
+            self._refresh.poll()
+        except (EngineError, OSError):
+            # The folder may be gone, full or read-only; drafts go on as they are.
+            logger.exception("the students' folder cannot be followed")
+
+    def _replace(self, draft: DraftPoolConfig) -> None:
+        successor = build_drafter(draft, self._engine, self._cache_dir)
+        self._server.replace_drafter(successor)
+        self._metrics.trial(is_running=False)
+        self._refresh = self._follow(draft, self._server, successor)
+
+    def _follow(
+        self, draft: DraftPoolConfig, server: DraftServer, drafter: Drafter
+    ) -> DraftRefresh | None:
+        """What keeps a student up to date; None for other drafters."""
+        if draft.drafter != STUDENT:
+            return None
+        from deployments.draft_refresh import DraftRefresh
+        from deployments.engine.torch_engine.student_shelf import StudentShelf
+        from deployments.engine.torch_engine.weights.loader import weights_digest
+
+        digest = weights_digest(model_folder(self._engine.model, self._cache_dir))
+        return DraftRefresh(
+            server,
+            StudentShelf(self._cache_dir, digest),
+            drafter,
+            build=lambda path: build_drafter(
+                draft, self._engine, self._cache_dir, student_file=path
+            ),
+            rule=draft.canary,
+            metrics=self._metrics,
+        )
 
     def _stop(self) -> None:
         self._server.close()
@@ -136,14 +176,16 @@ class DraftReplica:
             vocab_size=tokenizer.vocab_size,
             vocab_digest=tokenizer.vocab_digest(),
         )
+        drafter = build_drafter(draft, engine, cache_dir)
         server = DraftServer(
-            build_drafter(draft, engine, cache_dir),
+            drafter,
             identity,
             draft.secret,
             limits=DraftLimits(
                 max_sessions=draft.max_sessions, max_session_tokens=draft.max_session_tokens
             ),
         )
+        self._refresh = self._follow(draft, server, drafter)
         port = server.start(self._host)
         logger.info("drafting for %s at %s:%d", self._model, self._host, port)
         return identity, server, port

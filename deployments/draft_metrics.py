@@ -8,6 +8,7 @@ from deployments import metrics as names
 from deployments.metrics import LabelledFeeds, TotalFeed, new_counter, new_gauge
 
 if TYPE_CHECKING:
+    from deployments.engine.speculation.canary import Outcome
     from deployments.engine.speculation.draft_stats import DraftServerStats
 
 
@@ -24,6 +25,10 @@ class DraftMetrics:
         self._rows = TotalFeed(new_counter(names.DRAFT_ROWS))
         self._events = LabelledFeeds(names.DRAFT_SERVER_EVENTS)
         self._drops = LabelledFeeds(names.DRAFT_DROPS)
+        self._scored = LabelledFeeds(names.DRAFT_SCORED_ROUNDS)
+        self._confirmed = LabelledFeeds(names.DRAFT_CONFIRMED)
+        self._trial = new_gauge(names.DRAFT_TRIAL)
+        self._trials = new_counter(names.DRAFT_TRIALS)
 
     def server(self, stats: DraftServerStats) -> None:
         """Report the server's snapshot."""
@@ -41,3 +46,14 @@ class DraftMetrics:
         self._events.update("frame_dropped", total=stats.num_frames_dropped)
         for reason, total in stats.num_dropped_by_reason:
             self._drops.update(reason, total=total)
+        for role, num_rounds, num_confirmed in stats.num_scored_by_role:
+            self._scored.update(role, total=num_rounds)
+            self._confirmed.update(role, total=num_confirmed)
+
+    def trial(self, *, is_running: bool) -> None:
+        """Report whether a candidate is on trial."""
+        self._trial.set(is_running)
+
+    def decided(self, outcome: Outcome) -> None:
+        """Count a candidate that was judged here."""
+        self._trials.inc(tags={"outcome": outcome})

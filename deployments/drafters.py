@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deployments.engine.speculation.drafters.load import load_drafter
+from deployments.engine.speculation.errors import DrafterLoadError
+from deployments.model_files import model_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,29 +16,45 @@ if TYPE_CHECKING:
     from deployments.engine.speculation.drafters.base import Drafter
     from deployments.engine.torch_engine.weights.loader import LoadedModel
 
-_STUDENT = "student"
+STUDENT = "student"
+"""The ``draft.drafter`` that was cut out of its target."""
 
 
-def build_drafter(draft: DraftPoolConfig, engine: EngineConfig, cache_dir: Path) -> Drafter:
+def build_drafter(
+    draft: DraftPoolConfig,
+    engine: EngineConfig,
+    cache_dir: Path,
+    *,
+    student_file: Path | None = None,
+) -> Drafter:
     """The configured drafter; may take seconds.
+
+    It fits the target: a student was cut from these very weights, a language model has the same
+    vocabulary. A drafter named by import path has none; its rows are checked one by one.
 
     Args:
         draft: which one.
         engine: the targets' engine; a student was fitted to its model.
         cache_dir: where models and students lie.
+        student_file: of a student other than the one in use.
 
     Raises:
         WeightsMissingError: its files are not on this machine.
-        DrafterLoadError: a drafter named by import path cannot be had.
+        WeightsMismatchError: its files are damaged, or a student is another target's.
+        DrafterLoadError: a drafter named by import path cannot be had, or a language model has
+            another vocabulary than the target.
     """
-    if draft.drafter == _STUDENT:
-        return _student(draft, engine.model, cache_dir)
+    if draft.drafter == STUDENT:
+        return _student(draft, engine.model, cache_dir, student_file)
     if draft.language_model is not None:
+        _check_vocabulary(draft.language_model, engine.model, cache_dir)
         return _language_model(draft, draft.language_model, cache_dir)
     return load_drafter(draft.drafter)
 
 
-def _student(draft: DraftPoolConfig, target: str, cache_dir: Path) -> Drafter:
+def _student(
+    draft: DraftPoolConfig, target: str, cache_dir: Path, student_file: Path | None
+) -> Drafter:
     from deployments.engine.torch_engine.student import load_student
 
     loaded = load_student(
@@ -45,8 +63,20 @@ def _student(draft: DraftPoolConfig, target: str, cache_dir: Path) -> Drafter:
         device=draft.device,
         cache_dir=cache_dir,
         weights=draft.weights,
+        student_file=student_file,
     )
     return _causal_lm_drafter(draft, loaded)
+
+
+def _check_vocabulary(name_or_path: str, target: str, cache_dir: Path) -> None:
+    from deployments.tokenizer import Tokenizer
+
+    own, theirs = (Tokenizer.load(model_folder(name, cache_dir)) for name in (name_or_path, target))
+    if own.vocab_digest() != theirs.vocab_digest():
+        raise DrafterLoadError(
+            f"{name_or_path} has another vocabulary than {target}: {own.vocab_size} tokens against "
+            f"{theirs.vocab_size}, or others under the same ids"
+        )
 
 
 def _language_model(draft: DraftPoolConfig, name_or_path: str, cache_dir: Path) -> Drafter:

@@ -20,6 +20,7 @@ from deployments.sampling import (
     build_sampling_params,
     check_prompt_token_ids,
 )
+from deployments.traffic_log import TrafficLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -113,16 +114,21 @@ class Generation:
         self._metrics = metrics
         self._max_model_len = max_model_len
         self._threads = ThreadPoolExecutor(config.tokenizer_threads, "tokenizer")
+        self._traffic_log = TrafficLog(config.traffic_log, metrics.logged)
 
-    async def encode_chat(self, turns: Sequence[ChatTurn]) -> tuple[int, ...]:
+    async def encode_chat(self, turns: Sequence[ChatTurn], context: CallContext) -> tuple[int, ...]:
         """Token ids of a conversation, ready for the assistant's answer.
+
+        What a tenant that consented says is kept for the training of drafts.
 
         Raises:
             RequestInvalidError: too long, or refused by the model's template.
         """
         self._check_chars(sum(len(turn.content) for turn in turns), "messages")
         loop = asyncio.get_running_loop()
-        return tuple(await loop.run_in_executor(self._threads, self._tokenizer.encode_chat, turns))
+        ids = await loop.run_in_executor(self._threads, self._tokenizer.encode_chat, turns)
+        self._traffic_log.record(context.tenant.name, turns)
+        return tuple(ids)
 
     async def encode_text(self, text: str, param: str) -> tuple[int, ...]:
         """Token ids of plain text.
@@ -275,8 +281,9 @@ class Generation:
                 )
 
     def close(self) -> None:
-        """Stop the tokeniser's threads."""
+        """Stop the tokeniser's threads, and write down the last prompts to be kept."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._traffic_log.close()
 
     def _check_chars(self, num_chars: int, param: str) -> None:
         if num_chars > self._config.max_prompt_chars:

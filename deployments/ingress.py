@@ -115,8 +115,8 @@ class IngressReplica:
 
     async def __del__(self) -> None:
         """Serve's shutdown hook, called once every request has ended."""
-        self._generation.close()
-        # Sending the last spans may take as long as a collector that does not answer.
+        # Either may take a while: the last prompts' disk, the last spans' collector.
+        await asyncio.to_thread(self._generation.close)
         await asyncio.to_thread(self._tracing.close)
 
     @app.post("/v1/chat/completions")
@@ -302,7 +302,7 @@ class IngressReplica:
     async def _plan_http(self, body: OpenAIRequest, context: CallContext) -> Plan:
         if isinstance(body, ChatCompletionRequest):
             turns = [ChatTurn(message.role, message.text()) for message in body.messages]
-            prompts = [await self._generation.encode_chat(turns)]
+            prompts = [await self._generation.encode_chat(turns, context)]
             (max_tokens, max_tokens_param), prompt_param = body.output_limit, "messages"
         elif isinstance(body, CompletionRequest):
             prompts = [
@@ -333,7 +333,7 @@ class IngressReplica:
         if kind == "text":
             prompt = await self._generation.encode_text(request.text, "text")
         elif kind == "chat":
-            prompt = await self._generation.encode_chat(grpc_api.chat_turns(request.chat))
+            prompt = await self._generation.encode_chat(grpc_api.chat_turns(request.chat), context)
         elif kind == "token_ids":
             prompt = self._generation.check_token_ids(request.token_ids.ids, "token_ids")
         else:

@@ -132,6 +132,30 @@ DRAFT_DROPS = Metric(
     ("reason",),
 )
 
+DRAFT_SCORED_ROUNDS = Metric(
+    "paceline_draft_scored_rounds_total",
+    "Rounds whose tables were scored by the text that followed, by drafter (stable, candidate).",
+    ("drafter",),
+)
+DRAFT_CONFIRMED = Metric(
+    "paceline_draft_confirmed_tokens_total",
+    "Draft tokens of these tables that were in time and right, used or not.",
+    ("drafter",),
+)
+DRAFT_TRIALS = Metric(
+    "paceline_draft_trials_total",
+    "Candidates that a draft replica has judged, by outcome (promoted, rolled_back).",
+    ("outcome",),
+)
+DRAFT_TRIAL = Metric(
+    "paceline_draft_trial_running", "Whether a candidate drafts for a share of the sessions here."
+)
+TRAFFIC_LOG = Metric(
+    "paceline_traffic_log_prompts_total",
+    "Prompts of tenants that consented, by what became of them (kept, dropped).",
+    ("result",),
+)
+
 ALL_METRICS: tuple[Metric, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Metric)
 )
@@ -199,6 +223,7 @@ class IngressMetrics:
         self.cached_tokens = new_counter(CACHED_TOKENS)
         self.in_flight = new_gauge(IN_FLIGHT)
         self._resumes = new_counter(RESUMES)
+        self._traffic_log = new_counter(TRAFFIC_LOG)
         self._num_in_flight = 0
 
     def observe(self, surface: str, tenant: str) -> RequestObserver:
@@ -215,6 +240,10 @@ class IngressMetrics:
     def resumed(self) -> None:
         """A sequence went on at another replica."""
         self._resumes.inc()
+
+    def logged(self, result: str) -> None:
+        """A prompt of a tenant that consented was kept or dropped."""
+        self._traffic_log.inc(tags={"result": result})
 
     def error(self, surface: str, error: BaseException) -> None:
         """A request ended in an error, before or after its first token."""

@@ -59,6 +59,7 @@ def _report(state: ClusterState) -> dict[str, Any]:
         "valkey": state.kv_address or "none",
         "replicas": _replicas(snapshot) if snapshot else {},
         "speculation": _speculation(snapshot) if snapshot else {},
+        "drafters": _drafters(snapshot) if snapshot else {},
         "owner_pid": state.pid,
         "processes": len(processes),
         "memory_mib": sum(map(_proportional_bytes, processes)) >> 20,
@@ -97,6 +98,22 @@ def _speculation(snapshot: MetricsSnapshot) -> dict[str, int]:
         counts["withheld"] = snapshot.total("paceline_withheld_draft_tokens_total")
     counts |= {f"tables {result.replace('_', ' ')}": number for result, number in tables.items()}
     return {name: int(number) for name, number in counts.items()}
+
+
+def _drafters(snapshot: MetricsSnapshot) -> dict[str, float]:
+    """What a drafter's guesses were worth by the text that followed, and the trials of new ones."""
+    rounds = snapshot.by_label("paceline_draft_scored_rounds_total", "drafter")
+    confirmed = snapshot.by_label("paceline_draft_confirmed_tokens_total", "drafter")
+    scores: dict[str, float] = {}
+    for drafter, number in rounds.items():
+        if number:
+            scores[f"rounds ({drafter})"] = int(number)
+            scores[f"confirmed a round ({drafter})"] = round(confirmed.get(drafter, 0) / number, 3)
+    trials = snapshot.by_label("paceline_draft_trials_total", "outcome")
+    scores |= {f"candidates {name.replace('_', ' ')}": int(n) for name, n in trials.items()}
+    if running := int(snapshot.total("paceline_draft_trial_running")):
+        scores["replicas with a candidate"] = running
+    return scores
 
 
 def _proportional_bytes(process: psutil.Process) -> int:

@@ -31,6 +31,28 @@ class SpeculationConfig(_Config):
     right; it is verified where nothing better is at hand and a row costs next to nothing."""
 
 
+class CanaryConfig(_Config):
+    """When a candidate takes the place of the drafter at work, and when it is given up."""
+
+    share: float = Field(default=0.1, gt=0, lt=1)
+    """Of the sessions of a draft replica that a candidate drafts for."""
+    min_sessions: int = Field(default=20, ge=2)
+    """Sessions of either drafter before anything is decided."""
+    min_rounds: int = Field(default=400, ge=1)
+    """Verification rounds of either drafter before anything is decided."""
+    max_sessions: int = Field(default=2000, ge=2)
+    """Sessions of a candidate after which it is given up unless it has shown to be better."""
+    error_rate: float = Field(default=0.05, gt=0, lt=1)
+    """Chance that a draft replica ever finds a difference where there is none; it holds for
+    sessions that are independent of each other, the better the more of them there are."""
+
+    @model_validator(mode="after")
+    def _can_end(self) -> Self:
+        if self.max_sessions < self.min_sessions:
+            raise ValueError("max_sessions must not be below min_sessions")
+        return self
+
+
 class TorchEngineConfig(_Config):
     """The embedded engine."""
 

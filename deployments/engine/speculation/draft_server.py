@@ -52,6 +52,7 @@ class DraftServer:
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         limits = limits or DraftLimits()
+        self._identity = identity
         self._service = DraftService(drafter, vocab_size=identity.vocab_size, limits=limits)
         self._news = threading.Event()
         self._is_closed = False
@@ -90,6 +91,11 @@ class DraftServer:
         """
         self._service.replace_drafter(successor)
         self._news.set()
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the targets that are served."""
+        return self._identity.vocab_size
 
     def stats(self) -> DraftServerStats:
         """A snapshot, at most one batch old; may be called from any thread."""

@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.engine.speculation import wire
+from deployments.engine.speculation.canary import DrafterRole
 from deployments.engine.speculation.draft_session import CommitOutcome, DraftSession, Question
 from deployments.engine.speculation.draft_stats import DraftServerStats
 from deployments.engine.speculation.drafters.ask import ask, calling
+from deployments.engine.speculation.drafters.canary import CanaryDrafter
 from deployments.engine.speculation.errors import DrafterFailedError, MalformedMessageError
 from deployments.engine.speculation.fair_batch import FairBatches, Waiting
+from deployments.engine.speculation.table_score import TableScore
 from deployments.engine.speculation.transport import TransportState
 from protos import draft_pb2
 
@@ -130,8 +133,8 @@ class DraftService:
         self._reap_streams()
         self._hand_over()
         for number, stream in self._streams.items():
-            for frame, _ in stream.transport.receive():
-                self._apply(number, frame, now)
+            for frame, arrived_at in stream.transport.receive():
+                self._apply(number, frame, now, arrived_at)
         self._expire(now)
         # Repairs do not wait for the batch.
         self._flush()
@@ -171,9 +174,10 @@ class DraftService:
             successor, self._successor = self._successor, None
         if successor is None:
             return
-        # The old one goes with all it knows of its sessions.
+        # The old one goes with all it knows of its sessions, and with its score.
         self._drafter = successor
         for key, session in list(self._sessions.items()):
+            session.score = TableScore()
             try:
                 with calling(successor):
                     successor.open(replace(session.spec, token_ids=tuple(session.token_ids)))
@@ -182,7 +186,9 @@ class DraftService:
                 logger.warning("the new drafter failed to open a session", exc_info=True)
                 self._drop(key, session.epoch, draft_pb2.Dropped.DRAFTER_FAILED)
 
-    def _apply(self, number: int, frame: draft_pb2.TargetFrame, now: float) -> None:
+    def _apply(
+        self, number: int, frame: draft_pb2.TargetFrame, now: float, arrived_at: float
+    ) -> None:
         for closing in frame.closes:
             key = _Key(number, closing.session)
             session = self._sessions.get(key)
@@ -191,7 +197,7 @@ class DraftService:
         for opening in frame.opens:
             self._open(_Key(number, opening.session), opening, now)
         for commit in frame.commits:
-            self._commit(_Key(number, commit.session), commit, now)
+            self._commit(_Key(number, commit.session), commit, now, arrived_at)
 
     def _open(self, key: _Key, message: draft_pb2.Open, now: float) -> None:
         old = self._sessions.get(key)
@@ -229,7 +235,7 @@ class DraftService:
                 self._drop(key, session.epoch, draft_pb2.Dropped.EVICTED)
                 return
 
-    def _commit(self, key: _Key, message: draft_pb2.Commit, now: float) -> None:
+    def _commit(self, key: _Key, message: draft_pb2.Commit, now: float, arrived_at: float) -> None:
         session = self._sessions.get(key)
         if session is None or message.epoch > session.epoch:
             self._drop(key, message.epoch, draft_pb2.Dropped.UNKNOWN)
@@ -242,7 +248,7 @@ class DraftService:
             return
         asked_before = session.question
         try:
-            outcome = session.commit(message, self._vocab_size, now)
+            outcome = session.commit(message, self._vocab_size, now, arrived_at)
         except MalformedMessageError as error:
             logger.warning("a target's commit is malformed: %s", error)
             self._drop(key, message.epoch, draft_pb2.Dropped.MALFORMED)
@@ -295,7 +301,7 @@ class DraftService:
         self._on_batch_time(time.monotonic() - started)
         for (key, session, question), rows in zip(asked, answers, strict=True):
             self._count(num_tables=1, num_rows=len(rows))
-            session.on_table(len(rows))
+            session.on_table(question, rows, self._clock())
             self._streams[key.stream].reply.tables.add(
                 session=key.session,
                 epoch=session.epoch,
@@ -342,12 +348,20 @@ class DraftService:
         if session is None:
             return
         session.end(reason)
+        self._learn_score(session)
         try:
             with calling(self._drafter):
                 self._drafter.close(session.spec.session_id)
         except DrafterFailedError:
             self._count(num_drafter_failures=1)
             logger.warning("the drafter failed to close a session", exc_info=True)
+
+    def _learn_score(self, session: DraftSession) -> None:
+        drafter, score = self._drafter, session.score
+        role = DrafterRole.STABLE
+        if isinstance(drafter, CanaryDrafter):
+            role = drafter.learn(session.spec.session_id, score)
+        self._count(**{f"{role}_rounds": score.num_rounds, f"{role}_right": score.num_confirmed})
 
     def _count(self, **increments: int) -> None:
         self._counts.update(increments)
@@ -368,5 +382,8 @@ class DraftService:
             num_drafter_failures=counts["num_drafter_failures"],
             num_frames_dropped=counts["num_frames_dropped"] + living,
             num_dropped_by_reason=tuple(sorted(self._drops.items())),
+            num_scored_by_role=tuple(
+                (role, counts[f"{role}_rounds"], counts[f"{role}_right"]) for role in DrafterRole
+            ),
             batch_time_ewma_s=self._batch_time_ewma_s,
         )

@@ -11,12 +11,15 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from deployments.engine.speculation import wire
 from deployments.engine.speculation.errors import MalformedMessageError
+from deployments.engine.speculation.table_score import TableScore
 from deployments.engine.speculation.types import DraftQuery
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from opentelemetry.trace import Span
 
-    from deployments.engine.speculation.types import SessionSpec
+    from deployments.engine.speculation.types import OutcomeRow, SessionSpec
     from protos import draft_pb2
 
 tracer = trace.get_tracer(__name__)
@@ -48,6 +51,7 @@ class DraftSession:
         epoch: of the target's open.
         used_at: seconds; when the target last spoke of it.
         question: not answered yet; a newer round replaces it.
+        score: of its tables, since its drafter is at work.
     """
 
     def __init__(self, spec: SessionSpec, epoch: int, now: float) -> None:
@@ -56,16 +60,20 @@ class DraftSession:
         self.used_at = now
         self.question: Question | None = None
         self.token_ids = list(spec.token_ids)
+        self.score = TableScore()
         self._round = 0
         self._num_rounds = 0
         self._num_tables = 0
         self._num_rows = 0
         self._span = _start_span(spec.traceparent)
 
-    def on_table(self, num_rows: int) -> None:
+    def on_table(self, question: Question, rows: Sequence[OutcomeRow], now: float) -> None:
         """Count a table made for the target."""
         self._num_tables += 1
-        self._num_rows += num_rows
+        self._num_rows += len(rows)
+        # The next round, which asked for nothing, may have begun before this table was made.
+        is_late = len(self.token_ids) > question.base_len
+        self.score.told(question.base_len, question.query.in_flight, () if is_late else rows, now)
 
     def end(self, reason: str) -> None:
         """End the session's span.
@@ -83,8 +91,16 @@ class DraftSession:
         )
         self._span.end()
 
-    def commit(self, message: draft_pb2.Commit, vocab_size: int, now: float) -> CommitOutcome:
+    def commit(
+        self, message: draft_pb2.Commit, vocab_size: int, now: float, arrived_at: float
+    ) -> CommitOutcome:
         """Append what is new and remember the question.
+
+        Args:
+            message: from the target.
+            vocab_size: ids outside it are malformed.
+            now: seconds.
+            arrived_at: when the message came off the wire.
 
         Raises:
             MalformedMessageError: the message contradicts itself or the text so far.
@@ -106,7 +122,10 @@ class DraftSession:
         self.token_ids.extend(message.committed[overlap:])
         self._round = message.round
         self._num_rounds += 1
+        self.score.grew(self.token_ids, arrived_at)
         if message.fanout:
+            if self.question is not None:
+                self.score.missed()
             query = DraftQuery(
                 session_id=self.spec.session_id,
                 token_ids=self.token_ids,

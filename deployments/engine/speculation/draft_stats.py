@@ -14,6 +14,8 @@ class DraftServerStats:
         num_superseded: questions replaced by a newer round before a batch took them.
         num_dropped_by_reason: sessions dropped, by the protocol's reason.
         num_frames_dropped: frames that found no room in a queue, both directions.
+        num_scored_by_role: of the drafter at work and of candidates: rounds whose tables were
+            scored, and draft tokens of these that the text confirmed.
         batch_time_ewma_s: of one drafter call.
     """
 
@@ -29,4 +31,5 @@ class DraftServerStats:
     num_drafter_failures: int = 0
     num_frames_dropped: int = 0
     num_dropped_by_reason: tuple[tuple[str, int], ...] = ()
+    num_scored_by_role: tuple[tuple[str, int, int], ...] = ()
     batch_time_ewma_s: float = 0.0

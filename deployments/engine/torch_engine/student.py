@@ -101,14 +101,18 @@ def student_path(cache_dir: Path, target_digest: str) -> Path:
     return cache_dir / "students" / target_digest / _FILE
 
 
+def shipped_student(target_digest: str) -> Path:
+    """Where the student lies that comes with the package, for the few targets that have one."""
+    return _SHIPPED / f"{target_digest}.safetensors"
+
+
 def find_student(cache_dir: Path, target_digest: str) -> Path:
     """The student fitted here, else the one that comes with the package.
 
     Raises:
         WeightsMissingError: there is neither.
     """
-    shipped = _SHIPPED / f"{target_digest}.safetensors"
-    for path in (student_path(cache_dir, target_digest), shipped):
+    for path in (student_path(cache_dir, target_digest), shipped_student(target_digest)):
         if path.is_file():
             return path
     raise WeightsMissingError(
@@ -189,6 +193,7 @@ def load_student(
     device: str = "cpu",
     cache_dir: Path,
     weights: WeightsForm = "dense",
+    student_file: Path | None = None,
 ) -> LoadedModel:
     """Build a target's student; only the layers it keeps are read.
 
@@ -198,14 +203,16 @@ def load_student(
         device: where it runs.
         cache_dir: Paceline's cache.
         weights: as in ``load_model``.
+        student_file: of the student; the one that ``find_student`` finds where it is None.
 
     Raises:
         WeightsMissingError: the target is not here, or has no student yet.
-        WeightsMismatchError: the student's file is damaged or belongs to another target.
+        WeightsMismatchError: the student's file is damaged or belongs to another target, or to
+            another vocabulary.
     """
     folder = find_model_folder(name_or_path, cache_dir)
     digest = weights_digest(folder)
-    student = read_student(find_student(cache_dir, digest))
+    student = read_student(student_file or find_student(cache_dir, digest))
     if student.target_digest != digest:
         raise WeightsMismatchError(f"the student of {digest} was cut from {student.target_digest}")
     config = _student_config(ModelConfig.from_folder(folder), student)
@@ -243,6 +250,21 @@ def cut_student(target: LoadedModel, student: StudentWeights) -> LoadedModel:
 def _student_config(target: ModelConfig, student: StudentWeights) -> ModelConfig:
     if student.connector_weight.shape != (target.hidden_size, target.hidden_size):
         raise WeightsMismatchError("the student's connector has another size than the target")
+    vocabulary = student.draft_token_ids.long()
+    if (
+        not len(vocabulary)
+        or bool((vocabulary.diff() <= 0).any())
+        or not 0 <= int(vocabulary[0]) <= int(vocabulary[-1]) < target.vocab_size
+    ):
+        raise WeightsMismatchError(
+            f"the student's draft vocabulary is no ascending part of the target's "
+            f"{target.vocab_size} tokens"
+        )
+    layers = student.kept_layers
+    if sorted(set(layers) & set(range(target.num_layers))) != list(layers):
+        raise WeightsMismatchError(f"the target has no layers {layers} in this order")
+    if not 0 <= student.joint < len(layers):
+        raise WeightsMismatchError(f"no layer of {len(layers)} is behind joint {student.joint}")
     return replace(target, num_layers=len(student.kept_layers))
 
 

@@ -40,7 +40,7 @@ def paceline(monkeypatch, capsys):
     return run
 
 
-COMMANDS = ["serve", "status", "chat", "kv", "doctor", "fetch", "train", "render"]
+COMMANDS = ["serve", "status", "chat", "kv", "doctor", "fetch", "train", "draft", "render"]
 
 
 def test_help_lists_every_command():
@@ -49,7 +49,7 @@ def test_help_lists_every_command():
     assert all(f" {command} " in result.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "train student", "train draft"])
+@pytest.mark.parametrize("command", [*COMMANDS, "train student", "train draft", "draft refresh"])
 def test_every_command_explains_itself(command):
     result = CliRunner().invoke(cli.app, [*command.split(), "--help"])
     assert result.exit_code == 0

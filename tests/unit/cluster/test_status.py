@@ -1,6 +1,6 @@
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.commands.status import _speculation
+from cluster.commands.status import _drafters, _speculation
 from cluster.metrics_reader import MetricsSnapshot
 
 SCRAPE = """
@@ -36,3 +36,30 @@ def test_speculation_is_told_by_what_became_of_drafts():
 
 def test_a_cluster_that_drafted_nothing_tells_nothing():
     assert _speculation(snapshot("")) == {}
+
+
+TRIAL = """
+# TYPE ray_paceline_draft_scored_rounds_total counter
+ray_paceline_draft_scored_rounds_total{drafter="stable",ReplicaId="a"} 60
+ray_paceline_draft_scored_rounds_total{drafter="stable",ReplicaId="b"} 20
+ray_paceline_draft_scored_rounds_total{drafter="candidate",ReplicaId="a"} 10
+# TYPE ray_paceline_draft_confirmed_tokens_total counter
+ray_paceline_draft_confirmed_tokens_total{drafter="stable",ReplicaId="a"} 40
+# TYPE ray_paceline_draft_trials_total counter
+ray_paceline_draft_trials_total{outcome="rolled_back",ReplicaId="a"} 1
+# TYPE ray_paceline_draft_trial_running gauge
+ray_paceline_draft_trial_running{ReplicaId="a"} 1
+ray_paceline_draft_trial_running{ReplicaId="b"} 1
+"""
+
+
+def test_drafters_are_told_by_what_the_text_confirmed():
+    assert _drafters(snapshot(TRIAL)) == {
+        "rounds (candidate)": 10,
+        "confirmed a round (candidate)": 0.0,
+        "rounds (stable)": 80,
+        "confirmed a round (stable)": 0.5,
+        "candidates rolled back": 1,
+        "replicas with a candidate": 2,
+    }
+    assert _drafters(snapshot("")) == {}

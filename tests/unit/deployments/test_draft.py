@@ -3,11 +3,14 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import ray
+import torch
 from pydantic import SecretStr
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from deployments import draft as draft_module
 from deployments.config import DraftPoolConfig, TracingConfig
@@ -19,6 +22,9 @@ from deployments.engine.speculation.errors import DrafterDeadError
 from deployments.engine.speculation.grpc_transport import GrpcTransport
 from deployments.engine.speculation.transport import TransportState
 from deployments.engine.speculation.types import OutcomeRow
+from deployments.engine.torch_engine.student import StudentWeights, save_student, write_student
+from deployments.engine.torch_engine.student_shelf import StudentShelf
+from deployments.engine.torch_engine.weights.loader import load_model
 from protos import draft_pb2
 from tests.fakes_metrics import exporter_for
 from tests.fakes_speculation import wait_until
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deployments.engine.speculation.types import DraftQuery, SessionSpec
+    from deployments.engine.torch_engine.weights.loader import LoadedModel
 
 SECRET = SecretStr("pool-secret")
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -52,6 +59,37 @@ class SevenDrafter(Drafter):
         return [[OutcomeRow(-1, 7, (7,) * self._lengths[query.session_id])] for query in queries]
 
 
+def tiny_target(folder: Path) -> LoadedModel:
+    """A model of six layers in a tokenizer's folder."""
+    torch.manual_seed(3)
+    shape = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    return load_model(str(folder), dtype="float32", cache_dir=folder)
+
+
+def student_of(target: LoadedModel, seed: int) -> StudentWeights:
+    return StudentWeights(
+        connector_weight=torch.randn(32, 32, generator=torch.Generator().manual_seed(seed)),
+        connector_bias=torch.zeros(32),
+        draft_token_ids=torch.arange(264, dtype=torch.int32),
+        logit_scale=1.0,
+        kept_layers=(0, 1, 4, 5),
+        joint=2,
+        target_digest=target.weights_digest,
+        num_positions=1,
+        agreement=None,
+    )
+
+
 class Replica(DraftReplica):
     def __del__(self) -> None:
         """Not when it is collected: the hook is a coroutine, and the fixture has awaited it."""
@@ -59,14 +97,16 @@ class Replica(DraftReplica):
 
 @asynccontextmanager
 async def draft_replica(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, drafter: str = "suffix"
 ) -> AsyncIterator[DraftReplica]:
     """Built and shut down as Serve does it."""
+    if not (folder / "model").exists():
+        write_tokenizer(folder / "model")
     replica = Replica.__new__(Replica)
     await DraftReplica.__init__(
         replica,
-        engine=TorchEngineConfig(model=str(write_tokenizer(folder / "model"))),
-        draft=DraftPoolConfig(drafter="suffix", secret=SECRET),
+        engine=TorchEngineConfig(model=str(folder / "model")),
+        draft=DraftPoolConfig(drafter=drafter, secret=SECRET),
         cache_dir=folder,
         tracing=TracingConfig(exporter="file", file_path=folder / "spans"),
     )
@@ -170,6 +210,50 @@ async def test_a_drafter_that_cannot_be_had_leaves_the_old_one_at_work(
         await replica.reconfigure({"drafter": name})
         assert "suffix stays at work" in caplog.text
         open_session(replica).close()
+
+
+async def test_a_language_model_of_another_vocabulary_never_drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = write_tokenizer(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    # The same number of tokens, two of which have changed places.
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        await replica.reconfigure({"drafter": f"model:{other}"})
+        assert "has another vocabulary" in caplog.text
+        assert "suffix stays at work" in caplog.text
+        open_session(replica).close()
+
+
+async def test_a_student_that_is_put_on_the_shelf_is_tried_while_the_replica_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft_module, "_REPORT_PERIOD_S", 0.01)
+    target = tiny_target(write_tokenizer(tmp_path / "model"))
+    shelf = StudentShelf(tmp_path, target.weights_digest)
+    save_student(student_of(target, seed=1), tmp_path)
+    exporter = exporter_for(monkeypatch)
+
+    async def running(trials: int) -> None:
+        async with asyncio.timeout(60):
+            while exporter.scrape().get(("draft_trial_running",), 0) != trials:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    async with draft_replica(tmp_path, monkeypatch, drafter="student") as replica:
+        shelf.offer(write_student(student_of(target, seed=2), tmp_path / "new.safetensors"))
+        await running(1)
+        open_session(replica).close()
+        shelf.offer(
+            write_student(replace(student_of(target, seed=2), target_digest="f00d"), tmp_path / "x")
+        )
+        await running(0)
+        decision = shelf.last_decision()
+        assert decision is not None
+        assert "was cut from f00d" in decision.reason
+        replica.check_health()
 
 
 async def test_nothing_else_can_be_changed_while_serving(

@@ -6,7 +6,7 @@ import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from deployments.config import AuthConfig, IngressConfig, TracingConfig
+from deployments.config import AuthConfig, IngressConfig, TracingConfig, TrafficLogConfig
 from deployments.engine.config import TorchEngineConfig
 from deployments.ingress import IngressReplica
 from deployments.tokenizer import ChatTurn
@@ -39,11 +39,15 @@ async def test_shutdown_sends_the_last_spans_and_stops_the_threads(tmp_path: Pat
         handle,
         engine=TorchEngineConfig(model=str(write_tokenizer(tmp_path / "model"))),
         cache_dir=tmp_path,
-        config=IngressConfig(),
+        config=IngressConfig(
+            traffic_log=TrafficLogConfig(tenants=("default",), folder=tmp_path / "traffic")
+        ),
         auth=AuthConfig(),
         tracing=TracingConfig(exporter="file", file_path=tmp_path / "spans"),
     )
-    assert await replica._generation.encode_chat([ChatTurn("user", "hello")])
+    with replica._guard.call("grpc", "chat", {}) as context:
+        pass
+    assert await replica._generation.encode_chat([ChatTurn("user", "hello")], context)
     assert tokenizer_threads() - others
     with replica._guard.call("http", "chat", {}):
         pass
@@ -51,5 +55,7 @@ async def test_shutdown_sends_the_last_spans_and_stops_the_threads(tmp_path: Pat
     await IngressReplica.__del__(replica)
 
     (path,) = (tmp_path / "spans").iterdir()
-    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 1
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
+    (logged,) = (tmp_path / "traffic" / "default").iterdir()
+    assert json.loads(logged.read_text()) == {"messages": [{"role": "user", "content": "hello"}]}
     await until(lambda: not tokenizer_threads() - others)

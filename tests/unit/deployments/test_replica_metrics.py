@@ -103,6 +103,7 @@ def test_a_draft_replica_reports_its_sessions(exporter: Exporter) -> None:
         num_batches=20,
         num_drafter_failures=1,
         num_dropped_by_reason=(("evicted", 3), ("too_long", 1)),
+        num_scored_by_role=(("stable", 30, 12), ("candidate", 5, 4)),
         batch_time_ewma_s=0.5,
     )
     for _ in range(2):
@@ -119,8 +120,17 @@ def test_a_draft_replica_reports_its_sessions(exporter: Exporter) -> None:
         ("draft_server_events_total", "drafter_failed"): 1,
         ("draft_server_dropped_sessions_total", "evicted"): 4,
         ("draft_server_dropped_sessions_total", "too_long"): 1,
+        ("draft_scored_rounds_total", "stable"): 30,
+        ("draft_scored_rounds_total", "candidate"): 5,
+        ("draft_confirmed_tokens_total", "stable"): 12,
+        ("draft_confirmed_tokens_total", "candidate"): 4,
     }
 
+
+_LABELLED: dict[str, Any] = {
+    "num_dropped_by_reason": (("evicted", 7),),
+    "num_scored_by_role": (("candidate", 7, 7),),
+}
 
 REPORTED_ELSEWHERE = {
     # By the engine, per request, with what was cut off behind a stop.
@@ -153,7 +163,7 @@ def test_no_number_of_a_snapshot_is_lost(
     unseen = set()
     for field in fields(stats_type):
         exporter = exporter_for(monkeypatch)
-        value = (("evicted", 7),) if field.name == "num_dropped_by_reason" else 7
+        value = _LABELLED.get(field.name, 7)
         if field.name not in REPORTED_ELSEWHERE:
             report(stats_type(**{field.name: value}))
             if 7.0 not in exporter.scrape().values():

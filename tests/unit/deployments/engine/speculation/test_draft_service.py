@@ -5,8 +5,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from deployments.engine.speculation import draft_session
+from deployments.engine.speculation.canary import DrafterRole
 from deployments.engine.speculation.draft_service import DraftLimits, DraftService
 from deployments.engine.speculation.drafters.base import Drafter
+from deployments.engine.speculation.drafters.canary import CanaryDrafter
 from deployments.engine.speculation.fake_transport import FakeNetwork
 from deployments.engine.speculation.types import OutcomeRow
 from protos import draft_pb2
@@ -338,3 +340,82 @@ def test_sessions_without_a_sampled_request_have_no_span(spans, traceparent):
     assert len(bench.answers().tables) == 1
     bench.service.close()
     assert spans() == ()
+
+
+class FarSighted(CountingDrafter):
+    """Right about the bonus token and one token behind it, in texts that count."""
+
+    def propose(self, queries):
+        return [
+            [OutcomeRow(-1, length, (length + 1, 0))]
+            for length in (len(query.token_ids) for query in queries)
+        ]
+
+
+def scored(bench) -> dict[str, tuple[int, int]]:
+    return {
+        role.value: (rounds, right)
+        for role, rounds, right in bench.service.stats().num_scored_by_role
+    }
+
+
+def follow_text(bench, session: int, num_rounds: int) -> None:
+    """A target whose every round commits one token: the text's length, as CountingDrafter says."""
+    bench.send(opens=[opened(session)], commits=[commit(session, 1, 3)])
+    bench.answers()
+    for round_ in range(2, num_rounds + 1):
+        length = round_ + 2
+        bench.send(commits=[commit(session, round_, length, [length - 1])])
+        bench.answers()
+    bench.send(closes=[draft_pb2.Close(session=session, epoch=1)])
+    bench.answers()
+
+
+def test_tables_are_scored_by_the_text_that_follows():
+    bench = Bench()
+    bench.service.replace_drafter(FarSighted())
+    follow_text(bench, 1, 6)
+    # Six tables; the text ends before it tells all of the last three.
+    assert scored(bench) == {"stable": (3, 3), "candidate": (0, 0)}
+
+
+def test_a_question_that_was_overtaken_is_a_round_without_a_right_token():
+    bench = Bench()
+    bench.send(opens=[opened(1)], commits=[commit(1, 1, 3)])
+    bench.send(commits=[commit(1, 2, 4, [3])])
+    bench.answers()
+    bench.send(closes=[draft_pb2.Close(session=1, epoch=1)])
+    bench.answers()
+    assert scored(bench)["stable"] == (1, 0)
+
+
+def test_a_table_made_behind_a_round_that_asked_nothing_is_late():
+    bench = Bench()
+    bench.service.replace_drafter(FarSighted())
+    nothing = {"num_draft_tokens": 0, "fanout": 0}
+    bench.send(opens=[opened(1)], commits=[commit(1, 1, 3), commit(1, 2, 4, [3], **nothing)])
+    [table] = bench.answers().tables
+    assert table.base_len == 3
+    bench.send(commits=[commit(1, 3, 6, [4, 5], **nothing)])
+    bench.answers()
+    bench.send(closes=[draft_pb2.Close(session=1, epoch=1)])
+    bench.answers()
+    assert scored(bench)["stable"] == (1, 0)
+
+
+def test_scores_of_a_trial_are_kept_apart_and_begin_with_it():
+    bench = Bench()
+    bench.send(opens=[opened(7)], commits=[commit(7, 1, 3)])
+    bench.answers()
+    candidate = CountingDrafter()
+    trial = CanaryDrafter(bench.drafter, candidate, share=0.999, vocab_size=VOCAB_SIZE)
+    bench.service.replace_drafter(trial)
+    follow_text(bench, 1, 6)
+    assert trial.tallies[DrafterRole.CANDIDATE].num_rounds == 4
+    assert trial.tallies[DrafterRole.CANDIDATE].num_confirmed == 0
+    assert trial.tallies[DrafterRole.STABLE].num_rounds == 0
+    # What a session was told before the trial counts for neither.
+    bench.send(commits=[commit(7, 2, 6, [3, 4, 5])], closes=[draft_pb2.Close(session=7, epoch=1)])
+    bench.answers()
+    assert trial.tallies[DrafterRole.STABLE].num_rounds == 0
+    assert scored(bench) == {"stable": (0, 0), "candidate": (4, 0)}

@@ -1,0 +1,130 @@
+"""Keeps the conversations of tenants that consented, for drafts to be trained on.
+
+A line is what ``paceline train draft --prompts`` reads, ``{"messages": [...]}``, and nothing else:
+no answer, key, tenant, time or request id. Each tenant has a folder of its own, so what one tenant
+said can be deleted, or trained on, alone. The folder is bounded; the oldest files go first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import time
+from threading import Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from deployments.config import TrafficLogConfig
+    from deployments.tokenizer import ChatTurn
+
+logger = logging.getLogger(__name__)
+
+_MAX_QUEUED = 1_024
+_FILES_PER_TENANT = 8
+"""What is forgotten at once is one file: an eighth of a tenant's bytes."""
+_CLOSE_TIMEOUT_S = 2.0
+
+
+class TrafficLog:
+    """Writes on a thread of its own; a request never waits for it, nor fails by it.
+
+    Args:
+        config: who consented, and where their prompts are kept.
+        on_result: called with ``kept`` or ``dropped`` for each prompt of theirs, from any thread.
+    """
+
+    def __init__(self, config: TrafficLogConfig, on_result: Callable[[str], None]) -> None:
+        self._config = config
+        self._on_result = on_result
+        self._queue: queue.Queue[tuple[str, bytes] | None] = queue.Queue(_MAX_QUEUED)
+        self._files: dict[str, _TenantFile] = {}
+        self._thread = Thread(target=self._write, name="traffic-log", daemon=True)
+        if config.tenants:
+            self._thread.start()
+
+    def record(self, tenant: str, turns: Sequence[ChatTurn]) -> None:
+        """Keep a conversation, if its tenant consented and the writer keeps up."""
+        if tenant not in self._config.tenants:
+            return
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        line = json.dumps({"messages": messages}).encode() + b"\n"
+        try:
+            self._queue.put_nowait((tenant, line))
+        except queue.Full:
+            self._on_result("dropped")
+
+    def close(self) -> None:
+        """Write what is queued, within two seconds."""
+        if self._thread.is_alive():
+            try:
+                self._queue.put(None, timeout=_CLOSE_TIMEOUT_S)
+            except queue.Full:
+                return
+            self._thread.join(_CLOSE_TIMEOUT_S)
+
+    def _write(self) -> None:
+        while (item := self._queue.get()) is not None:
+            tenant, line = item
+            try:
+                kept = self._file_of(tenant).append(line)
+            except OSError as error:
+                logger.warning("a prompt of %s is not kept: %s", tenant, error.strerror)
+                kept = False
+            self._on_result("kept" if kept else "dropped")
+        for file in self._files.values():
+            file.close()
+
+    def _file_of(self, tenant: str) -> _TenantFile:
+        if tenant not in self._files:
+            folder = self._config.folder
+            if folder is None:
+                raise ValueError("a traffic log without a folder")
+            self._files[tenant] = _TenantFile(folder / tenant, self._config.max_tenant_bytes)
+        return self._files[tenant]
+
+
+class _TenantFile:
+    """The file that a tenant's next prompts go to. Each process writes files of its own."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._descriptor: int | None = None
+        self._num_bytes = 0
+
+    def append(self, line: bytes) -> bool:
+        """Returns: False if the line is longer than a file may be."""
+        most = self._max_bytes // _FILES_PER_TENANT
+        if len(line) > most:
+            return False
+        if self._descriptor is None or self._num_bytes + len(line) > most:
+            self._begin()
+        if self._descriptor is None:
+            return False
+        # One call: who reads meanwhile sees whole lines.
+        os.write(self._descriptor, line)
+        self._num_bytes += len(line)
+        return True
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _begin(self) -> None:
+        self.close()
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The new file may grow to its full size, so room is made for all of it.
+        room = self._max_bytes - self._max_bytes // _FILES_PER_TENANT
+        for path in sorted(self._folder.glob("*.jsonl"), reverse=True):
+            room -= path.stat().st_size
+            if room < 0:
+                path.unlink(missing_ok=True)
+        path = self._folder / f"{time.time_ns():020d}-{os.getpid()}.jsonl"
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        self._num_bytes = 0
