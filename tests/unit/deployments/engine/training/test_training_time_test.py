@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deployments.engine.torch_engine.eagle3 import Eagle3Config
 from deployments.engine.training.batches import collate
-from deployments.engine.training.eagle3 import Eagle3Config
 from deployments.engine.training.initial import start_from_target
 from deployments.engine.training.training_time_test import unroll
 from tests.eagle3_inference import drafted_one_by_one
