@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +15,14 @@ from deployments.engine.errors import WeightsMismatchError
 from deployments.engine.speculation.noise import gumbel, row_key
 from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.speculation.types import DraftQuery, DraftSampling, DraftTree, OutcomeRow
+from deployments.engine.torch_engine.capture import joined
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
 from deployments.engine.torch_engine.head_drafter import FinalRows, HeadDrafter
 from deployments.engine.torch_engine.kv_cache import KVCache
 from deployments.engine.torch_engine.weights.eagle3 import load_head
 from deployments.engine.training.checkpoint import save_head
 from deployments.engine.training.initial import random_head, start_from_target
+from deployments.engine.types import CaptureSpec
 from tests.eagle3_inference import drafted_one_by_one
 from tests.fakes_engine import make_config, make_request
 from tests.unit.deployments.engine.torch_engine.test_core_text import Session
@@ -110,7 +114,7 @@ class FakeSequence:
 def read_all(drafter, sequence, text, cuts):
     """Read a text in pieces, as prefill chunks and steps would."""
     layers = drafter.capture_layers
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         features = dict(zip(layers, text.features.float().chunk(3, dim=-1), strict=True))
         tokens = text.token_ids[start + 1 : end + 1].tolist()
         drafter.read(features, [FinalRows(sequence, start, list(range(start, end)), tokens)])
@@ -232,8 +236,7 @@ def requests(temperature, lengths=(5, 90, 33, 64), **changes):
             temperature=temperature,
             top_p=0.9 if number % 2 else 1.0,
             seed=50 + number,
-            max_tokens=40,
-            **changes,
+            **{"max_tokens": 40} | changes,
         )
         for number, length in enumerate(lengths)
     ]
@@ -286,14 +289,25 @@ def test_a_trained_head_is_accepted_more_often(folder):
 def test_cached_prefixes_bring_the_head_s_rows(folder):
     [request] = requests(0.0, lengths=(150,))
     session = session_of(folder, trained())
+    drafter, first_drafts = session.parts.head, {}
+    propose = drafter.propose
+
+    def spied(queries):
+        answers_to = propose(queries)
+        for one, rows in zip(queries, answers_to, strict=True):
+            # How long a draft is asked for depends on what was learned; its tokens do not.
+            first_drafts.setdefault(one.session_id, rows[0].bonus_token_id)
+            assert drafter._begin(0, one).num_seen == len(one.token_ids) - 2
+        return answers_to
+
+    drafter.propose = spied
     answers(session, [request])
-    first = session.ends[0]
     session.add(7, replace(request, request_id="again"))
     session.run()
-    again = session.ends[7]
-    assert (first.usage.num_cached_tokens, again.usage.num_cached_tokens) == (0, 128)
+    cached = [session.ends[number].usage.num_cached_tokens for number in (0, 7)]
+    assert cached == [0, 128]
     assert session.tokens[7] == session.tokens[0]
-    assert again.speculation == first.speculation
+    assert first_drafts[7] == first_drafts[0]
 
 
 def test_prefixes_that_the_head_has_not_read_change_no_text(folder):
@@ -325,10 +339,10 @@ def test_an_aborted_sequence_leaves_nothing(folder, num_steps):
 
 
 def test_preempted_sequences_are_read_again(folder):
-    asked = requests(0.0, lengths=(60, 60, 60))
+    asked = requests(0.0, lengths=(60, 60, 60), max_tokens=120)
     plain = answers(session_of(folder), asked, at_once=False)
-    # Each needs two pages in the end; there are four.
-    session = session_of(folder, trained(), num_pages=4)
+    # Each needs three pages in the end; there are five.
+    session = session_of(folder, trained(), num_pages=5, max_num_seqs=4)
     assert answers(session, asked) == plain
     stats = session.core.stats()
     assert stats.num_preemptions > 0
@@ -336,15 +350,16 @@ def test_preempted_sequences_are_read_again(folder):
 
 
 def test_hidden_states_are_handed_out_beside_a_head(folder):
-    from deployments.engine.types import CaptureSpec
-
     [request] = requests(0.0, lengths=(20,))
-    request = replace(request, capture=CaptureSpec(layers=(0, 6), includes_prompt=True))
+    request = replace(request, capture=CaptureSpec(layers=(0, 3, 6), includes_prompt=True))
     kept = []
     for session in (session_of(folder), session_of(folder, trained())):
-        [tokens] = answers(session, [request])
-        kept.append((tokens, session.ends[0]))
-    assert kept[0][0] == kept[1][0]
+        session.add(0, request)
+        parts = []
+        while session.core.step():
+            parts += [event.content.hidden_states for event in session.core.take_events()]
+        kept.append(joined([part for part in parts if part is not None]).values)
+    np.testing.assert_allclose(kept[0], kept[1], atol=1e-4)
 
 
 def test_random_heads_of_any_seed_change_no_text(folder):
