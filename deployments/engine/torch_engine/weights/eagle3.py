@@ -1,4 +1,4 @@
-"""Reads draft heads: ``LlamaForCausalLMEagle3`` folders as SGLang and SpecForge write them.
+"""Reads draft heads: ``LlamaForCausalLMEagle3`` folders, as SGLang loads them.
 
 SGLang skips tensor names that it does not know and leaves absent ones at zero; here every name must
 be there and none more.
