@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deployments.engine.errors import UnsupportedModelError
 from deployments.engine.torch_engine.attention import group_spans
 from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.models.llama import (
@@ -63,7 +64,10 @@ class Eagle3Config:
 
         Raises:
             ValueError: the target has fewer than six layers, or a smaller vocabulary.
+            UnsupportedModelError: its positions are scaled as no head's are (yarn).
         """
+        if target.rope.scaling == "yarn":
+            raise UnsupportedModelError("draft heads for targets with yarn positions")
         if target.num_layers < 6:
             raise ValueError(f"a model of {target.num_layers} layers is no larger than its draft")
         if not 0 < draft_vocab_size <= target.vocab_size:
@@ -105,7 +109,7 @@ class Eagle3Config:
         )
 
 
-class Eagle3Drafter(nn.Module):
+class Eagle3Model(nn.Module):
     """The head; embeddings are handed in.
 
     Attributes:

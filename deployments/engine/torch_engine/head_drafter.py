@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.speculation.types import DraftQuery
-    from deployments.engine.torch_engine.eagle3 import Eagle3Drafter
+    from deployments.engine.torch_engine.eagle3 import Eagle3Model
     from deployments.engine.torch_engine.models.llama import Model
     from deployments.engine.torch_engine.sequence import Sequence
 
@@ -89,7 +89,7 @@ class _Chain:
 class HeadDrafter(Drafter):
     """Belongs to the engine thread."""
 
-    def __init__(self, head: Eagle3Drafter, target: Model, num_pages: int) -> None:
+    def __init__(self, head: Eagle3Model, target: Model, num_pages: int) -> None:
         """Allocate the head's pool.
 
         Args:

@@ -18,7 +18,7 @@ from deployments.engine.errors import (
     WeightsMismatchError,
     WeightsMissingError,
 )
-from deployments.engine.torch_engine.eagle3 import Eagle3Config, Eagle3Drafter
+from deployments.engine.torch_engine.eagle3 import Eagle3Config, Eagle3Model
 from deployments.engine.torch_engine.model_config import rope_config
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def read_head(folder: Path) -> HeadFiles:
     return files
 
 
-def load_head(folder: Path, target: Model) -> Eagle3Drafter:
+def load_head(folder: Path, target: Model) -> Eagle3Model:
     """Load a head to run beside its target: on the same device, in the arithmetic it computes in.
 
     Raises:
@@ -83,7 +83,7 @@ def load_head(folder: Path, target: Model) -> Eagle3Drafter:
     """
     files = read_head(folder)
     _check_target(files.config, target)
-    head = Eagle3Drafter(files.config, dtype=target.compute_dtype, device=target.device)
+    head = Eagle3Model(files.config, dtype=target.compute_dtype, device=target.device)
     with torch.no_grad():
         for name, place in head.weight_targets().items():
             place.copy_(files.tensors[name])
@@ -108,7 +108,7 @@ def _check_target(config: Eagle3Config, target: Model) -> None:
 
 
 def _check_tensors(config: Eagle3Config, tensors: dict[str, Tensor]) -> None:
-    places = Eagle3Drafter(config, dtype=torch.float32, device="meta").weight_targets()
+    places = Eagle3Model(config, dtype=torch.float32, device="meta").weight_targets()
     shapes = {name: place.shape for name, place in places.items()} | {
         "d2t": (config.draft_vocab_size,),
         "t2d": (config.vocab_size,),
