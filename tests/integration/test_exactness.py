@@ -285,9 +285,9 @@ def heads(cache_dir, plain, tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
-    ("name", "at_once"), [("random", True), ("fitted", True), ("fitted", False)]
+    ("name", "at_once", "temperature"),
+    [("random", True, 1.0), ("fitted", True, 0.0), ("fitted", False, 1.0)],
 )
 async def test_a_head_beside_the_model_writes_the_plain_text(
     cache_dir, plain, reference, heads, name, at_once, temperature
