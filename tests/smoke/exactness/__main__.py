@@ -21,6 +21,7 @@ from rich.table import Table
 from deployments.engine.config import DEFAULT_MODEL, SpeculationConfig, TorchEngineConfig
 from deployments.engine.factory import build_engine
 from deployments.engine.speculation.grpc_transport import grpc_connector
+from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.model_files import model_folder
@@ -90,7 +91,13 @@ async def _run(told: argparse.Namespace, folder: Path) -> list[Result]:
         Distance(),
         clock=RandomClock(told.seed),
     )
-    modes = Modes({**speculators, Mode.TREES: trees})
+    # A head that seems to take as long as a step is hardly asked; here all it drafts is verified.
+    eager = SplitSpeculator(
+        config.speculation.model_copy(update={"local_drafter": "none"}),
+        vocab_size=tokenizer.vocab_size,
+        clock=lambda: 0.0,
+    )
+    modes = Modes({**speculators, Mode.COLOCATED: eager, Mode.TREES: trees})
     engine = build_engine(
         config,
         cache_dir=cache_dir,
