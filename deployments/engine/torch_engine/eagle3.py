@@ -7,7 +7,7 @@ depend on nothing but token and feature, so they are written without running the
 
 Source: EAGLE-3 (arXiv:2503.01840). ``training.eagle3`` is the same head as it is trained.
 
-N: rows, E: hidden size of the target, V: its vocabulary.
+N: rows, E: hidden size of the target, d: draft vocabulary.
 """
 
 from __future__ import annotations
@@ -146,7 +146,13 @@ class Eagle3Model(nn.Module):
         frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
         self.register_buffer("frequencies", frequencies, persistent=False)
         ids = torch.zeros(config.draft_vocab_size, dtype=torch.int64, device=device)
-        self.register_buffer("draft_token_ids", ids, persistent=False)
+        self.register_buffer("_draft_token_ids", ids, persistent=False)
+        self._draft_token_ids: Tensor
+
+    @property
+    def draft_token_ids(self) -> Tensor:
+        """[d] int64: the target's id of each token of the draft vocabulary."""
+        return self._draft_token_ids
 
     @property
     def dtype(self) -> torch.dtype:
@@ -203,17 +209,10 @@ class Eagle3Model(nn.Module):
         streamed: Tensor = x_NE + self.mlp(self.post_attention_norm(x_NE))
         return streamed
 
-    def draft_logits(self, hidden_NE: Tensor) -> Tensor:
+    def logits(self, hidden_NE: Tensor) -> Tensor:
         """[N, d] over the draft vocabulary, float32."""
         scores: Tensor = self.lm_head(self.norm(hidden_NE))
         return scores.float()
-
-    def logits(self, hidden_NE: Tensor) -> Tensor:
-        """[N, V] float32; tokens outside the draft vocabulary are ``-inf``."""
-        shape = (hidden_NE.shape[0], self.config.vocab_size)
-        scores_NV = torch.full(shape, -torch.inf, device=self.device)
-        ids: Tensor = self.get_buffer("draft_token_ids")
-        return scores_NV.index_copy_(1, ids, self.draft_logits(hidden_NE))
 
     def weight_targets(self) -> dict[str, Tensor]:
         """Checkpoint names of all weights -> the (part of a) parameter each is copied into."""

@@ -220,6 +220,7 @@ class HeadDrafter(Drafter):
             self._head.logits(hidden),
             [chain.sampling for chain in chains],
             [chain.row + 2 for chain in chains],
+            self._head.draft_token_ids,
         )
         for number, (chain, token) in enumerate(zip(chains, tokens, strict=True)):
             chain.token_ids.append(token)

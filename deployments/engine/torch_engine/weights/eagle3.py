@@ -87,7 +87,7 @@ def load_head(folder: Path, target: Model) -> Eagle3Model:
     with torch.no_grad():
         for name, place in head.weight_targets().items():
             place.copy_(files.tensors[name])
-        head.get_buffer("draft_token_ids").copy_(files.draft_token_ids)
+        head.draft_token_ids.copy_(files.draft_token_ids)
     return head.eval()
 
 

@@ -94,11 +94,9 @@ def test_logits_are_those_of_step_by_step_inference(folder):
                 logit_rows=torch.zeros(1),
             )
             feature = loaded(embedding[text.token_ids[row + 1 : row + 2]], feature, one, cache)
-            got = loaded.draft_logits(feature)[0]
+            got = loaded.logits(feature)[0]
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-            spread = loaded.logits(feature)[0]
-            assert torch.equal(spread[a_head.draft_token_ids], got)
-            assert spread.isinf().sum() == 97 - 40
+    assert torch.equal(loaded.draft_token_ids, a_head.draft_token_ids)
 
 
 class FakeSequence:
