@@ -19,6 +19,7 @@ def add_speculation(left: SpeculationStats, right: SpeculationStats) -> Speculat
         num_draft_tokens=left.num_draft_tokens + right.num_draft_tokens,
         num_accepted_draft_tokens=left.num_accepted_draft_tokens + right.num_accepted_draft_tokens,
         num_accepted_pool_tokens=left.num_accepted_pool_tokens + right.num_accepted_pool_tokens,
+        num_accepted_head_tokens=left.num_accepted_head_tokens + right.num_accepted_head_tokens,
         num_table_hits=left.num_table_hits + right.num_table_hits,
         num_table_misses=left.num_table_misses + right.num_table_misses,
         acceptance_histogram=tuple(a + b for a, b in histogram),

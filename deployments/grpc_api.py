@@ -206,6 +206,7 @@ def speculation_message(stats: SpeculationStats) -> pb.SpeculationStats:
         num_draft_tokens=drafted,
         num_spec_steps=stats.num_spec_steps,
         num_accepted_pool_tokens=stats.num_accepted_pool_tokens,
+        num_accepted_head_tokens=stats.num_accepted_head_tokens,
         num_table_hits=stats.num_table_hits,
         num_table_misses=stats.num_table_misses,
     )

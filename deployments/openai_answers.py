@@ -85,6 +85,7 @@ def speculation_body(stats: SpeculationStats) -> dict[str, Any]:
         "num_spec_steps": stats.num_spec_steps,
         "num_spec_tokens": max(0, len(stats.acceptance_histogram) - 1),
         "num_accepted_pool_tokens": stats.num_accepted_pool_tokens,
+        "num_accepted_head_tokens": stats.num_accepted_head_tokens,
         "num_table_hits": stats.num_table_hits,
         "num_table_misses": stats.num_table_misses,
     }

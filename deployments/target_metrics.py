@@ -42,8 +42,10 @@ class TargetMetrics:
     def engine(self, stats: EngineStats) -> None:
         """Report an engine's snapshot."""
         spec = stats.speculation
-        num_local = spec.num_accepted_draft_tokens - spec.num_accepted_pool_tokens
+        num_elsewhere = spec.num_accepted_pool_tokens + spec.num_accepted_head_tokens
+        num_local = spec.num_accepted_draft_tokens - num_elsewhere
         self._accepted.update("pool", total=spec.num_accepted_pool_tokens)
+        self._accepted.update("head", total=spec.num_accepted_head_tokens)
         self._accepted.update("local", total=num_local)
         self._spec_steps.update(spec.num_spec_steps)
         self._lookups.update("hit", total=spec.num_table_hits)
@@ -65,6 +67,7 @@ class TargetMetrics:
         """
         self._draft_tokens.update("pool", total=stats.num_pool_draft_tokens)
         self._draft_tokens.update("local", total=stats.num_local_draft_tokens)
+        self._draft_tokens.update("head", total=stats.num_head_draft_tokens)
         self._withheld.update(stats.num_withheld_draft_tokens)
         self._tables.update("in_time", total=stats.num_tables - stats.num_late_tables)
         self._tables.update("late", total=stats.num_late_tables)

@@ -444,6 +444,7 @@ class SpeculationStats(_message.Message):
     NUM_ACCEPTED_POOL_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_TABLE_HITS_FIELD_NUMBER: _builtins.int
     NUM_TABLE_MISSES_FIELD_NUMBER: _builtins.int
+    NUM_ACCEPTED_HEAD_TOKENS_FIELD_NUMBER: _builtins.int
     mean_acceptance_length: _builtins.float
     """tokens per spec step, the bonus token included"""
     draft_acceptance_rate: _builtins.float
@@ -454,6 +455,8 @@ class SpeculationStats(_message.Message):
     """accepted tokens guessed by the draft pool"""
     num_table_hits: _builtins.int
     num_table_misses: _builtins.int
+    num_accepted_head_tokens: _builtins.int
+    """accepted tokens guessed by the head beside the model"""
     @_builtins.property
     def acceptance_histogram(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """entry i: spec steps that accepted i draft tokens"""
@@ -470,10 +473,11 @@ class SpeculationStats(_message.Message):
         num_accepted_pool_tokens: _builtins.int = ...,
         num_table_hits: _builtins.int = ...,
         num_table_misses: _builtins.int = ...,
+        num_accepted_head_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_histogram", b"acceptance_histogram", "draft_acceptance_rate", b"draft_acceptance_rate", "mean_acceptance_length", b"mean_acceptance_length", "num_accepted_draft_tokens", b"num_accepted_draft_tokens", "num_accepted_pool_tokens", b"num_accepted_pool_tokens", "num_draft_tokens", b"num_draft_tokens", "num_spec_steps", b"num_spec_steps", "num_table_hits", b"num_table_hits", "num_table_misses", b"num_table_misses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_histogram", b"acceptance_histogram", "draft_acceptance_rate", b"draft_acceptance_rate", "mean_acceptance_length", b"mean_acceptance_length", "num_accepted_draft_tokens", b"num_accepted_draft_tokens", "num_accepted_head_tokens", b"num_accepted_head_tokens", "num_accepted_pool_tokens", b"num_accepted_pool_tokens", "num_draft_tokens", b"num_draft_tokens", "num_spec_steps", b"num_spec_steps", "num_table_hits", b"num_table_hits", "num_table_misses", b"num_table_misses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

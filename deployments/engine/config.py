@@ -26,6 +26,9 @@ class SpeculationConfig(_Config):
     """Bonus tokens the pool guesses for each accepted length (F)."""
     local_drafter: Literal["suffix", "none"] = "suffix"
     """Drafts used when no row of the pool's outcome table fits."""
+    head: str | None = None
+    """Folder of an EAGLE-3 head, as SGLang loads it and ``paceline train draft`` writes it. It
+    drafts beside the model, in every target replica, where its tokens are worth its time."""
     min_match_tokens: int = Field(default=1, ge=1)
     """Tokens the local drafter must match before it proposes. What rests on few of them is seldom
     right; it is verified where nothing better is at hand and a row costs next to nothing."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from deployments.engine.base import Engine
     from deployments.engine.config import TorchEngineConfig
@@ -38,15 +38,17 @@ def build_engine(
             any thread. Without it such requests are refused.
 
     Raises:
-        WeightsMissingError: the model is not here and cannot be had.
+        WeightsMissingError: the model, or its draft head, is not here and cannot be had.
         EngineError: the model cannot be run, or not deterministically where that is asked for.
     """
     import torch
 
     from deployments.engine.torch_engine.assembly import EngineParts, start_engine
     from deployments.engine.torch_engine.cuda_graphs import cuda_graphs
+    from deployments.engine.torch_engine.head_drafter import HeadDrafter
     from deployments.engine.torch_engine.kv_cache import KVCache
     from deployments.engine.torch_engine.model_runner import ModelRunner
+    from deployments.engine.torch_engine.weights.eagle3 import load_head
     from deployments.engine.torch_engine.weights.loader import load_model, return_freed_memory
 
     # Whoever builds an engine without a pool around it has the process' CPUs to give.
@@ -58,6 +60,11 @@ def build_engine(
         cache_dir=cache_dir,
         weights=config.weights,
     )
+    head = None
+    if config.speculation.enabled and config.speculation.head is not None:
+        drafter = load_head(Path(config.speculation.head), loaded.model)
+        head = HeadDrafter(drafter, loaded.model, config.num_pages)
+        head.warm_up()
     max_context = config.context_length(loaded.config.max_positions)
     loaded.config.check_context(max_context)
     # One page more than the pool hands out: padding of recorded forwards writes there.
@@ -73,6 +80,7 @@ def build_engine(
             max_num_seqs=config.max_num_seqs,
             num_draft_tokens=speculation.num_draft_tokens if speculation.enabled else 0,
             max_context=max_context,
+            capture_layers=tuple(set(head.capture_layers)) if head is not None else (),
         )
     runner = ModelRunner(
         loaded.model,
@@ -97,5 +105,6 @@ def build_engine(
         speculator=speculator,
         detokenize=detokenize,
         tokenizer_json=tokenizer_json,
+        head=head,
     )
     return start_engine(config, parts)

@@ -172,6 +172,7 @@ class SpeculationStats:
         num_draft_tokens: draft tokens verified.
         num_accepted_draft_tokens: draft tokens that became output.
         num_accepted_pool_tokens: those of them that came from the draft pool.
+        num_accepted_head_tokens: those that came from the head beside the model.
         num_table_hits: steps whose draft came from an outcome table of the pool.
         num_table_misses: steps for which the pool was asked and no fitting row was at hand.
         acceptance_histogram: entry i counts the spec steps that accepted i draft tokens.
@@ -181,6 +182,7 @@ class SpeculationStats:
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
     num_accepted_pool_tokens: int = 0
+    num_accepted_head_tokens: int = 0
     num_table_hits: int = 0
     num_table_misses: int = 0
     acceptance_histogram: tuple[int, ...] = ()

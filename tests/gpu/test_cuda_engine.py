@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+from deployments.engine.config import SpeculationConfig
 from deployments.engine.speculation.speculator import NoSpeculation
+from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.speculation.types import DraftOrigin, DraftTree
 from deployments.engine.torch_engine.assembly import EngineParts, build_core
 from deployments.engine.torch_engine.cuda_graphs import cuda_graphs
+from deployments.engine.torch_engine.eagle3 import Eagle3Config
+from deployments.engine.torch_engine.head_drafter import HeadDrafter
 from deployments.engine.torch_engine.kv_cache import KVCache
 from deployments.engine.torch_engine.model_runner import ModelRunner
+from deployments.engine.torch_engine.weights.eagle3 import load_head
+from deployments.engine.training.initial import random_head
 from deployments.engine.types import FINAL_NORM, CaptureSpec
 from tests.fakes_engine import CheckedSpeculator, make_config, make_request
 from tests.unit.deployments.engine.torch_engine.tiny_models import (
@@ -49,7 +55,7 @@ def on_gpu(name="llama", dtype="float32"):
     return loaded
 
 
-def runner_on_gpu(loaded, config, *, has_graphs):
+def runner_on_gpu(loaded, config, *, has_graphs, capture_layers=()):
     """A runner and its pool, with a row that padding may write."""
     memory = KVCache(loaded.config, config.num_pages + 1, dtype=loaded.model.dtype, device=DEVICE)
     graphs = None
@@ -60,14 +66,16 @@ def runner_on_gpu(loaded, config, *, has_graphs):
             max_num_seqs=config.max_num_seqs,
             num_draft_tokens=config.speculation.num_draft_tokens,
             max_context=512,
+            capture_layers=capture_layers,
         )
     return ModelRunner(loaded.model, loaded.config, memory, graphs=graphs), memory
 
 
-def serve(config, requests, *, has_graphs, speculator=None, loaded=None):
+def serve(config, requests, *, has_graphs, speculator=None, loaded=None, head=None):
     """The texts and hidden states of all requests, served together."""
     loaded = loaded or on_gpu()
-    runner, memory = runner_on_gpu(loaded, config, has_graphs=has_graphs)
+    layers = tuple(set(head.capture_layers)) if head is not None else ()
+    runner, memory = runner_on_gpu(loaded, config, has_graphs=has_graphs, capture_layers=layers)
     parts = EngineParts(
         runner=runner,
         memory=memory,
@@ -78,6 +86,7 @@ def serve(config, requests, *, has_graphs, speculator=None, loaded=None):
         store=None,
         speculator=speculator or NoSpeculation(),
         detokenize=lambda token_ids: "".join(chr(64 + token) for token in token_ids),
+        head=head,
     )
     core = build_core(config, parts, wake=lambda: None)
     texts = {request.request_id: [] for request in requests}
@@ -151,6 +160,31 @@ def test_graphs_and_speculation_do_not_change_the_text(temperature):
     drafted, _, stats = serve(config, requests(temperature), has_graphs=True, speculator=speculator)
     assert drafted == plain
     assert stats.speculation.num_accepted_draft_tokens > 60
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_a_head_beside_the_model_does_not_change_the_text(has_graphs, temperature, tmp_path):
+    config = make_config(max_batch_tokens=64, num_draft_tokens=4)
+    loaded = on_gpu("llama-of-6-layers")
+    plain, _, _ = serve(config, requests(temperature), has_graphs=has_graphs, loaded=loaded)
+    shape = Eagle3Config.for_target(loaded.config, 40)
+    random_head(shape, torch.arange(0, 80, 2), seed=1).save(tmp_path)
+    head = HeadDrafter(load_head(tmp_path, loaded.model), loaded.model, config.num_pages)
+    head.warm_up()
+    drafted, _, stats = serve(
+        config,
+        requests(temperature),
+        has_graphs=has_graphs,
+        # On a clock that stands still, all that the head drafts is verified.
+        speculator=SplitSpeculator(
+            SpeculationConfig(local_drafter="none"), vocab_size=97, clock=lambda: 0.0
+        ),
+        loaded=loaded,
+        head=head,
+    )
+    assert drafted == plain
+    assert stats.speculation.num_draft_tokens > 60
 
 
 def test_preemption_and_penalties_work_on_the_gpu():

@@ -1,7 +1,8 @@
 """Whatever drafters and the network do, the default model writes its own text (float32).
 
 The drafter here knows the plain text, so that drafts of every length are accepted; the hostile ones
-lie, and the network between the real gRPC ends delays, duplicates, reorders, drops or dies.
+lie, and the network between the real gRPC ends delays, duplicates, reorders, drops or dies. Heads
+beside the model have learned nothing, or a little.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.engine.types import GenerationRequest, SamplingParams
 from tests.exactness import Reference, assert_same_text
 from tests.fakes_async import eventually
+from tests.heads import write_heads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,9 +94,9 @@ def make_requests(cache_dir, temperature: float) -> list[GenerationRequest]:
     ]
 
 
-def start_engine(cache_dir, speculator):
+def start_engine(cache_dir, speculator, config=CONFIG):
     return build_engine(
-        CONFIG,
+        config,
         cache_dir=cache_dir,
         page_store_factory=None,
         speculator=speculator,
@@ -269,3 +271,42 @@ async def test_single_speculation_writes_the_plain_text(
     expected = {r.request_id: plain[temperature][r.request_id] for r in requests}
     assert_same_text(reference, requests, expected, output)
     assert stats.num_table_hits > 0
+
+
+@pytest.fixture(scope="module")
+def heads(cache_dir, plain, tmp_path_factory):
+    """Folders by name; the fitted one has read the greedy texts."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("random", "fitted")}
+    texts_read = [
+        [*request.prompt_token_ids, *plain[0.0][request.request_id]]
+        for request in make_requests(cache_dir, 0.0)
+    ]
+    write_heads(cache_dir, texts_read, **folders)
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("name", "at_once", "temperature"),
+    [("random", True, 1.0), ("fitted", True, 0.0), ("fitted", False, 1.0)],
+)
+async def test_a_head_beside_the_model_writes_the_plain_text(
+    cache_dir, plain, reference, heads, name, at_once, temperature
+):
+    speculation = SpeculationConfig(head=str(heads[name]), local_drafter="none")
+    # On a clock that stands still, all that the head drafts is verified.
+    speculator = SplitSpeculator(speculation, vocab_size=49152, clock=lambda: 0.0)
+    config = CONFIG.model_copy(update={"speculation": speculation})
+    engine = start_engine(cache_dir, speculator, config)
+    requests = make_requests(cache_dir, temperature)
+    if not at_once:
+        requests = requests[:2]
+    try:
+        output = await texts(engine, requests, at_once=at_once)
+    finally:
+        await engine.close()
+    expected = {r.request_id: plain[temperature][r.request_id] for r in requests}
+    assert_same_text(reference, requests, expected, output)
+    stats = speculator.stats()
+    assert stats.num_head_draft_tokens > 30
+    if name == "fitted":
+        assert stats.num_head_accepted_tokens > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,12 +22,24 @@ def update_acceptance(acceptance: float, was_right: bool, weight: float) -> floa
     return min(1.0, max(0.0, acceptance + weight * (was_right - acceptance)))
 
 
-def verify_lengths(
+class Goodput(NamedTuple):
+    """The best a step can do.
+
+    Attributes:
+        lengths: per sequence the draft tokens to verify, from the first.
+        rate: tokens per second.
+    """
+
+    lengths: list[int]
+    rate: float
+
+
+def goodput(
     chances: Sequence[Sequence[float]],
     num_rows: int,
     num_tokens: int,
     seconds_of: Callable[[int], float],
-) -> list[int]:
+) -> Goodput:
     """How many of the draft tokens at hand to verify, so that tokens come fastest.
 
     Every draft token is one more row of the step and gives a token with the chance that it and all
@@ -40,9 +52,6 @@ def verify_lengths(
         num_rows: of the step without drafts.
         num_tokens: what the step gives without drafts.
         seconds_of: what a step of so many rows takes.
-
-    Returns:
-        Per sequence the tokens to verify, from the first.
     """
     order = sorted(
         ((chance, index) for index, own in enumerate(chances) for chance in own),
@@ -58,4 +67,4 @@ def verify_lengths(
     lengths = [0] * len(chances)
     for _, index in order[:best]:
         lengths[index] += 1
-    return lengths
+    return Goodput(lengths, best_rate)

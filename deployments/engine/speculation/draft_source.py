@@ -40,6 +40,7 @@ class DraftSource(NamedTuple):
 
 
 POOL = DraftSource(DraftOrigin.POOL)
+HEAD = DraftSource(DraftOrigin.HEAD)
 
 _Place: TypeAlias = tuple[DraftSource, int]
 

@@ -11,6 +11,7 @@ from deployments.engine.speculation.types import DraftTree
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from deployments.engine.speculation.drafters.base import Drafter
     from deployments.engine.speculation.types import SessionSpec
 
 
@@ -79,6 +80,12 @@ class Speculator(ABC):
     The order of calls of one step is take -> verifying -> (target forward) -> verified. A session
     the scheduler skips is in none of them and keeps its table.
     """
+
+    def add_head(self, head: Drafter) -> None:  # noqa: B027 - most have no use for one
+        """Draft with this one too, which runs beside the target; called before the first session.
+
+        Its time is the step's, so it is asked where that pays.
+        """
 
     @abstractmethod
     def open(self, session: SessionSpec) -> None:

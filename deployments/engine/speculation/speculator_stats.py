@@ -19,6 +19,7 @@ class SpeculatorStats:
         num_late_tables: tables that arrived after the next round had begun.
         num_pool_draft_tokens: verified draft tokens guessed by the pool.
         num_local_draft_tokens: verified draft tokens guessed by the local drafter.
+        num_head_draft_tokens: verified draft tokens guessed by the head beside the target.
         num_withheld_draft_tokens: draft tokens at hand that were not verified, because the step
             would have taken longer than they promised to save.
         num_frames_dropped: frames to the pool that found no room in a queue.
@@ -26,7 +27,7 @@ class SpeculatorStats:
         num_sessions_dropped: sessions a drafter let go of.
         num_malformed: messages of drafters that broke the protocol.
         num_links_lost: streams that ended or were refused.
-        num_local_failures: failures of the local drafter.
+        num_local_failures: failures of the local drafter and the head.
         round_trip_p50_s: median time from a commit to its table; 0 before the first.
         num_pool_pending: sessions that wait for a table, as a draft replica reported last.
         pool_batch_time_s: what its drafter takes for a batch, likewise.
@@ -41,6 +42,8 @@ class SpeculatorStats:
     num_pool_accepted_tokens: int = 0
     num_local_draft_tokens: int = 0
     num_local_accepted_tokens: int = 0
+    num_head_draft_tokens: int = 0
+    num_head_accepted_tokens: int = 0
     num_withheld_draft_tokens: int = 0
     num_frames_dropped: int = 0
     num_resyncs: int = 0

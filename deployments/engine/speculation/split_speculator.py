@@ -1,16 +1,16 @@
-"""The target's speculator: the likeliest of what pool and local drafter guess, or nothing."""
+"""The target's speculator: the likeliest of what pool, copies and head guess, or nothing."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deployments.engine.speculation.budget import verify_lengths
+from deployments.engine.speculation.budget import goodput
 from deployments.engine.speculation.draft_source import (
+    HEAD,
     NOTHING,
     POOL,
     DraftSource,
@@ -19,9 +19,9 @@ from deployments.engine.speculation.draft_source import (
     Priors,
     Trust,
 )
-from deployments.engine.speculation.drafters.ask import ask, calling
+from deployments.engine.speculation.drafters.guarded import GuardedDrafter
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
-from deployments.engine.speculation.errors import DrafterFailedError
+from deployments.engine.speculation.head_budget import HeadBudget
 from deployments.engine.speculation.pool_client import PoolClient, PoolDraft
 from deployments.engine.speculation.speculator import NOTHING_ELSE, Speculator, TakenDraft
 from deployments.engine.speculation.speculator_stats import SpeculatorStats
@@ -29,20 +29,19 @@ from deployments.engine.speculation.step_times import StepTimes
 from deployments.engine.speculation.types import Ask, DraftOrigin, DraftQuery, DraftTree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from deployments.engine.config import SpeculationConfig
     from deployments.engine.speculation.drafters.base import Drafter
     from deployments.engine.speculation.pool_link import LinkLimits
     from deployments.engine.speculation.speculator import DraftRequest, RoundResult, StepLoad
     from deployments.engine.speculation.transport import Connector
-    from deployments.engine.speculation.types import OutcomeRow, SessionSpec
+    from deployments.engine.speculation.types import SessionSpec
 
 logger = logging.getLogger(__name__)
 
 _UPKEEP_INTERVAL_S = 0.05
 _DIAL_INTERVAL_S = 0.005
-_MAX_LOCAL_FAILURES = 3
 _PROBE_INTERVAL_ROUNDS = 16
 _PROBE_WORTH = 2.0
 """Tokens: what is learned from a draft token that would not pay counts like more than one."""
@@ -67,6 +66,13 @@ class _Running:
         self.guesses: tuple[Guess, ...] = ()
         self.merged: Merged = NOTHING
         self.num_withheld_rounds = 0
+
+    @property
+    def chances(self) -> Sequence[float]:
+        """That each draft token at hand is accepted, with all before it."""
+        if self.merged.chances and self.num_withheld_rounds >= _PROBE_INTERVAL_ROUNDS:
+            return (_PROBE_WORTH,)
+        return self.merged.chances
 
 
 class SplitSpeculator(Speculator):
@@ -103,7 +109,9 @@ class SplitSpeculator(Speculator):
         self._on_link_lost = on_link_lost
         if local_drafter is None and config.local_drafter == "suffix":
             local_drafter = SuffixDrafter(min_match_tokens=config.min_match_tokens)
-        self._local = local_drafter
+        self._local = GuardedDrafter(local_drafter, vocab_size)
+        self._head = GuardedDrafter(None, vocab_size)
+        self._head_budget = HeadBudget()
         self._running: dict[int, _Running] = {}
         self._priors: Priors = {}
         self._step_times = StepTimes()
@@ -122,7 +130,6 @@ class SplitSpeculator(Speculator):
         self._num_rounds = 0
         self._num_table_hits = 0
         self._num_table_misses = 0
-        self._num_local_failures = 0
         self._num_withheld = 0
         self._num_drafted = dict.fromkeys(DraftOrigin, 0)
         self._num_accepted = dict.fromkeys(DraftOrigin, 0)
@@ -144,12 +151,15 @@ class SplitSpeculator(Speculator):
             self._pool.detach(request_id)
             self._wake.set()
 
+    def add_head(self, head: Drafter) -> None:
+        """See ``Speculator.add_head``."""
+        self._head = GuardedDrafter(head, self._vocab_size)
+
     def open(self, session: SessionSpec) -> None:
         """Prepare to draft for a sequence."""
         self._running[session.session_id] = _Running(session, self._priors)
-        if self._local is not None:
-            with self._tolerating(self._local):
-                self._local.open(session)
+        self._local.open(session)
+        self._head.open(session)
         if self._pool is not None:
             self._pool.open(session)
             self._wake.set()
@@ -163,26 +173,22 @@ class SplitSpeculator(Speculator):
         """
         self._step_began_at = self._clock()
         self._num_step_rows = load.num_rows + len(requests)
-        taken = self._at_hand(requests)
-        times, num_plain_rows = self._step_times, self._num_step_rows
+        num_plain_rows, num_tokens = self._num_step_rows, load.num_tokens + len(requests)
+        taken, times = self._at_hand(requests), self._step_times
+        # What is not known of late is tried: first what drafts must beat, then what they cost.
+        is_plain_tried = times.is_known and not times.is_fresh(num_plain_rows)
+        if self._head.drafter is not None and not is_plain_tried:
+            taken = self._with_head(requests, taken, num_tokens)
         if not times.is_known:
             return taken
         at_hand = [len(draft.tree) for draft in taken]
-        # What is not known of late is tried: first what drafts must beat, then what they cost.
-        if not times.is_fresh(num_plain_rows):
+        if is_plain_tried:
             lengths = [0] * len(taken)
         elif not times.is_fresh(num_plain_rows + sum(at_hand)):
             lengths = at_hand
         else:
-            lengths = verify_lengths(
-                [
-                    self._chances(request, draft.tree)
-                    for request, draft in zip(requests, taken, strict=True)
-                ],
-                num_plain_rows,
-                load.num_tokens + len(requests),
-                times.seconds,
-            )
+            chances = self._chances(requests)
+            lengths = goodput(chances, num_plain_rows, num_tokens, times.seconds).lengths
         return [
             self._cut(request, draft, length)
             for request, draft, length in zip(requests, taken, lengths, strict=True)
@@ -215,14 +221,10 @@ class SplitSpeculator(Speculator):
     def _most(self, request: DraftRequest) -> int:
         return min(request.max_draft_tokens, self._config.num_draft_tokens)
 
-    def _chances(self, request: DraftRequest, tree: DraftTree) -> Sequence[float]:
-        """That each draft token is accepted, with all before it."""
-        running = self._running.get(request.session_id)
-        if running is None or not len(tree):
-            return []
-        if running.num_withheld_rounds >= _PROBE_INTERVAL_ROUNDS:
-            return [_PROBE_WORTH]
-        return running.merged.chances
+    def _chances(self, requests: Sequence[DraftRequest]) -> list[Sequence[float]]:
+        """That each draft token at hand is accepted, with all before it."""
+        all_running = [self._running.get(request.session_id) for request in requests]
+        return [running.chances if running is not None else () for running in all_running]
 
     def _cut(self, request: DraftRequest, draft: TakenDraft, length: int) -> TakenDraft:
         running = self._running.get(request.session_id)
@@ -258,18 +260,16 @@ class SplitSpeculator(Speculator):
                 continue
             for guess in running.guesses:
                 running.trust.learn(guess, result.tree, result.nodes)
-            if self._local is not None:
-                with self._tolerating(self._local):
-                    self._local.append(result.session_id, result.new_token_ids)
+            self._local.append(result.session_id, result.new_token_ids)
+            self._head.append(result.session_id, result.new_token_ids)
 
     def close(self, session_id: int) -> None:
         """Forget a sequence."""
         running = self._running.pop(session_id, None)
         if running is None:
             return
-        if self._local is not None:
-            with self._tolerating(self._local):
-                self._local.close(session_id)
+        self._local.close(session_id)
+        self._head.close(session_id)
         if self._pool is not None:
             self._pool.close(session_id)
 
@@ -294,7 +294,9 @@ class SplitSpeculator(Speculator):
             num_pool_accepted_tokens=self._num_accepted[DraftOrigin.POOL],
             num_local_draft_tokens=self._num_drafted[DraftOrigin.LOCAL],
             num_local_accepted_tokens=self._num_accepted[DraftOrigin.LOCAL],
-            num_local_failures=self._num_local_failures,
+            num_head_draft_tokens=self._num_drafted[DraftOrigin.HEAD],
+            num_head_accepted_tokens=self._num_accepted[DraftOrigin.HEAD],
+            num_local_failures=self._local.num_failures + self._head.num_failures,
             num_withheld_draft_tokens=self._num_withheld,
         )
         return own if self._pool is None else self._pool.add_to(own)
@@ -305,46 +307,73 @@ class SplitSpeculator(Speculator):
 
     def _local_drafts(self, requests: Sequence[DraftRequest]) -> list[tuple[Guess, ...]]:
         guesses: list[tuple[Guess, ...]] = [()] * len(requests)
-        asking = [
-            index
-            for index, request in enumerate(requests)
-            if request.max_draft_tokens > 0 and request.session_id in self._running
-        ]
-        if self._local is None or not asking:
+        if self._local.drafter is None:
             return guesses
+        asking = [index for index, request in enumerate(requests) if self._has_room(request)]
         queries = [
-            DraftQuery(
-                session_id=requests[index].session_id,
-                token_ids=requests[index].token_ids,
-                in_flight=_EMPTY,
-                # The bonus token behind the committed text is itself the draft's first token.
-                num_draft_tokens=self._most(requests[index]) - 1,
-                fanout=_LOCAL_GUESSES,
-                sampling=self._running[requests[index].session_id].spec.sampling,
-            )
+            self._query(requests[index], self._most(requests[index]), _LOCAL_GUESSES)
             for index in asking
         ]
-        answers: list[list[OutcomeRow]] = [[]] * len(asking)
-        with self._tolerating(self._local):
-            answers = ask(self._local, queries, self._vocab_size)
-        for index, rows in zip(asking, answers, strict=True):
+        for index, rows in zip(asking, self._local.ask(queries), strict=True):
             guesses[index] = tuple(
                 Guess((row.bonus_token_id, *row.draft_token_ids), DraftSource.of_copy(row, rank))
                 for rank, row in enumerate(rows)
             )
         return guesses
 
-    @contextmanager
-    def _tolerating(self, drafter: Drafter) -> Iterator[None]:
-        try:
-            with calling(drafter):
-                yield
-        except DrafterFailedError:
-            self._num_local_failures += 1
-            logger.warning("the local drafter failed", exc_info=True)
-            if self._num_local_failures >= _MAX_LOCAL_FAILURES:
-                logger.error("the local drafter failed repeatedly and is switched off")  # noqa: TRY400
-                self._local = None
+    def _with_head(
+        self, requests: Sequence[DraftRequest], taken: list[TakenDraft], num_tokens: int
+    ) -> list[TakenDraft]:
+        """What is at hand, and what the head adds to it where that is worth its time."""
+        its = [self._head_chances(request) for request in requests]
+        seconds_of = self._step_times.seconds if self._step_times.is_known else None
+        ask = self._head_budget.plan(
+            self._chances(requests), its, self._num_step_rows, num_tokens, seconds_of
+        )
+        if not ask.num_passes:
+            return taken
+        began_at = self._clock()
+        answers = self._head.ask(
+            [
+                self._query(requests[index], min(ask.num_passes, len(its[index])), 1)
+                for index in ask.indices
+            ]
+        )
+        elapsed = self._clock() - began_at
+        # What the target takes by its rows is learned without the head.
+        self._step_began_at += elapsed
+        self._head_budget.observe(ask, elapsed)
+        for index, rows in zip(ask.indices, answers, strict=True):
+            running = self._running[requests[index].session_id]
+            if ask.is_probe:
+                # Its token alone is what is put to the test.
+                running.guesses, running.num_withheld_rounds = (), _PROBE_INTERVAL_ROUNDS
+            own = (Guess((row.bonus_token_id, *row.draft_token_ids), HEAD) for row in rows)
+            running.guesses = (*running.guesses, *own)
+            running.merged = running.trust.merge(running.guesses, self._most(requests[index]))
+            taken[index] = replace(taken[index], tree=running.merged.tree)
+        return taken
+
+    def _head_chances(self, request: DraftRequest) -> Sequence[float]:
+        """Those of its next tokens, as many as may be worth something."""
+        if not self._has_room(request):
+            return []
+        trust = self._running[request.session_id].trust
+        return trust.chances(HEAD, trust.worth(HEAD, self._most(request)))
+
+    def _has_room(self, request: DraftRequest) -> bool:
+        return request.max_draft_tokens > 0 and request.session_id in self._running
+
+    def _query(self, request: DraftRequest, num_tokens: int, fanout: int) -> DraftQuery:
+        return DraftQuery(
+            session_id=request.session_id,
+            token_ids=request.token_ids,
+            in_flight=_EMPTY,
+            # The bonus token behind the committed text is itself the draft's first token.
+            num_draft_tokens=num_tokens - 1,
+            fanout=fanout,
+            sampling=self._running[request.session_id].spec.sampling,
+        )
 
     def _start_thread(self) -> None:
         with self._thread_lock:

@@ -15,6 +15,7 @@ class DraftOrigin(StrEnum):
 
     POOL = "pool"
     LOCAL = "local"
+    HEAD = "head"
     STRUCTURE = "structure"
     """Nobody: the output's structure allows nothing else."""
     NONE = "none"

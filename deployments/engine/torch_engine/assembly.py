@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deployments.engine.config import TorchEngineConfig
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.torch_engine.core import Runner
+    from deployments.engine.torch_engine.head_drafter import HeadDrafter
     from deployments.engine.torch_engine.kv_transfer import PageMemory
     from kv_store.layout import PageLayout
     from kv_store.page_store import PageStore
@@ -38,6 +39,7 @@ class EngineParts:
         max_positions: the model's own context length.
         store: the KV tier, or None.
         detokenize: text of output tokens, for stop strings.
+        head: drafts beside the model, or None.
         tokenizer_json: the tokenizer as a ``tokenizer.json``, for structured output.
     """
 
@@ -51,6 +53,7 @@ class EngineParts:
     speculator: Speculator
     detokenize: Callable[[Sequence[int]], str]
     tokenizer_json: Callable[[], str] | None = None
+    head: HeadDrafter | None = None
 
 
 def model_limits(config: TorchEngineConfig, parts: EngineParts) -> ModelLimits:
@@ -87,7 +90,10 @@ def build_core(
         wall_clock: seconds since the epoch, for deadlines.
         monotonic: seconds, for durations and time-outs.
     """
-    pool = PagePool(config.num_pages)
+    head = parts.head
+    pool = PagePool(config.num_pages, head.forget_page if head is not None else None)
+    if head is not None:
+        parts.speculator.add_head(head)
     return EngineCore(
         runner=parts.runner,
         memory=parts.memory,
@@ -111,6 +117,7 @@ def build_core(
             wake=wake,
         ),
         speculator=parts.speculator,
+        head=head,
         limits=model_limits(config, parts),
         detokenize=parts.detokenize,
         device=torch.device(config.device),

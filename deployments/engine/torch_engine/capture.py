@@ -1,6 +1,7 @@
 """Hands hidden states out with the tokens they belong to, each row once and in text order.
 
-A forward computes rows of draft nodes that are then rejected, rows that were delivered before a
+They go to requests that ask for them, and to the head that drafts beside the model. A forward
+computes rows of draft nodes that are then rejected, rows that were delivered before a
 preemption, and rows of sequences that want none. What is left is copied off the step's tensors when
 the step's outcome is known.
 """
@@ -12,16 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from deployments.engine.torch_engine.head_drafter import FinalRows
 from deployments.engine.types import HiddenStates
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from collections.abc import Sequence as SequenceOf
 
     from torch import Tensor
 
     from deployments.engine.torch_engine.core import Runner
     from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
+    from deployments.engine.torch_engine.head_drafter import HeadDrafter
     from deployments.engine.torch_engine.scheduler import Chunk
     from deployments.engine.types import GenerationRequest
 
@@ -87,14 +89,26 @@ class StepFeatures:
     Args:
         features: per layer [N, E].
         spans: of the step's chunks, in order.
+        head: reads what belongs to speculated sequences.
     """
 
-    def __init__(self, features: dict[int, Tensor], spans: SequenceOf[SequenceSpan]) -> None:
+    def __init__(
+        self,
+        features: dict[int, Tensor],
+        spans: SequenceOf[SequenceSpan],
+        head: HeadDrafter | None,
+    ) -> None:
         self._features = features
         self._spans = spans
+        self._head = head
+        self._unread: list[FinalRows] = []
 
     def keep(
-        self, index: int, chunk: Chunk, nodes: SequenceOf[int] = (), num_new_tokens: int = 1
+        self,
+        index: int,
+        chunk: Chunk,
+        nodes: SequenceOf[int] = (),
+        new_token_ids: SequenceOf[int] = (),
     ) -> None:
         """Keep a chunk's final rows if they are wanted. Its text must not have grown yet.
 
@@ -102,27 +116,43 @@ class StepFeatures:
             index: of the chunk in the step.
             chunk: its committed rows come first.
             nodes: accepted draft nodes, whose rows follow.
-            num_new_tokens: tokens that the text gains; the row behind its end is not wanted.
+            new_token_ids: that a sampled chunk's text gains; the row behind its end is not wanted.
         """
         sequence = chunk.sequence
-        if sequence.capture is None:
+        is_read = self._head is not None and sequence.is_session_open
+        if sequence.capture is None and not is_read:
             return
         num_committed = chunk.num_new_tokens
         rows = [*range(num_committed), *(num_committed + node for node in nodes)]
-        rows = rows[: num_committed - 1 + num_new_tokens]
-        start = self._spans[index].start
-        sequence.capture.keep(
-            self._features, sequence.num_computed_tokens, [start + row for row in rows]
-        )
+        if chunk.is_sampled:
+            rows = rows[: num_committed - 1 + len(new_token_ids)]
+        first_row, start = sequence.num_computed_tokens, self._spans[index].start
+        batch_rows = [start + row for row in rows]
+        if sequence.capture is not None:
+            sequence.capture.keep(self._features, first_row, batch_rows)
+        behind = sequence.token_ids[first_row + 1 : first_row + num_committed + 1]
+        next_token_ids = [*behind, *new_token_ids]
+        if is_read and batch_rows and next_token_ids:
+            batch_rows = batch_rows[: len(next_token_ids)]
+            self._unread.append(FinalRows(sequence, first_row, batch_rows, next_token_ids))
+
+    def read(self) -> None:
+        """Have the head read what was kept for it."""
+        if self._head is not None and self._unread:
+            self._head.read(self._features, self._unread)
 
 
 def forward(
-    runner: Runner, chunks: Iterable[Chunk], batch: ForwardBatch
+    runner: Runner, chunks: SequenceOf[Chunk], batch: ForwardBatch, head: HeadDrafter | None = None
 ) -> tuple[Tensor, StepFeatures]:
     """Run a step, and hold on to the hidden states of the layers that somebody in it wants."""
     captures = (chunk.sequence.capture for chunk in chunks)
-    layers = tuple({layer for c in captures if c is not None for layer in c.layers})
-    if not layers:
-        return runner.forward(batch), StepFeatures({}, batch.spans)
+    wanted = {layer for c in captures if c is not None for layer in c.layers}
+    if head is not None and any(chunk.sequence.is_session_open for chunk in chunks):
+        wanted.update(head.capture_layers)
+    if not wanted:
+        return runner.forward(batch), StepFeatures({}, batch.spans, None)
+    layers = tuple(wanted)
     logits_MV, features = runner.forward_with_features(batch, layers)
-    return logits_MV, StepFeatures(dict(zip(layers, features, strict=True)), batch.spans)
+    by_layer = dict(zip(layers, features, strict=True))
+    return logits_MV, StepFeatures(by_layer, batch.spans, head)

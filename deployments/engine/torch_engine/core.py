@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from deployments.engine.speculation.speculator import Speculator, TakenDraft
     from deployments.engine.torch_engine.capture import StepFeatures
     from deployments.engine.torch_engine.forward_batch import ForwardBatch
+    from deployments.engine.torch_engine.head_drafter import HeadDrafter
     from deployments.engine.torch_engine.kv_transfer import KVTransfer, PageMemory
     from deployments.engine.torch_engine.model_runner import FeatureOutput
     from deployments.engine.torch_engine.page_pool import PagePool
@@ -82,6 +83,7 @@ class EngineCore:
         scheduler: Scheduler,
         transfer: KVTransfer,
         speculator: Speculator,
+        head: HeadDrafter | None,
         limits: ModelLimits,
         detokenize: Callable[[SequenceOf[int]], str],
         device: torch.device,
@@ -94,6 +96,7 @@ class EngineCore:
         self._scheduler = scheduler
         self._transfer = transfer
         self._rounds = DraftRounds(speculator, limits.vocab_size)
+        self._head = head
         self._limits = limits
         self._detokenize = detokenize
         self._device = device
@@ -158,7 +161,7 @@ class EngineCore:
         self._count_admitted(chunks)
         taken = self._rounds.begin(chunks)
         planned = build_step(chunks, [draft.tree for draft in taken])
-        logits_MV, features = forward(self._runner, chunks, planned.batch)
+        logits_MV, features = forward(self._runner, chunks, planned.batch, self._head)
         choices = sample(logits_MV[: len(planned.sample_rows)], planned.sample_rows)
         score_prompts(logits_MV[len(planned.sample_rows) :], planned.prompt_rows)
         self._commit(chunks, taken, choices, logits_MV, features)
@@ -270,10 +273,11 @@ class EngineCore:
                 outcome = verify(chunk.sequence, draft, choices, next_row)
                 outcomes.append(outcome)
                 next_row += 1 + len(draft.tree)
-                features.keep(index, chunk, outcome.nodes, len(outcome.new_token_ids))
+                features.keep(index, chunk, outcome.nodes, outcome.new_token_ids)
             else:
                 features.keep(index, chunk)
                 self._finish_chunk(chunk)
+        features.read()
         self._move_winners(outcomes)
         # Before the texts grow: a drafter still sees the text its draft was made for.
         self._rounds.end(outcomes)
@@ -377,3 +381,5 @@ class EngineCore:
         self._transfer.forget(sequence)
         self._scheduler.finish(sequence)
         self._rounds.leave(sequence)
+        if self._head is not None:
+            self._head.close(sequence.session_id)

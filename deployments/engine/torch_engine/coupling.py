@@ -46,13 +46,25 @@ def coupled_scores(
 
 
 def coupled_choices(
-    logits_RV: Tensor, samplings: Sequence[DraftSampling], positions: Sequence[int]
+    logits_RV: Tensor,
+    samplings: Sequence[DraftSampling],
+    positions: Sequence[int],
+    token_ids: Tensor | None = None,
 ) -> list[int]:
-    """The argmax of ``coupled_scores``, without spreading the noise over the vocabulary."""
+    """The argmax of ``coupled_scores``, without spreading the noise over the vocabulary.
+
+    Args:
+        logits_RV: as there.
+        samplings: as there.
+        positions: as there.
+        token_ids: [V] of the columns, where these are a draft vocabulary; all others count as
+            ``-inf``.
+    """
     scores_RV, rows = _processed_scores(logits_RV, samplings)
-    choices: list[int] = scores_RV.argmax(dim=1).tolist()
+    best_R = scores_RV.argmax(dim=1)
+    choices: list[int] = (best_R if token_ids is None else token_ids[best_R]).tolist()
     if rows:
-        noisy_SC, ids_SC = _noisy_candidates(scores_RV, rows, samplings, positions)
+        noisy_SC, ids_SC = _noisy_candidates(scores_RV, rows, samplings, positions, token_ids)
         sampled = ids_SC.gather(1, noisy_SC.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
         for row, token_id in zip(rows, sampled, strict=True):
             choices[row] = token_id
@@ -78,9 +90,11 @@ def _noisy_candidates(
     rows: Sequence[int],
     samplings: Sequence[DraftSampling],
     positions: Sequence[int],
+    token_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores with noise, and token ids, of the likeliest tokens of the sampled rows: [S, C]."""
     keys = [row_key(samplings[r].seed, samplings[r].choice_index, positions[r]) for r in rows]
     num_candidates = min(_NOISY_CANDIDATES, scores_RV.shape[1])
     likeliest = scores_RV[rows].topk(num_candidates, dim=1)
-    return likeliest.values + gumbel(keys, likeliest.indices), likeliest.indices
+    ids_SC = likeliest.indices if token_ids is None else token_ids[likeliest.indices]
+    return likeliest.values + gumbel(keys, ids_SC), ids_SC

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from deployments.engine.torch_engine.models.llama import ForwardOutput
 from deployments.engine.torch_engine.static_forward import StaticForward, buckets
 
 if TYPE_CHECKING:
@@ -31,20 +32,28 @@ _NUM_WARM_UPS = 2
 class _Recording(NamedTuple):
     forward: StaticForward
     graph: torch.cuda.CUDAGraph
-    logits: Tensor
+    output: ForwardOutput
 
 
 class CudaGraphs:
     """One recorded graph for each bucket; all share their memory. Belongs to the engine thread."""
 
-    def __init__(self, model: Model, kv_cache: KVCache, shapes: list[Bucket]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: KVCache,
+        shapes: list[Bucket],
+        capture_layers: tuple[int, ...] = (),
+    ) -> None:
         """Record every shape.
 
         Args:
             model: on a CUDA device.
             kv_cache: on the same; its last row is written by padding.
             shapes: cheapest first.
+            capture_layers: whose features are recorded too, as in ``Model.forward``.
         """
+        self._capture_layers = capture_layers
         started = time.monotonic()
         self._recordings: list[_Recording] = []
         self._pool = torch.cuda.graph_pool_handle()
@@ -52,20 +61,38 @@ class CudaGraphs:
         self._logits = torch.empty(
             num_rows, model.config.vocab_size, dtype=model.dtype, device=model.device
         )
+        self._features = tuple(
+            torch.empty(num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
+            for _ in capture_layers
+        )
         # The largest first: what it allocates is enough for all others.
         for bucket in reversed(shapes):
-            self._recordings.insert(0, self._record(StaticForward(model, kv_cache, bucket)))
+            forward = StaticForward(model, kv_cache, bucket, capture_layers)
+            self._recordings.insert(0, self._record(forward))
         elapsed = time.monotonic() - started
         logger.info("recorded %d forwards in %.1f s", len(shapes), elapsed)
 
-    def forward(self, batch: ForwardBatch) -> Tensor | None:
-        """As ``ModelRunner.forward``; None if the batch fits none of the shapes."""
-        for forward, graph, logits in self._recordings:
+    def forward(
+        self, batch: ForwardBatch, capture_layers: tuple[int, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """As ``ModelRunner.forward_with_features``.
+
+        Returns:
+            None if the batch fits none of the shapes, or other features are wanted than recorded.
+        """
+        if not set(capture_layers) <= set(self._capture_layers):
+            return None
+        wanted = [self._capture_layers.index(layer) for layer in capture_layers]
+        for forward, graph, output in self._recordings:
             if forward.bucket.holds(batch):
                 rows = forward.load(batch)
                 graph.replay()
-                # A copy: all shapes write their logits to the same memory.
-                return logits.index_select(0, rows.to(logits.device)).float()
+                # Copies: all shapes write to the same memory.
+                scored = rows[batch.logit_rows].to(output.logits.device)
+                logits = output.logits.index_select(0, scored).float()
+                rows = rows.to(logits.device) if wanted else rows
+                features = (output.features[index].index_select(0, rows) for index in wanted)
+                return logits, tuple(features)
         return None
 
     @torch.inference_mode()
@@ -77,17 +104,30 @@ class CudaGraphs:
                 forward.compute()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        logits = self._logits[: forward.bucket.num_spans * forward.bucket.length]
+        num_rows = forward.bucket.num_spans * forward.bucket.length
+        kept = ForwardOutput(
+            self._logits[:num_rows], tuple(feature[:num_rows] for feature in self._features)
+        )
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            logits.copy_(forward.compute())
-        return _Recording(forward, graph, logits)
+            output = forward.compute()
+            kept.logits.copy_(output.logits)
+            for own, feature in zip(kept.features, output.features, strict=True):
+                own.copy_(feature)
+        return _Recording(forward, graph, kept)
 
 
 def cuda_graphs(
-    model: Model, kv_cache: KVCache, *, max_num_seqs: int, num_draft_tokens: int, max_context: int
+    model: Model,
+    kv_cache: KVCache,
+    *,
+    max_num_seqs: int,
+    num_draft_tokens: int,
+    max_context: int,
+    capture_layers: tuple[int, ...] = (),
 ) -> CudaGraphs | None:
     """Graphs for the steps that only decode and verify; None where there is no GPU."""
     if model.device.type != "cuda":
         return None
     lengths = (1, 1 + num_draft_tokens)
-    return CudaGraphs(model, kv_cache, buckets(max_num_seqs, lengths, max_context))
+    shapes = buckets(max_num_seqs, lengths, max_context)
+    return CudaGraphs(model, kv_cache, shapes, capture_layers)

@@ -116,13 +116,6 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Write the batch's KV rows and score what follows its ``logit_rows``: [M, V] float32."""
-        narrow = self._narrow
-        if narrow is not None and (
-            self._is_compiled or batch.token_ids.shape[0] <= narrow.max_tokens
-        ):
-            return narrow.forward(batch)
-        if self._graphs is not None and (logits := self._graphs.forward(batch)) is not None:
-            return logits
         return self.forward_with_features(batch, ()).logits
 
     @torch.inference_mode()
@@ -135,7 +128,14 @@ class ModelRunner:
             batch: the forward.
             capture_layers: as in ``Model.forward``; empty for none.
         """
-        if self._narrow is not None and self._is_compiled:
-            return FeatureOutput(*self._narrow.forward_with_features(batch, capture_layers))
+        narrow = self._narrow
+        if narrow is not None and (
+            self._is_compiled or batch.token_ids.shape[0] <= narrow.max_tokens
+        ):
+            return FeatureOutput(*narrow.forward_with_features(batch, capture_layers))
+        if self._graphs is not None:
+            replayed = self._graphs.forward(batch, capture_layers)
+            if replayed is not None:
+                return FeatureOutput(*replayed)
         output: ForwardOutput = self.model(batch, self.kv_cache, capture_layers)
         return FeatureOutput(output.logits.float(), output.features)

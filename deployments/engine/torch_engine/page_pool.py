@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from kv_store.keys import PageKey
 
@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 class PagePool:
     """Page numbers and their owners; the rows themselves live in the KV cache."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, on_allocate: Callable[[int], None] | None = None) -> None:
+        """Start with all pages free.
+
+        Args:
+            num_pages: of the KV cache.
+            on_allocate: called with each page that is handed out, whose rows are garbage from then.
+        """
         self.num_pages = num_pages
+        self._on_allocate = on_allocate
         self._free = list(range(num_pages - 1, -1, -1))
         self._num_owners = [0] * num_pages
         self._key_of: dict[int, PageKey] = {}
@@ -47,6 +54,8 @@ class PagePool:
         else:
             return None
         self._num_owners[page] = 1
+        if self._on_allocate is not None:
+            self._on_allocate(page)
         return page
 
     def acquire_prefix(self, keys: Sequence[PageKey]) -> list[int]:

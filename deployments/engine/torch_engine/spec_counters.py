@@ -21,6 +21,7 @@ class SpeculationCounters:
         self._num_draft_tokens = 0
         self._num_accepted = 0
         self._num_accepted_pool = 0
+        self._num_accepted_head = 0
         self._num_table_hits = 0
         self._num_table_misses = 0
         self._histogram: list[int] = []
@@ -41,7 +42,9 @@ class SpeculationCounters:
         num_accepted = len(nodes)
         self._num_accepted += num_accepted
         if origins := taken.tree.origins:
-            self._num_accepted_pool += sum(origins[node] is DraftOrigin.POOL for node in nodes)
+            accepted = [origins[node] for node in nodes]
+            self._num_accepted_pool += accepted.count(DraftOrigin.POOL)
+            self._num_accepted_head += accepted.count(DraftOrigin.HEAD)
         self._histogram.extend([0] * (num_accepted + 1 - len(self._histogram)))
         self._histogram[num_accepted] += 1
 
@@ -52,6 +55,7 @@ class SpeculationCounters:
             num_draft_tokens=self._num_draft_tokens,
             num_accepted_draft_tokens=self._num_accepted,
             num_accepted_pool_tokens=self._num_accepted_pool,
+            num_accepted_head_tokens=self._num_accepted_head,
             num_table_hits=self._num_table_hits,
             num_table_misses=self._num_table_misses,
             acceptance_histogram=tuple(self._histogram),

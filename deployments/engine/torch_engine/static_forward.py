@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from deployments.engine.torch_engine.forward_batch import ForwardBatch
     from deployments.engine.torch_engine.kv_cache import KVCache
-    from deployments.engine.torch_engine.models.llama import Model
+    from deployments.engine.torch_engine.models.llama import ForwardOutput, Model
 
 _SHORTEST_CONTEXT = 256
 _CONTEXT_STEP = 4
@@ -76,10 +76,17 @@ class StaticForward:
     Padding rows see and write the pool's last row, which no sequence may own.
     """
 
-    def __init__(self, model: Model, kv_cache: KVCache, bucket: Bucket) -> None:
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: KVCache,
+        bucket: Bucket,
+        capture_layers: tuple[int, ...] = (),
+    ) -> None:
         num_rows = bucket.num_spans * bucket.length
         device = model.device
         self.bucket = bucket
+        self._capture_layers = capture_layers
         self._model = model
         self._kv_cache = kv_cache
         self._spare_slot = kv_cache.num_slots - 1
@@ -103,7 +110,7 @@ class StaticForward:
         """Copy a batch that the bucket holds into the buffers.
 
         Returns:
-            [M] int64 on the CPU, the rows of ``compute`` that are the batch's ``logit_rows``.
+            [N] int64 on the CPU, the rows of ``compute`` that are the batch's.
         """
         num_spans, length, context = self.bucket
         row_of = torch.empty(batch.token_ids.shape[0], dtype=torch.int64)
@@ -127,10 +134,10 @@ class StaticForward:
             buffer.copy_(padded)
         self._kv_slots.copy_(kv_slots.flatten())
         self._is_visible.copy_(is_visible)
-        return row_of[batch.logit_rows]
+        return row_of
 
-    def compute(self) -> Tensor:
-        """Logits of all rows, [B * Q, V] in the model's dtype. Only device work, nothing waits."""
+    def compute(self) -> ForwardOutput:
+        """Logits and features of all B * Q rows. Only device work, nothing waits."""
         mask = torch.zeros(
             self._is_visible.shape, dtype=self._model.compute_dtype, device=self._model.device
         )
@@ -149,4 +156,5 @@ class StaticForward:
             (group,),
             self._rows,
             self._kv_cache,
-        ).logits
+            self._capture_layers,
+        )

@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft head: one decoder layer that reads features of its target.
+"""The EAGLE-3 draft head as it is trained: one decoder layer that reads features of its target.
 
 At position t it sees the embedding of token t + 1 and a feature g: for committed text the target's
 own, fused by ``fc``; behind it the head's own output. It scores what comes at t + 2. Modules are
@@ -12,7 +12,6 @@ dimension, d: draft vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,61 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from deployments.engine.torch_engine.model_config import ModelConfig
-    from deployments.engine.torch_engine.rotary import RopeConfig
+    from deployments.engine.torch_engine.eagle3 import Eagle3Config
     from deployments.engine.training.batches import FeatureBatch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Eagle3Config:
-    """The shape of a head.
-
-    Attributes:
-        aux_layers: the target's layers (counted from 0) whose outputs are fused.
-        max_positions: of the target.
-    """
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float
-    rope: RopeConfig
-    vocab_size: int
-    draft_vocab_size: int
-    aux_layers: tuple[int, int, int]
-    max_positions: int
-
-    @classmethod
-    def for_target(cls, target: ModelConfig, draft_vocab_size: int) -> Eagle3Config:
-        """The head that SpecForge would build for a target: its own widths, three features.
-
-        Raises:
-            ValueError: the target has fewer than six layers, or a smaller vocabulary.
-        """
-        if target.num_layers < 6:
-            raise ValueError(f"a model of {target.num_layers} layers is no larger than its draft")
-        if not 0 < draft_vocab_size <= target.vocab_size:
-            raise ValueError(f"the target has {target.vocab_size} tokens, not {draft_vocab_size}")
-        return cls(
-            hidden_size=target.hidden_size,
-            num_heads=target.num_heads,
-            num_kv_heads=target.num_kv_heads,
-            head_dim=target.head_dim,
-            intermediate_size=target.intermediate_size,
-            rms_norm_eps=target.rms_norm_eps,
-            rope=target.rope,
-            vocab_size=target.vocab_size,
-            draft_vocab_size=draft_vocab_size,
-            aux_layers=(1, target.num_layers // 2 - 1, target.num_layers - 4),
-            max_positions=target.max_positions,
-        )
-
-    @property
-    def capture_layers(self) -> tuple[int, ...]:
-        """The same features as ``ModelRunner.forward_with_features`` names them."""
-        return tuple(layer + 1 for layer in self.aux_layers)
 
 
 class Rows(NamedTuple):

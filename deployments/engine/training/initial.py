@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from deployments.engine.torch_engine.eagle3 import Eagle3Config
     from deployments.engine.torch_engine.models.llama import Model
     from deployments.engine.training.batches import FeatureText
-    from deployments.engine.training.eagle3 import Eagle3Config
 
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 _SHARPNESSES = (0.3, 0.4, 0.5, 0.65, 0.8, 1.0)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from deployments.engine.torch_engine.eagle3 import Eagle3Config
 from deployments.engine.torch_engine.student import StudentWeights, cut_student
 from deployments.engine.torch_engine.student_fitting import fit_connector
-from deployments.engine.training.eagle3 import Eagle3Config, Rows
+from deployments.engine.training.eagle3 import Rows
 from deployments.engine.training.initial import feature_scale, random_head, start_from_target
 from deployments.engine.training.step_costs import CONTEXT_TOKENS, decoding_step
 from deployments.engine.training.student_model import StudentModel

@@ -25,7 +25,7 @@ from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.model_files import model_folder
 from deployments.tokenizer import ChatTurn, Tokenizer
 from tests.bench.split.bars import bars_of
-from tests.bench.split.clock import PacedDrafter, Pair, ReplayRunner
+from tests.bench.split.clock import PacedDrafter, Pair, ReplayRunner, features_of
 from tests.bench.split.distance import Distance
 from tests.bench.split.model import Measured, seconds_per_token
 from tests.bench.split.modes import Mode, Modes, all_modes
@@ -65,7 +65,9 @@ class Bench:
             weights=told.weights,
             num_threads=1,
             max_batch_tokens=8192,
-            speculation=SpeculationConfig(num_draft_tokens=told.draft_tokens, fanout=told.fanout),
+            speculation=SpeculationConfig(
+                num_draft_tokens=told.draft_tokens, fanout=told.fanout, head=told.head
+            ),
         )
         self._tokenizer = Tokenizer.load(model_folder(self._config.model, self._cache_dir))
         self._distance = Distance()
@@ -141,9 +143,13 @@ class Bench:
             ]
         pair = _PAIR.slowed(told.slow_down)
         core = engine._core  # type: ignore[attr-defined]
-        core._runner = ReplayRunner(texts, self._tokenizer.vocab_size, pair)
+        features = []
+        if core._head is not None:
+            layers = core._head.capture_layers
+            features = [features_of(core._runner, text, layers) for text in texts]
+        core._runner = ReplayRunner(texts, self._tokenizer.vocab_size, pair, features)
         rows = []
-        self._colocated.draft_s = pair.head_s
+        (self._modes.head or self._colocated).draft_s = pair.head_s
         with draft_pool(told.drafter, pair.draft_s) as endpoint:
             race = Race(engine, self._modes, endpoint, _PACED_KEY, earlier)
             for name, batch, round_trip in product(chosen, told.paced_batches, told.round_trips):
@@ -176,6 +182,9 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--weights", default="file", choices=("dense", "file"))
     parser.add_argument("--drafter", default="student", help="as draft.drafter")
+    parser.add_argument(
+        "--head", help="folder of an EAGLE-3 head for the modes beside the target, not the drafter"
+    )
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--fanout", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
@@ -229,6 +238,7 @@ def _row(
         "drafted": own.total("num_draft_tokens"),
         "accepted": own.total("num_accepted_draft_tokens"),
         "accepted_from_pool": own.total("num_accepted_pool_tokens"),
+        "accepted_from_head": own.total("num_accepted_head_tokens"),
         "table_hit_rate": hits / (hits + misses) if hits + misses else None,
         "steps": sum(answer.num_steps for answer in own.answers),
         "stall_p50_ms": 1e3 * median(own.stalls_s) if own.stalls_s else 0.0,

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from deployments.engine.speculation.drafters.base import Drafter
+from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
+from deployments.engine.torch_engine.kv_cache import KVCache
+from deployments.engine.torch_engine.model_runner import FeatureOutput, ModelRunner
+from kv_store.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from deployments.engine.speculation.types import DraftQuery, OutcomeRow, SessionSpec
-    from deployments.engine.torch_engine.forward_batch import ForwardBatch
 
 _CERTAIN = 1e6
 _LONGEST_DECODE = 33
@@ -56,14 +59,22 @@ class ReplayRunner:
 
     Args:
         texts: prompts with their answers, longer than anybody will ask.
+        features: of each text, per layer [T, E]; for a head.
     """
 
-    def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int, pair: Pair) -> None:
+    def __init__(
+        self,
+        texts: Sequence[Sequence[int]],
+        vocab_size: int,
+        pair: Pair,
+        features: Sequence[Mapping[int, Tensor]] = (),
+    ) -> None:
         self._texts = texts
         self._vocab_size = vocab_size
         self._pair = pair
+        self._features = features
         # Whose text a sequence is shows in the slot of its first row, as long as that is cached.
-        self._text_at: dict[int, Sequence[int]] = {}
+        self._text_at: dict[int, int] = {}
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """As ``ModelRunner.forward``, without KV rows."""
@@ -76,7 +87,7 @@ class ReplayRunner:
             slot = int(span.kv_slots[0])
             if positions[first] == 0:
                 self._text_at[slot] = self._text_of(batch.token_ids[first:end].tolist())
-            text = self._text_at[slot]
+            text = self._texts[self._text_at[slot]]
             for m, row in enumerate(rows):
                 if first <= row < end and positions[row] + 1 < len(text):
                     logits[m, text[positions[row] + 1]] = _CERTAIN
@@ -86,17 +97,54 @@ class ReplayRunner:
             time.sleep(max(0.0, due - time.perf_counter()))
         return logits
 
-    def _text_of(self, beginning: list[int]) -> Sequence[int]:
-        fitting = [text for text in self._texts if list(text[: len(beginning)]) == beginning]
+    def forward_with_features(
+        self, batch: ForwardBatch, capture_layers: tuple[int, ...]
+    ) -> FeatureOutput:
+        """As ``ModelRunner.forward_with_features``; rows of drafts get those of the text."""
+        logits = self.forward(batch)
+        rows: dict[int, list[Tensor]] = {layer: [] for layer in capture_layers}
+        for span in batch.spans:
+            own = self._features[self._text_at[int(span.kv_slots[0])]]
+            positions = batch.positions[span.start : span.start + span.length]
+            for layer, parts in rows.items():
+                parts.append(own[layer][positions.clamp(max=len(own[layer]) - 1)])
+        return FeatureOutput(logits, tuple(torch.cat(parts) for parts in rows.values()))
+
+    def _text_of(self, beginning: list[int]) -> int:
+        fitting = [
+            number
+            for number, text in enumerate(self._texts)
+            if list(text[: len(beginning)]) == beginning
+        ]
         if len(fitting) != 1:
             raise ValueError(f"{len(fitting)} texts begin like this prompt")
         return fitting[0]
 
 
+def features_of(
+    runner: ModelRunner, text: Sequence[int], layers: Sequence[int]
+) -> dict[int, Tensor]:
+    """What a model computes on a text: per layer [T, E]."""
+    rows = torch.arange(len(text))
+    num_pages = -(-len(text) // PAGE_TOKENS)
+    memory = KVCache(runner.config, num_pages, dtype=runner.model.dtype)
+    batch = ForwardBatch(
+        token_ids=torch.tensor(text),
+        positions=rows,
+        slots=rows,
+        spans=(SequenceSpan(start=0, length=len(text), kv_slots=rows),),
+        logit_rows=rows[-1:],
+    )
+    wanted = tuple(layers)
+    alone = ModelRunner(runner.model, runner.config, memory)
+    return dict(zip(wanted, alone.forward_with_features(batch, wanted).features, strict=True))
+
+
 class PacedDrafter(Drafter):
     """Takes ``draft_s`` for every forward; more only if this machine is slower than that.
 
-    A batch is one forward over the drafts in flight and one more for every token drafted.
+    A batch is one forward over the drafts in flight and one more for every token drafted. A head's
+    is as many: its first one gives the bonus token.
 
     Attributes:
         draft_s: may be changed while nothing runs.

@@ -27,6 +27,7 @@ from deployments.engine.speculation.types import (
     SessionSpec,
 )
 from protos import draft_pb2
+from tests.bench.split.clock import PacedDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,9 +51,10 @@ class Mode(StrEnum):
     LOCAL = "local"
     """A suffix drafter in the target's process, no pool."""
     COLOCATED = "colocated"
-    """The pool's own drafter in the target's process: its forwards stand between two steps."""
+    """A head beside the target, or without one the pool's own drafter in the target's process: its
+    forwards stand between two steps."""
     CHAIN = "chain"
-    """Both in the target's process, verified together."""
+    """That one and the suffix drafter, verified together."""
     SYNC = "sync"
     """The pool is asked behind every step, and waited for."""
     PULL = "pull"
@@ -76,14 +78,20 @@ def all_modes(
     """A speculator per mode that has one.
 
     Args:
-        colocated: runs on the engine's thread; without it there is no such mode.
+        config: with a head, that one is the drafter beside the target.
+        colocated: runs on the engine's thread; without it or a head there is no such mode.
         clock: seconds; budgets come from what it says steps take.
     """
     pool_only = config.model_copy(update={"local_drafter": "none"})
     here: dict[str, Any] = {"vocab_size": vocab_size, "clock": clock}
     far = here | {"connect": distance.to(connect)}
     beside: dict[Mode, Speculator] = {}
-    if colocated is not None:
+    if config.head is not None:
+        beside = {
+            Mode.COLOCATED: SplitSpeculator(pool_only, **here),
+            Mode.CHAIN: SplitSpeculator(config, **here),
+        }
+    elif colocated is not None:
         suffix = SuffixDrafter(min_match_tokens=config.min_match_tokens)
         beside = {
             Mode.COLOCATED: SplitSpeculator(config, local_drafter=Joint(colocated), **here),
@@ -128,13 +136,21 @@ class Modes(Speculator):
     Attributes:
         mode: may be changed while nothing runs.
         stalls_s: what speculation took of each step in the current mode.
+        head: beside the target, if the engine has one.
     """
 
     def __init__(self, speculators: Mapping[Mode, Speculator]) -> None:
         self.mode = Mode.PLAIN
         self.stalls_s: list[float] = []
+        self.head: PacedDrafter | None = None
         self._speculators = {Mode.PLAIN: NoSpeculation(), **speculators}
         self._stall_s = 0.0
+
+    def add_head(self, head: Drafter) -> None:
+        """Have it draft in the modes with a drafter beside the target."""
+        self.head = PacedDrafter(head, 0.0)
+        for mode in (Mode.COLOCATED, Mode.CHAIN):
+            self._speculators[mode].add_head(self.head)
 
     def attach(self, request_id: str, endpoint: str) -> None:
         """Have a request drafted for from there, in modes with a pool."""
@@ -147,7 +163,7 @@ class Modes(Speculator):
         speculator = self._current
         if not isinstance(speculator, SplitSpeculator):
             return
-        drafter = speculator._local
+        drafter = speculator._local.drafter
         if isinstance(drafter, Joint):
             drafter = drafter.drafters[0]
         if not isinstance(drafter, SuffixDrafter):

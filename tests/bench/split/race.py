@@ -120,7 +120,8 @@ class Race:
                 for place in places
             ]
             short = [(prompt, replace(sampling, max_tokens=1)) for prompt, sampling in chosen]
-            await self._batch(short, Mode.PLAIN)
+            # A head reads prompts as they are computed.
+            await self._batch(short, Mode.PLAIN if self._modes.head is None else Mode.COLOCATED)
             turn = repetition % len(modes)
             for mode in (*modes[turn:], *modes[:turn]):
                 answers = await self._batch(chosen, mode)

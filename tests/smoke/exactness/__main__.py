@@ -11,15 +11,17 @@ import asyncio
 import json
 import os
 import sys
-from tempfile import NamedTemporaryFile
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from deployments.engine.config import SpeculationConfig, TorchEngineConfig
+from deployments.engine.config import DEFAULT_MODEL, SpeculationConfig, TorchEngineConfig
 from deployments.engine.factory import build_engine
 from deployments.engine.speculation.grpc_transport import grpc_connector
+from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.model_files import model_folder
@@ -29,6 +31,7 @@ from tests.bench.split.modes import Mode, Modes, all_modes
 from tests.bench.split.pool import SECRET, draft_pool, identity
 from tests.bench.split.prompts import mt_bench
 from tests.bench.split.race import Race
+from tests.heads import write_heads
 from tests.smoke.exactness.hostile import TEXTS_VARIABLE, HalfOracle, RandomClock, RandomTrees
 
 if TYPE_CHECKING:
@@ -60,18 +63,25 @@ class Result(NamedTuple):
         return self.num_equal == self.num_asked and 0 < self.num_accepted < self.num_drafted
 
 
-async def _run(told: argparse.Namespace) -> list[Result]:
+async def _run(told: argparse.Namespace, folder: Path) -> list[Result]:
     cache_dir = default_cache_dir()
     prepare_builtin(cache_dir, _say)
+    tokenizer = Tokenizer.load(model_folder(DEFAULT_MODEL, cache_dir))
+    asked = [
+        tokenizer.encode_chat([ChatTurn(role="user", content=text)])
+        for text in mt_bench()[: told.questions]
+    ]
+    head = told.head or str(folder / "fitted")
+    if told.head is None:
+        write_heads(cache_dir, asked, random=folder / "random", fitted=folder / "fitted")
     config = TorchEngineConfig(
         dtype="bfloat16",
         weights="file",
         deterministic=True,
         num_threads=1,
         max_num_seqs=8,
-        speculation=SpeculationConfig(num_draft_tokens=told.draft_tokens),
+        speculation=SpeculationConfig(num_draft_tokens=told.draft_tokens, head=head),
     )
-    tokenizer = Tokenizer.load(model_folder(config.model, cache_dir))
     connect = grpc_connector(identity(config, tokenizer), "exactness", SECRET)
     trees = RandomTrees(tokenizer.vocab_size, seed=told.seed)
     speculators = all_modes(
@@ -81,11 +91,13 @@ async def _run(told: argparse.Namespace) -> list[Result]:
         Distance(),
         clock=RandomClock(told.seed),
     )
-    modes = Modes({**speculators, Mode.TREES: trees})
-    asked = [
-        tokenizer.encode_chat([ChatTurn(role="user", content=text)])
-        for text in mt_bench()[: told.questions]
-    ]
+    # A head that seems to take as long as a step is hardly asked; here all it drafts is verified.
+    eager = SplitSpeculator(
+        config.speculation.model_copy(update={"local_drafter": "none"}),
+        vocab_size=tokenizer.vocab_size,
+        clock=lambda: 0.0,
+    )
+    modes = Modes({**speculators, Mode.COLOCATED: eager, Mode.TREES: trees})
     engine = build_engine(
         config,
         cache_dir=cache_dir,
@@ -156,7 +168,11 @@ def main() -> int:
     parser.add_argument("--draft-tokens", type=int, default=5)
     parser.add_argument("--temperatures", type=float, nargs="*", default=(0.0, 1.0))
     parser.add_argument("--seed", type=int, default=1)
-    results = asyncio.run(_run(parser.parse_args()))
+    parser.add_argument(
+        "--head", help="folder of an EAGLE-3 head; by default one is fitted to the questions"
+    )
+    with TemporaryDirectory() as folder:
+        results = asyncio.run(_run(parser.parse_args(), Path(folder)))
     table = Table(title="texts that equal plain decoding's, to the token")
     for name in (*Result._fields, "holds"):
         table.add_column(name.removeprefix("num_"), justify="right")

@@ -31,6 +31,7 @@ SPECULATION = SpeculationStats(
     num_draft_tokens=8,
     num_accepted_draft_tokens=3,
     num_accepted_pool_tokens=2,
+    num_accepted_head_tokens=1,
     num_table_hits=1,
     num_table_misses=1,
     acceptance_histogram=(0, 1, 1, 0, 0),
@@ -155,6 +156,7 @@ def test_usage_is_sent_only_when_asked_for() -> None:
         "num_spec_steps": 2,
         "num_spec_tokens": 4,
         "num_accepted_pool_tokens": 2,
+        "num_accepted_head_tokens": 1,
         "num_table_hits": 1,
         "num_table_misses": 1,
     }

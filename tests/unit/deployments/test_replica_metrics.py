@@ -64,6 +64,7 @@ def test_a_target_reports_its_engine_and_its_tiers(exporter: Exporter) -> None:
         num_spec_steps=5,
         num_accepted_draft_tokens=9,
         num_accepted_pool_tokens=6,
+        num_accepted_head_tokens=1,
         num_table_hits=4,
         num_table_misses=3,
     )
@@ -77,7 +78,8 @@ def test_a_target_reports_its_engine_and_its_tiers(exporter: Exporter) -> None:
     assert exporter.scrape() == {
         ("spec_steps_total",): 5,
         ("accepted_draft_tokens_total", "pool"): 6,
-        ("accepted_draft_tokens_total", "local"): 3,
+        ("accepted_draft_tokens_total", "head"): 1,
+        ("accepted_draft_tokens_total", "local"): 2,
         ("outcome_table_lookups_total", "hit"): 4,
         ("outcome_table_lookups_total", "miss"): 3,
         ("engine_steps_total",): 7,
@@ -139,6 +141,7 @@ REPORTED_ELSEWHERE = {
     "num_table_misses",
     "num_pool_accepted_tokens",
     "num_local_accepted_tokens",
+    "num_head_accepted_tokens",
     # By the draft replicas themselves.
     "num_pool_pending",
     "pool_batch_time_s",

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from deployments.engine.torch_engine.attention import attend, group_spans
 from deployments.engine.torch_engine.kernels import wide
+from deployments.engine.torch_engine.kernels.unpacking import unpack_rows
 from deployments.engine.torch_engine.precision import compute_dtype
 from deployments.engine.torch_engine.rotary import inverse_frequencies, rotate, rotation_table
 from deployments.engine.types import FINAL_NORM
@@ -283,7 +284,7 @@ class Model(nn.Module):
             groups=groups,
         )
         streams: dict[int, Tensor] = {}
-        x_NE = F.embedding(token_ids, self.embed_tokens.weight).to(self.compute_dtype)
+        x_NE = self.embed(token_ids)
         for index, layer in enumerate(self.layers):
             if index in capture_layers:
                 streams[index] = x_NE
@@ -295,6 +296,15 @@ class Model(nn.Module):
         return ForwardOutput(
             self.lm_head(x_ME), tuple(streams[i].to(self.dtype) for i in capture_layers)
         )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """What enters the first layer, also where ``drop_dense`` left only blocks: [N, E]."""
+        table = self.embed_tokens
+        if table.packed is None or table.weight.numel():
+            return F.embedding(token_ids, table.weight).to(self.compute_dtype)
+        rows = torch.empty(token_ids.shape[0], self.config.hidden_size)
+        unpack_rows(table.packed, token_ids.numpy(), rows.numpy())
+        return rows.to(self.compute_dtype)
 
     def drop_dense(self) -> None:
         """Give back the dense copies of packed matrices, where compiled code computes all."""

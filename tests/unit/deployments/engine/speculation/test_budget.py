@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 
 from deployments.engine.speculation.budget import (
     INITIAL_ACCEPTANCE,
+    goodput,
     update_acceptance,
-    verify_lengths,
 )
 
 
@@ -26,23 +26,23 @@ def test_estimate_converges_to_the_true_chance():
 
 
 def test_no_draft_is_verified_where_every_row_costs_a_step():
-    assert verify_lengths([[0.9, 0.8], [0.7]], 2, 2, lambda rows: float(rows)) == [0, 0]
+    assert goodput([[0.9, 0.8], [0.7]], 2, 2, lambda rows: float(rows)).lengths == [0, 0]
 
 
 def test_all_are_verified_where_rows_are_free():
-    assert verify_lengths([[0.9, 0.8], [0.1]], 2, 2, lambda rows: 1.0) == [2, 1]
+    assert goodput([[0.9, 0.8], [0.1]], 2, 2, lambda rows: 1.0).lengths == [2, 1]
 
 
 def test_the_likeliest_tokens_of_all_sequences_get_the_rows_that_are_free():
     seconds = lambda rows: 1.0 if rows <= 5 else 10.0  # noqa: E731
-    assert verify_lengths([[0.9, 0.2], [0.8, 0.7, 0.6]], 2, 2, seconds) == [1, 2]
+    assert goodput([[0.9, 0.2], [0.8, 0.7, 0.6]], 2, 2, seconds).lengths == [1, 2]
 
 
 def test_a_long_prefill_hides_drafts():
     """A row more matters little to a step of hundreds; without them it would not pay."""
     seconds = lambda rows: 0.001 * rows  # noqa: E731
-    assert verify_lengths([[0.6]], 1, 1, seconds) == [0]
-    assert verify_lengths([[0.6]], 512, 1, seconds) == [1]
+    assert goodput([[0.6]], 1, 1, seconds).lengths == [0]
+    assert goodput([[0.6]], 512, 1, seconds).lengths == [1]
 
 
 @given(
@@ -53,7 +53,7 @@ def test_no_other_number_of_rows_promises_more(chances, increments):
     chances = [sorted(own, reverse=True) for own in chances]
     times = [sum(increments[: n + 1]) for n in range(40)]
     base = max(1, len(chances))
-    lengths = verify_lengths(chances, base, base, times.__getitem__)
+    lengths = goodput(chances, base, base, times.__getitem__).lengths
 
     def rate(chosen: list[int]) -> float:
         tokens = base + sum(sum(own[:n]) for own, n in zip(chances, chosen, strict=True))

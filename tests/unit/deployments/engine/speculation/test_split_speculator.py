@@ -350,3 +350,90 @@ def test_a_callback_that_raises_does_not_end_the_upkeep():
         assert set(calls) == {"nobody:1"}
     finally:
         speculator.shutdown()
+
+
+class FakeHead(Drafter):
+    """Says the same of every text, in ``seconds`` a pass."""
+
+    def __init__(self, tokens, clock, seconds: float) -> None:
+        self.tokens, self.clock, self.seconds = tokens, clock, seconds
+        self.asked: list[int] = []
+        self.closed: list[int] = []
+
+    def propose(self, queries):
+        k = queries[0].num_draft_tokens
+        self.asked.append(1 + k)
+        self.clock.now += self.seconds * (1 + k)
+        return [[OutcomeRow(-1, self.tokens[0], tuple(self.tokens[1 : 1 + k]))] for _ in queries]
+
+    def close(self, session_id):
+        self.closed.append(session_id)
+
+
+def with_head(tokens, seconds: float, **config):
+    clock = FakeClock()
+    speculator = local_only(clock, num_draft_tokens=4, **config)
+    head = FakeHead(tokens, clock, seconds)
+    speculator.add_head(head)
+    speculator.open(spec_of(1, LOOP))
+    return speculator, head, clock
+
+
+def test_a_head_drafts_where_nothing_else_is_at_hand():
+    speculator, head, clock = with_head((9, 8, 7, 6), 0.001, local_drafter="none")
+    timing = {"clock": clock, "seconds_of": lambda rows: 0.03}
+    assert play(speculator, 60, is_right=True, **timing)[-1] == 4
+    stats = speculator.stats()
+    assert stats.num_head_accepted_tokens == stats.num_head_draft_tokens > 150
+    assert stats.num_local_draft_tokens == 0
+    speculator.close(1)
+    assert head.closed == [1]
+
+
+def test_a_head_that_takes_too_long_is_seldom_asked():
+    speculator, head, clock = with_head((9, 8, 7, 6), 0.05, local_drafter="none")
+    timing = {"clock": clock, "seconds_of": lambda rows: 0.03}
+    play(speculator, 400, is_right=True, **timing)
+    first, *probes = head.asked
+    assert first == 4
+    assert 400 // 64 - 1 <= len(probes) <= 400 // 64
+    assert set(probes) == {1}
+
+
+def test_a_wrong_head_is_asked_for_less_and_then_seldom():
+    speculator, head, clock = with_head((9, 8, 7, 6), 0.002, local_drafter="none")
+    timing = {"clock": clock, "seconds_of": lambda rows: 0.03}
+    play(speculator, 600, is_right=False, **timing)
+    assert len(head.asked) < 200
+    assert set(head.asked[-3:]) == {1}
+    assert speculator.stats().num_head_accepted_tokens == 0
+    # It is right from now on: the tries notice.
+    assert play(speculator, 6000, is_right=True, **timing)[-1] == 4
+
+
+def test_the_head_s_time_is_not_taken_for_the_target_s():
+    speculator, head, clock = with_head((9, 8, 7, 6), 0.01, local_drafter="none")
+    timing = {"clock": clock, "seconds_of": lambda rows: 0.03}
+    play(speculator, 60, is_right=True, **timing)
+    assert len(head.asked) > 40
+    assert speculator._step_times.seconds(5) == pytest.approx(0.03)
+    assert speculator._head_budget._times.seconds(1) == pytest.approx(0.01)
+
+
+def test_a_head_that_says_what_a_copy_says_is_left_alone():
+    speculator, _, clock = with_head((1, 2, 3, 4), 0.001)
+    timing = {"clock": clock, "seconds_of": lambda rows: 0.03}
+    lengths = play(speculator, 600, is_right=True, **timing)
+    assert lengths[-1] == 4
+    stats = speculator.stats()
+    # All that both say counts as the copy's; only in a probe is the head heard alone.
+    assert stats.num_head_draft_tokens <= 600 // 64
+    assert stats.num_local_accepted_tokens > 1000
+
+
+def test_a_failing_head_is_switched_off_and_copies_go_on():
+    speculator, _, clock = with_head((), 0.001)
+    timing = {"clock": clock, "seconds_of": lambda rows: 0.03}
+    assert play(speculator, 300, is_right=True, **timing)[-1] == 4
+    assert speculator.stats().num_local_failures == 3
+    assert speculator._head.drafter is None

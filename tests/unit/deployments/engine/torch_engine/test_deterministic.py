@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,6 +35,12 @@ class Machine:
     def __init__(self, loaded):
         self.memory = KVCache(loaded.config, 16, dtype=loaded.model.dtype)
         self._runner = ModelRunner(loaded.model, loaded.config, self.memory, is_deterministic=True)
+
+    def features(self, text, start, end, layers):
+        """Logits of these tokens, while features are taken as well."""
+        slots = self.slots(text)
+        part = (TEXTS[text][start:end], range(start, end), slots[start:end], slots[:start], None)
+        return self._runner.forward_with_features(batch_of(part), layers).logits
 
     def slots(self, text):
         return SLOTS[text * LENGTH : (text + 1) * LENGTH]
@@ -92,6 +99,16 @@ def test_no_width_changes_a_bit(width, loaded, expected):
     parts = [(0, start, min(start + width, LENGTH)) for start in range(0, LENGTH, width)]
     logits = torch.cat([machine.read(part) for part in parts])
     assert torch.equal(logits, expected[0])
+    assert torch.equal(machine.rows(0, LENGTH), expected[1])
+
+
+@pytest.mark.parametrize("width", [1, 5, 65])
+@pytest.mark.parametrize("layers", [(1,), (0, 2, 3), (2, 1, 2)])
+def test_features_that_are_taken_change_no_bit(layers, width, loaded, expected):
+    machine = Machine(loaded)
+    cuts = [*range(0, LENGTH, width), LENGTH]
+    logits = [machine.features(0, *cut, layers) for cut in pairwise(cuts)]
+    assert torch.equal(torch.cat(logits), expected[0])
     assert torch.equal(machine.rows(0, LENGTH), expected[1])
 
 

@@ -58,14 +58,17 @@ def verify():
 def test_padding_changes_nothing(name):
     loaded = loaded_model(name)
     cache, expected_cache = filled_cache(loaded), filled_cache(loaded)
-    static = StaticForward(loaded.model, cache, Bucket(num_spans=4, length=5, context=96))
+    static = StaticForward(loaded.model, cache, Bucket(num_spans=4, length=5, context=96), (1, 3))
     # A smaller batch behind a larger one: nothing of the first may be left in the buffers.
     for batch in (verify(), decode(), verify()):
-        expected = loaded.model(batch, expected_cache).logits
+        expected = loaded.model(batch, expected_cache, (1, 3))
         rows = static.load(batch)
         got = static.compute()
-        assert got.isfinite().all()
-        torch.testing.assert_close(got[rows], expected, rtol=1e-4, atol=1e-4)
+        assert got.logits.isfinite().all()
+        got_logits = got.logits[rows[batch.logit_rows]]
+        torch.testing.assert_close(got_logits, expected.logits, rtol=1e-4, atol=1e-4)
+        for feature, its in zip(got.features, expected.features, strict=True):
+            torch.testing.assert_close(feature[rows], its, rtol=1e-4, atol=1e-4)
     own = cache.num_slots - 1
     for got_rows, rows in ((cache.k, expected_cache.k), (cache.v, expected_cache.v)):
         torch.testing.assert_close(got_rows[:, :own], rows[:, :own], rtol=1e-4, atol=1e-4)
@@ -106,14 +109,17 @@ def test_buckets_are_few_and_the_cheapest_fit_is_the_first():
 class FakeGraph:
     """Computes anew instead of replaying, into the same memory."""
 
-    def __init__(self, forward, logits):
+    def __init__(self, forward, output):
         self._forward = forward
-        self._logits = logits
+        self._output = output
         self.num_replays = 0
 
     def replay(self):
         self.num_replays += 1
-        self._logits.copy_(self._forward.compute())
+        computed = self._forward.compute()
+        self._output.logits.copy_(computed.logits)
+        for own, feature in zip(self._output.features, computed.features, strict=True):
+            own.copy_(feature)
 
 
 def test_the_runner_replays_what_fits_and_computes_the_rest():
@@ -124,10 +130,11 @@ def test_the_runner_replays_what_fits_and_computes_the_rest():
     )
     graphs = CudaGraphs.__new__(CudaGraphs)
     graphs._recordings = []
+    graphs._capture_layers = (1, 2)
     for bucket in (Bucket(2, 1, 96), Bucket(4, 4, 96)):
-        forward = StaticForward(loaded.model, cache, bucket)
-        logits = forward.compute()
-        graphs._recordings.append(_Recording(forward, FakeGraph(forward, logits), logits))
+        forward = StaticForward(loaded.model, cache, bucket, (1, 2))
+        output = forward.compute()
+        graphs._recordings.append(_Recording(forward, FakeGraph(forward, output), output))
     runner = ModelRunner(loaded.model, loaded.config, cache, graphs=graphs)
     runner._narrow = None
     chunk = batch_of((TEXT[:60], range(60), SLOTS[300:360], [], None), logit_rows=[59])
@@ -137,3 +144,11 @@ def test_the_runner_replays_what_fits_and_computes_the_rest():
         runner.forward(decode())  # what was returned is not overwritten by the next replay
         torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-4)
     assert [recording.graph.num_replays for recording in graphs._recordings] == [6, 1]
+    # Features that were recorded are replayed; with others the model computes.
+    for layers in ((2,), (2, 1), (0, 1)):
+        logits, features = runner.forward_with_features(decode(), layers)
+        expected = loaded.model(decode(), expected_cache, layers)
+        torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
+        for feature, its in zip(features, expected.features, strict=True):
+            torch.testing.assert_close(feature, its, rtol=1e-4, atol=1e-4)
+    assert graphs._recordings[0].graph.num_replays == 8

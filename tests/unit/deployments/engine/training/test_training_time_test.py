@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deployments.engine.errors import UnsupportedModelError
+from deployments.engine.torch_engine.eagle3 import Eagle3Config
 from deployments.engine.training.batches import collate
-from deployments.engine.training.eagle3 import Eagle3Config
 from deployments.engine.training.initial import start_from_target
 from deployments.engine.training.training_time_test import unroll
 from tests.eagle3_inference import drafted_one_by_one
@@ -109,4 +110,7 @@ def test_targets_that_are_no_larger_than_a_draft_are_refused():
         Eagle3Config.for_target(loaded_model("llama").config, 8)
     with pytest.raises(ValueError, match="97 tokens"):
         Eagle3Config.for_target(target().config, 98)
+    yarn = loaded_model("qwen2-tied-yarn").config
+    with pytest.raises(UnsupportedModelError, match="yarn"):
+        Eagle3Config.for_target(yarn, 8)
     assert head_config().capture_layers == (2, 3, 3)

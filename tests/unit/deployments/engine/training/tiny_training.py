@@ -6,10 +6,10 @@ import functools
 
 import torch
 
+from deployments.engine.torch_engine.eagle3 import Eagle3Config
 from deployments.engine.training.batches import collate
 from deployments.engine.training.capture import AnsweredPrompt, FeatureCapture
 from deployments.engine.training.config import ObjectiveConfig, TrainingConfig
-from deployments.engine.training.eagle3 import Eagle3Config
 from deployments.engine.training.initial import draft_vocabulary, feature_scale, random_head
 from deployments.engine.training.objective import DraftObjective
 from tests.unit.deployments.engine.torch_engine.tiny_models import loaded_model

@@ -180,9 +180,10 @@ def test_where_compiled_code_computes_all_widths_no_dense_copy_is_read(
     if not runner.is_compiled:
         return
     batch = batch_of((list(range(3, 12)), range(9), range(9), [], None))
-    expected = runner.forward(batch)
+    expected, embedded = runner.forward(batch), loaded.model.embed(batch.token_ids)
     loaded.model.drop_dense()
     assert torch.equal(runner.forward(batch), expected)
+    torch.testing.assert_close(loaded.model.embed(batch.token_ids), embedded)
     assert all(m.weight.numel() == 0 for m in loaded.model.modules() if isinstance(m, llama.Weight))
 
 
