@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deployments.engine.speculation.budget import verify_lengths
+from deployments.engine.speculation.budget import choose
 from deployments.engine.speculation.draft_source import (
     NOTHING,
     POOL,
@@ -124,6 +124,9 @@ class SplitSpeculator(Speculator):
         self._num_table_misses = 0
         self._num_local_failures = 0
         self._num_withheld = 0
+        self._num_yielded = 0
+        self._num_targets_met = 0
+        self._num_targets_missed = 0
         self._num_drafted = dict.fromkeys(DraftOrigin, 0)
         self._num_accepted = dict.fromkeys(DraftOrigin, 0)
 
@@ -174,7 +177,7 @@ class SplitSpeculator(Speculator):
         elif not times.is_fresh(num_plain_rows + sum(at_hand)):
             lengths = at_hand
         else:
-            lengths = verify_lengths(
+            choice = choose(
                 [
                     self._chances(request, draft.tree)
                     for request, draft in zip(requests, taken, strict=True)
@@ -182,7 +185,12 @@ class SplitSpeculator(Speculator):
                 num_plain_rows,
                 load.num_tokens + len(requests),
                 times.seconds,
+                _targets_s(requests, load),
             )
+            lengths = choice.lengths
+            self._num_yielded += choice.num_yielded
+            self._num_targets_met += choice.num_met
+            self._num_targets_missed += choice.num_missed
         return [
             self._cut(request, draft, length)
             for request, draft, length in zip(requests, taken, lengths, strict=True)
@@ -296,6 +304,9 @@ class SplitSpeculator(Speculator):
             num_local_accepted_tokens=self._num_accepted[DraftOrigin.LOCAL],
             num_local_failures=self._num_local_failures,
             num_withheld_draft_tokens=self._num_withheld,
+            num_yielded_draft_tokens=self._num_yielded,
+            num_targets_met=self._num_targets_met,
+            num_targets_missed=self._num_targets_missed,
         )
         return own if self._pool is None else self._pool.add_to(own)
 
@@ -366,3 +377,13 @@ class SplitSpeculator(Speculator):
             except Exception:
                 # The thread's root: links may fail, their upkeep may not.
                 logger.exception("upkeep of the draft links failed")
+
+
+def _targets_s(requests: Sequence[DraftRequest], load: StepLoad) -> dict[int, float]:
+    """Targets of the step by the request's place; of sequences that have no draft behind those."""
+    targets_s = {
+        place: request.tpot_target_s
+        for place, request in enumerate(requests)
+        if request.tpot_target_s is not None
+    }
+    return targets_s | dict(enumerate(load.tpot_targets_s, start=len(requests)))
