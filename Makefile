@@ -30,7 +30,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu protos reference chart \
-        demo demo-refresh serve bench-engine bench-quality bench-split bench-drafts bench-train bench-kv chaos-kv fuzz-kv soak-engine exactness train-smoke shipped-card clean
+        demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity bench-drafts bench-train bench-kv chaos-kv fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,9 @@ bench-quality: $(ENVIRONMENT) ## What quantised weights cost in meaning, on a te
 bench-split: plotting ## What drafts give, by source and distance, on a simulated clock and on this machine
 	$(PY) -m tests.bench.split
 
+bench-capacity: plotting ## Clients held at a TPOT target, drafts beside the target or in a pool, on a simulated clock
+	$(PY) -m tests.bench.capacity
+
 QUESTIONS ?= 40
 
 bench-drafts: $(ENVIRONMENT) ## What the shipped drafts are worth on MT-bench, greedy and sampled; ten minutes for 40 questions
@@ -158,6 +161,9 @@ FUZZ_INPUTS ?= 1000000
 
 fuzz-kv: $(ENVIRONMENT) ## Damaged and forged pages, a million of them; about a minute
 	$(PY) -m tests.fuzz.kv_pages --inputs $(FUZZ_INPUTS)
+
+fuzz-frames: $(ENVIRONMENT) ## Damaged and forged frames of the draft stream, a million of them; some minutes
+	$(PY) -m tests.fuzz.frames --inputs $(FUZZ_INPUTS)
 
 clean: ## Remove build products and caches; keeps .venv
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

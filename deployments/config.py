@@ -90,6 +90,9 @@ class IngressConfig(_Config):
     """Deadline of a request that names none."""
     max_timeout_s: float = Field(default=3600.0, gt=0)
     """Upper bound on the deadline a client may ask for."""
+    default_tpot_target_s: float | None = Field(default=None, gt=0, le=60)
+    """Target of a request that names none: seconds per output token, at most. Drafts
+    that make its steps take longer are not verified, and those that it needs are verified first."""
     max_choices: int = Field(default=8, ge=1, le=64)
     """Sequences of one request (prompts times n), at most."""
     max_embedding_inputs: int = Field(default=128, ge=1, le=2048)

@@ -178,6 +178,7 @@ class Generation:
         max_tokens_param: str,
         prompt_param: str,
         speculation: bool,
+        tpot_target_s: float | None,
     ) -> Plan:
         """Build the engine requests of a call.
 
@@ -219,6 +220,7 @@ class Generation:
                     deadline=context.deadline,
                     traceparent=context.traceparent,
                     speculation=speculation,
+                    tpot_target_s=tpot_target_s or self._config.default_tpot_target_s,
                     avoid_replicas=context.avoid_replicas,
                 )
                 for choice in range(n)

@@ -10,7 +10,7 @@ from deployments.engine.types import FinishReason
 from deployments.errors import RequestInvalidError
 from deployments.openai_api import EmbeddingCall, Message
 from deployments.openai_structure import StructuredOutputs, requested_structure
-from deployments.sampling import NumLogprobs, SamplingFields, validate
+from deployments.sampling import MAX_TPOT_TARGET_S, NumLogprobs, SamplingFields, validate
 from deployments.tokenizer import ChatTurn
 from protos import inference_pb2 as pb
 
@@ -133,6 +133,22 @@ def num_choices(request: pb.GenerateRequest) -> int:
     if not 1 <= request.n <= _MAX_N:
         raise RequestInvalidError(f"Invalid value for 'n': must be in 1..{_MAX_N}.", param="n")
     return request.n
+
+
+def tpot_target_s(request: pb.GenerateRequest) -> float | None:
+    """Seconds per output token, at most, if the client set a target.
+
+    Raises:
+        RequestInvalidError: not positive, or longer than a target may be.
+    """
+    if not request.HasField("tpot_target_s"):
+        return None
+    if not 0 < request.tpot_target_s <= MAX_TPOT_TARGET_S:
+        raise RequestInvalidError(
+            f"Invalid value for 'tpot_target_s': must be in (0, {MAX_TPOT_TARGET_S:g}].",
+            param="tpot_target_s",
+        )
+    return request.tpot_target_s
 
 
 def chat_turns(chat: pb.ChatMessages) -> list[ChatTurn]:

@@ -325,6 +325,7 @@ class IngressReplica:
             max_tokens_param=max_tokens_param,
             prompt_param=prompt_param,
             speculation=body.speculation,
+            tpot_target_s=body.tpot_target_s,
         )
 
     async def _plan_grpc(self, request: pb.GenerateRequest, context: CallContext) -> Plan:
@@ -350,6 +351,7 @@ class IngressReplica:
             max_tokens_param="max_tokens",
             prompt_param=kind,
             speculation=request.speculation if request.HasField("speculation") else True,
+            tpot_target_s=grpc_api.tpot_target_s(request),
         )
 
     def _check_model(self, model: str) -> None:

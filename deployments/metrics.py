@@ -64,7 +64,15 @@ DRAFT_TOKENS = Metric(
 )
 WITHHELD_TOKENS = Metric(
     "paceline_withheld_draft_tokens_total",
-    "Draft tokens at hand that were not verified, because it would not have paid.",
+    "Draft tokens at hand that were not verified, by reason: it would not have paid (cost), or a "
+    "sequence would have missed its time per output token (target).",
+    ("reason",),
+)
+TPOT_TARGETS = Metric(
+    "paceline_tpot_target_steps_total",
+    "Targets for the time per output token, counted in every step, by what the step was expected "
+    "to do to them.",
+    ("result",),
 )
 ACCEPTED_TOKENS = Metric(
     "paceline_accepted_draft_tokens_total", "Draft tokens accepted, by drafter.", ("origin",)

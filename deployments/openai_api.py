@@ -19,7 +19,14 @@ from deployments.openai_structure import (
     StructuredOutputs,
     requested_structure,
 )
-from deployments.sampling import NumLogprobs, SamplingFields, TokenId, WireModel, validate
+from deployments.sampling import (
+    NumLogprobs,
+    SamplingFields,
+    TokenId,
+    TpotTarget,
+    WireModel,
+    validate,
+)
 
 if TYPE_CHECKING:
     from deployments.engine.types import StructuredOutput
@@ -103,6 +110,9 @@ class OpenAIRequest(SamplingFields):
     """Only together with ``stream``."""
     speculation: bool = True
     """Let draft tokens be verified; the text is the same either way."""
+    tpot_target_s: TpotTarget | None = None
+    """Seconds per output token, at most: drafts of any request are verified only as far as this
+    one's steps stay that short. The text is the same either way."""
     max_tokens: MaxTokens | None = None
     """Output tokens, at most."""
     response_format: ResponseFormat | None = None

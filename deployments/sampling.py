@@ -30,6 +30,8 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 BadWord = Annotated[str, Field(max_length=256, pattern=r"\S")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 NumLogprobs = Annotated[int, Field(ge=0, le=20)]
+MAX_TPOT_TARGET_S = 60.0
+TpotTarget = Annotated[float, Field(gt=0, le=MAX_TPOT_TARGET_S)]
 
 
 class WireModel(BaseModel):

@@ -18,7 +18,8 @@ class TargetMetrics:
 
     def __init__(self) -> None:
         self._draft_tokens = LabelledFeeds(names.DRAFT_TOKENS)
-        self._withheld = TotalFeed(new_counter(names.WITHHELD_TOKENS))
+        self._withheld = LabelledFeeds(names.WITHHELD_TOKENS)
+        self._tpot_targets = LabelledFeeds(names.TPOT_TARGETS)
         self._accepted = LabelledFeeds(names.ACCEPTED_TOKENS)
         self._spec_steps = TotalFeed(new_counter(names.SPEC_STEPS))
         self._lookups = LabelledFeeds(names.TABLE_LOOKUPS)
@@ -68,7 +69,11 @@ class TargetMetrics:
         self._draft_tokens.update("pool", total=stats.num_pool_draft_tokens)
         self._draft_tokens.update("local", total=stats.num_local_draft_tokens)
         self._draft_tokens.update("head", total=stats.num_head_draft_tokens)
-        self._withheld.update(stats.num_withheld_draft_tokens)
+        num_yielded = stats.num_yielded_draft_tokens
+        self._withheld.update("cost", total=stats.num_withheld_draft_tokens - num_yielded)
+        self._withheld.update("target", total=num_yielded)
+        self._tpot_targets.update("met", total=stats.num_targets_met)
+        self._tpot_targets.update("missed", total=stats.num_targets_missed)
         self._tables.update("in_time", total=stats.num_tables - stats.num_late_tables)
         self._tables.update("late", total=stats.num_late_tables)
         self._events.update("link_lost", total=stats.num_links_lost)

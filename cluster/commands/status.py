@@ -88,14 +88,16 @@ def _replicas(snapshot: MetricsSnapshot) -> dict[str, int]:
 
 
 def _speculation(snapshot: MetricsSnapshot) -> dict[str, int]:
-    """Draft tokens by what became of them and who guessed them, and tables by their arrival."""
+    """Draft tokens by what became of them and why, and tables by their arrival."""
     verified = snapshot.by_label("paceline_draft_tokens_total", "origin")
     accepted = snapshot.by_label("paceline_accepted_draft_tokens_total", "origin")
     tables = snapshot.by_label("paceline_outcome_tables_total", "result")
     counts = {f"verified ({origin})": number for origin, number in verified.items()}
     counts |= {f"accepted ({origin})": number for origin, number in accepted.items()}
-    if verified:
-        counts["withheld"] = snapshot.total("paceline_withheld_draft_tokens_total")
+    withheld = snapshot.by_label("paceline_withheld_draft_tokens_total", "reason")
+    counts |= {f"withheld ({reason})": number for reason, number in withheld.items()}
+    targets = snapshot.by_label("paceline_tpot_target_steps_total", "result")
+    counts |= {f"TPOT targets {result}": number for result, number in targets.items()}
     counts |= {f"tables {result.replace('_', ' ')}": number for result, number in tables.items()}
     return {name: int(number) for name, number in counts.items()}
 

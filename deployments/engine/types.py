@@ -143,6 +143,8 @@ class GenerationRequest:
         priority: lower runs first.
         deadline: seconds since the epoch, or None for no deadline.
         traceparent: W3C trace context of the caller.
+        tpot_target_s: seconds per output token, at most, as far as the choice of drafts can help;
+            the text does not depend on it.
         avoid_replicas: target replicas the router should not choose (they failed this request).
         capture: hidden states to deliver; with them ``sampling.max_tokens`` may be 0, which ends
             the request behind its prompt.
@@ -159,6 +161,7 @@ class GenerationRequest:
     deadline: float | None = None
     traceparent: str | None = None
     speculation: bool = True
+    tpot_target_s: float | None = None
     avoid_replicas: tuple[str, ...] = ()
     capture: CaptureSpec | None = None
 

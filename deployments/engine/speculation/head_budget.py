@@ -70,12 +70,12 @@ class HeadBudget:
         if seconds_of is None or not self._times.is_known:
             return self._asked(HeadAsk(askable, most))
         gaining = [index for index in askable if _adds(own[index], its[index])]
-        best, found = goodput(own, num_rows, num_tokens, seconds_of).rate, HeadAsk([], 0)
+        best, found = goodput(own, num_rows, num_tokens, seconds_of), HeadAsk([], 0)
         for num_passes in range(1, most + 1) if gaining else ():
             chances = [_better(a, b[:num_passes]) for a, b in zip(own, its, strict=True)]
             head_s = num_passes * self._times.seconds(len(gaining))
             slower = partial(_later, seconds_of, head_s)
-            rate = goodput(chances, num_rows, num_tokens, slower).rate
+            rate = goodput(chances, num_rows, num_tokens, slower)
             # Every further pass gives less than the one before.
             if rate <= best:
                 break

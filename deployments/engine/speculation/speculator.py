@@ -22,11 +22,13 @@ class DraftRequest:
     Attributes:
         token_ids: committed tokens, prompt included.
         max_draft_tokens: no more than this fits (length limit, pages, step budget).
+        tpot_target_s: seconds per output token that it is to have at most.
     """
 
     session_id: int
     token_ids: Sequence[int]
     max_draft_tokens: int
+    tpot_target_s: float | None = None
 
 
 class StepLoad(NamedTuple):
@@ -35,10 +37,12 @@ class StepLoad(NamedTuple):
     Attributes:
         num_rows: tokens it computes.
         num_tokens: tokens it chooses.
+        tpot_targets_s: of the sequences that it chooses them for, where they have one.
     """
 
     num_rows: int
     num_tokens: int
+    tpot_targets_s: tuple[float, ...] = ()
 
 
 NOTHING_ELSE = StepLoad(0, 0)

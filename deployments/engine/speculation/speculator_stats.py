@@ -21,7 +21,11 @@ class SpeculatorStats:
         num_local_draft_tokens: verified draft tokens guessed by the local drafter.
         num_head_draft_tokens: verified draft tokens guessed by the head beside the target.
         num_withheld_draft_tokens: draft tokens at hand that were not verified, because the step
-            would have taken longer than they promised to save.
+            would have taken longer than they promised to save, or than somebody's target allows.
+        num_yielded_draft_tokens: those of them that would have paid and were left out for a target.
+        num_targets_met: targets for the time per output token, counted in every step that the
+            budget chose, that the step was expected to meet.
+        num_targets_missed: those that it was expected to miss, as every other step would have.
         num_frames_dropped: frames to the pool that found no room in a queue.
         num_resyncs: gaps a drafter reported, repaired by sending again.
         num_sessions_dropped: sessions a drafter let go of.
@@ -45,6 +49,9 @@ class SpeculatorStats:
     num_head_draft_tokens: int = 0
     num_head_accepted_tokens: int = 0
     num_withheld_draft_tokens: int = 0
+    num_yielded_draft_tokens: int = 0
+    num_targets_met: int = 0
+    num_targets_missed: int = 0
     num_frames_dropped: int = 0
     num_resyncs: int = 0
     num_sessions_dropped: int = 0

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deployments.engine.speculation.budget import goodput
+from deployments.engine.speculation.budget import choose
 from deployments.engine.speculation.draft_source import (
     HEAD,
     NOTHING,
@@ -131,6 +131,9 @@ class SplitSpeculator(Speculator):
         self._num_table_hits = 0
         self._num_table_misses = 0
         self._num_withheld = 0
+        self._num_yielded = 0
+        self._num_targets_met = 0
+        self._num_targets_missed = 0
         self._num_drafted = dict.fromkeys(DraftOrigin, 0)
         self._num_accepted = dict.fromkeys(DraftOrigin, 0)
 
@@ -187,8 +190,17 @@ class SplitSpeculator(Speculator):
         elif not times.is_fresh(num_plain_rows + sum(at_hand)):
             lengths = at_hand
         else:
-            chances = self._chances(requests)
-            lengths = goodput(chances, num_plain_rows, num_tokens, times.seconds).lengths
+            choice = choose(
+                self._chances(requests),
+                num_plain_rows,
+                num_tokens,
+                times.seconds,
+                _targets_s(requests, load),
+            )
+            lengths = choice.lengths
+            self._num_yielded += choice.num_yielded
+            self._num_targets_met += choice.num_met
+            self._num_targets_missed += choice.num_missed
         return [
             self._cut(request, draft, length)
             for request, draft, length in zip(requests, taken, lengths, strict=True)
@@ -298,6 +310,9 @@ class SplitSpeculator(Speculator):
             num_head_accepted_tokens=self._num_accepted[DraftOrigin.HEAD],
             num_local_failures=self._local.num_failures + self._head.num_failures,
             num_withheld_draft_tokens=self._num_withheld,
+            num_yielded_draft_tokens=self._num_yielded,
+            num_targets_met=self._num_targets_met,
+            num_targets_missed=self._num_targets_missed,
         )
         return own if self._pool is None else self._pool.add_to(own)
 
@@ -395,3 +410,13 @@ class SplitSpeculator(Speculator):
             except Exception:
                 # The thread's root: links may fail, their upkeep may not.
                 logger.exception("upkeep of the draft links failed")
+
+
+def _targets_s(requests: Sequence[DraftRequest], load: StepLoad) -> dict[int, float]:
+    """Targets of the step by the request's place; of sequences that have no draft behind those."""
+    targets_s = {
+        place: request.tpot_target_s
+        for place, request in enumerate(requests)
+        if request.tpot_target_s is not None
+    }
+    return targets_s | dict(enumerate(load.tpot_targets_s, start=len(requests)))

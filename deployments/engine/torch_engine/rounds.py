@@ -136,6 +136,7 @@ class DraftRounds:
                         session_id=chunk.sequence.session_id,
                         token_ids=chunk.sequence.token_ids,
                         max_draft_tokens=chunk.max_draft_tokens,
+                        tpot_target_s=chunk.sequence.request.tpot_target_s,
                     )
                 )
         if not requests:
@@ -144,6 +145,13 @@ class DraftRounds:
         load = StepLoad(
             num_rows=sum(chunk.num_new_tokens for chunk in chunks) - len(requests),
             num_tokens=sum(chunk.is_sampled for chunk in chunks) - len(requests),
+            tpot_targets_s=tuple(
+                target_s
+                for chunk in chunks
+                if chunk.is_sampled
+                and not chunk.sequence.is_speculated
+                and (target_s := chunk.sequence.request.tpot_target_s) is not None
+            ),
         )
         answers = self._speculator.take(requests, load)
         for index, request, answer in zip(asking, requests, answers, strict=True):

@@ -11,7 +11,10 @@ ray_paceline_draft_tokens_total{origin="local",ReplicaId="a"} 5
 # TYPE ray_paceline_accepted_draft_tokens_total counter
 ray_paceline_accepted_draft_tokens_total{origin="pool",ReplicaId="a"} 12
 # TYPE ray_paceline_withheld_draft_tokens_total counter
-ray_paceline_withheld_draft_tokens_total{ReplicaId="a"} 7
+ray_paceline_withheld_draft_tokens_total{reason="cost",ReplicaId="a"} 7
+ray_paceline_withheld_draft_tokens_total{reason="target",ReplicaId="a"} 2
+# TYPE ray_paceline_tpot_target_steps_total counter
+ray_paceline_tpot_target_steps_total{result="met",ReplicaId="a"} 5
 # TYPE ray_paceline_outcome_tables_total counter
 ray_paceline_outcome_tables_total{result="in_time",ReplicaId="a"} 9
 ray_paceline_outcome_tables_total{result="late",ReplicaId="a"} 1
@@ -28,7 +31,9 @@ def test_speculation_is_told_by_what_became_of_drafts():
         "verified (local)": 5,
         "verified (pool)": 40,
         "accepted (pool)": 12,
-        "withheld": 7,
+        "withheld (cost)": 7,
+        "withheld (target)": 2,
+        "TPOT targets met": 5,
         "tables in time": 9,
         "tables late": 1,
     }

@@ -92,6 +92,14 @@ def test_counts_are_checked() -> None:
             grpc_api.num_choices(pb.GenerateRequest(n=n))
 
 
+def test_targets_are_checked() -> None:
+    assert grpc_api.tpot_target_s(pb.GenerateRequest()) is None
+    assert grpc_api.tpot_target_s(pb.GenerateRequest(tpot_target_s=0.03)) == 0.03
+    for target_s in (0.0, -1.0, 61.0, float("nan"), float("inf")):
+        with pytest.raises(RequestInvalidError, match="tpot_target_s"):
+            grpc_api.tpot_target_s(pb.GenerateRequest(tpot_target_s=target_s))
+
+
 def test_conversations() -> None:
     chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hi")])
     assert grpc_api.chat_turns(chat) == [ChatTurn("user", "hi")]

@@ -1,4 +1,5 @@
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -128,6 +129,42 @@ def test_a_step_that_is_long_anyway_verifies_more():
     alone = play(speculator, 100, is_right=True, **linear)
     beside = play(speculator, 100, is_right=True, load=StepLoad(300, 0), **linear)
     assert sum(alone[50:]) < sum(beside[50:]) == 4 * 50
+
+
+def learned(clock) -> SplitSpeculator:
+    """One that knows steps of ten milliseconds, one more for each row, and right drafts."""
+    speculator = local_only(clock, num_draft_tokens=4)
+    speculator.open(spec_of(1, LOOP))
+    per_row = {"clock": clock, "seconds_of": lambda rows: 0.010 + 0.001 * rows}
+    # Plain rounds first, then all widths up to the widest.
+    assert play(speculator, 60, is_right=True, **per_row)[-1] == 4
+    return speculator
+
+
+def test_a_target_for_the_time_per_token_narrows_the_step():
+    clock = FakeClock()
+    speculator = learned(clock)
+    alone = speculator.take([request(1, LOOP)])
+    assert len(alone[0].tree) == 4
+    before = speculator.stats()
+    # A sequence that is not drafted for gets one token, in a step of 11 rows at most.
+    load = StepLoad(num_rows=0, num_tokens=0, tpot_targets_s=(0.0125,))
+    assert len(speculator.take([request(1, LOOP)], load)[0].tree) < 4
+    after = speculator.stats()
+    assert after.num_targets_met == before.num_targets_met + 1
+    assert after.num_yielded_draft_tokens > before.num_yielded_draft_tokens
+    assert after.num_withheld_draft_tokens >= after.num_yielded_draft_tokens
+
+
+def test_a_target_of_its_own_does_not_take_a_sequence_its_drafts():
+    speculator = learned(FakeClock())
+    for target_s, num_met in ((0.004, 1), (0.001, 0)):
+        before = speculator.stats()
+        asked = replace(request(1, LOOP), tpot_target_s=target_s)
+        assert len(speculator.take([asked])[0].tree) == 4
+        after = speculator.stats()
+        assert after.num_targets_met - before.num_targets_met == num_met
+        assert after.num_targets_missed - before.num_targets_missed == 1 - num_met
 
 
 class TwoWays(Drafter):

@@ -8,81 +8,61 @@ from deployments.engine.speculation import errors, wire
 from deployments.engine.speculation.errors import HandshakeError, MalformedMessageError
 from deployments.engine.speculation.handshake import PROTOCOL_VERSION, Identity, check_hello
 from deployments.engine.speculation.session import PoolSession
-from deployments.engine.speculation.types import (
-    Ask,
-    DraftOrigin,
-    DraftSampling,
-    DraftTree,
-    OutcomeRow,
-    SessionSpec,
-)
+from deployments.engine.speculation.types import DraftOrigin, DraftTree, OutcomeRow
 from protos import draft_pb2
+from tests import golden_frames
+from tests.golden_frames import SPEC, TREE, VOCAB_SIZE
 
-SPEC = SessionSpec(
-    session_id=7,
-    request_id="req-1",
-    tenant="acme",
-    token_ids=(1, 300, 49_151),
-    sampling=DraftSampling(
-        seed=2**64 - 1, choice_index=1, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05
-    ),
-    traceparent="00-ab-cd-01",
-)
-TREE = DraftTree((10, 20, 11), (-1, -1, 0))
-VOCAB_SIZE = 49_152
+VERSIONS = sorted(path.name for path in golden_frames.FOLDER.iterdir())
+
+
+def golden(version: str, name: str) -> bytes:
+    return (golden_frames.FOLDER / version / f"{name}.bin").read_bytes()
 
 
 def target_frame() -> draft_pb2.TargetFrame:
-    session = PoolSession(SPEC, VOCAB_SIZE)
-    opened = session.open(SPEC.token_ids, room=100)
-    commit = session.commit([*SPEC.token_ids, 5], TREE, Ask(4, 2), room=100, now=0.0)
-    return draft_pb2.TargetFrame(
-        closes=[draft_pb2.Close(session=3, epoch=2)], opens=[opened], commits=[commit]
-    )
+    return golden_frames.frames()["target"]
 
 
-def draft_frame() -> draft_pb2.DraftFrame:
-    rows = [OutcomeRow(2, 9, (8, 300)), OutcomeRow(-1, 4, ())]
-    return draft_pb2.DraftFrame(
-        tables=[
-            draft_pb2.Table(session=7, epoch=1, round=1, base_len=4, rows=wire.rows_to_wire(rows))
-        ],
-        resyncs=[draft_pb2.Resync(session=8, epoch=1, round=3, have_len=12)],
-        drops=[draft_pb2.Dropped(session=9, epoch=4, reason=draft_pb2.Dropped.EVICTED)],
-        load=draft_pb2.Load(num_pending=1, num_sessions=2, batch_us=1500),
-    )
+@pytest.mark.parametrize("name", golden_frames.frames())
+def test_frames_are_those_of_this_version(name):
+    """Other bytes are another version: raise ``PROTOCOL_VERSION``, see ``tests.golden_frames``."""
+    frame = golden_frames.frames()[name]
+    data = golden(f"v{PROTOCOL_VERSION}", name)
+    assert frame.SerializeToString(deterministic=True) == data
+    assert type(frame).FromString(data) == frame
 
 
-HELLO = Identity(model="m", vocab_size=VOCAB_SIZE, vocab_digest="ab").hello("target-1")
-GOLDEN = {
-    "hello": (
-        lambda: draft_pb2.TargetFrame(hello=HELLO),
-        ("0a190801108080031a02616220012a087461726765742d3132016d"),
-    ),
-    "target": (
-        target_frame,
-        (
-            "1204080310021a50080710011a057265712d31220461636d652a0601ac02ffff02322809ffffffff"
-            "ffffffff1001199a9999999999e93f202829666666666666ee3f319a9999999999a93f3a0b30302d"
-            "61622d63642d3031221908071001180120042a010532030a140b3a0300000140044802"
-        ),
-    ),
-    "draft": (
-        draft_frame,
-        (
-            "121708071001180120042a09080310091a0308ac022a0210041a08080810011803200c2206080910"
-            "0418022a070801100218dc0b"
-        ),
-    ),
-}
+def test_golden_frames_set_every_field():
+    """A new field changes no byte while it is unset, so it must be set in a frame."""
+
+    def fields_of(message):
+        found = set()
+        for field, value in message.ListFields():
+            found.add(field.full_name)
+            if field.type == field.TYPE_MESSAGE:
+                items = value if field.is_repeated else [value]
+                found = found.union(*map(fields_of, items))
+        return found
+
+    seen = set().union(*map(fields_of, golden_frames.frames().values()))
+    messages = draft_pb2.DESCRIPTOR.message_types_by_name.values()
+    assert seen == {field.full_name for message in messages for field in message.fields}
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_golden_frames(name):
-    make, golden = GOLDEN[name]
-    frame = make()
-    assert frame.SerializeToString(deterministic=True).hex() == golden
-    assert type(frame).FromString(bytes.fromhex(golden)) == frame
+def test_versions_are_kept_and_numbered_without_gaps():
+    assert {f"v{number}" for number in range(1, PROTOCOL_VERSION + 1)} == set(VERSIONS)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_targets_of_every_version_are_understood_or_refused_by_name(version):
+    hello = draft_pb2.TargetFrame.FromString(golden(version, "hello")).hello
+    assert f"v{hello.protocol_version}" == version
+    if hello.protocol_version == PROTOCOL_VERSION:
+        check_hello(golden_frames.IDENTITY, hello)
+        return
+    with pytest.raises(HandshakeError, match="protocol_version"):
+        check_hello(golden_frames.IDENTITY, hello)
 
 
 def test_session_survives_the_wire():

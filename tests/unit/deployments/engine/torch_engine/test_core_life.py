@@ -11,6 +11,7 @@ from deployments.engine.errors import (
     EngineOverloadedError,
     InvalidLogitsError,
 )
+from deployments.engine.speculation.speculator import NOTHING_ELSE
 from deployments.engine.types import FinishReason
 from tests.fakes_engine import (
     FakePageStore,
@@ -205,3 +206,22 @@ def test_sampled_text_depends_on_seed_and_choice_only():
     texts = [tuple(session.tokens[i]) for i in range(4)]
     assert texts[0] == texts[3]
     assert len(set(texts)) == 3
+
+
+def test_targets_reach_the_speculator_whether_the_request_is_drafted_for_or_not():
+    class Listening(OracleSpeculator):
+        heard: tuple = ()
+
+        def take(self, requests, load=NOTHING_ELSE):
+            targets = {request.session_id: request.tpot_target_s for request in requests}
+            self.heard = (targets, load.tpot_targets_s)
+            return super().take(requests, load)
+
+    session = Session(make_config(), Listening())
+    session.add(1, make_request("a", tpot_target_s=0.01))
+    session.add(2, make_request("b"))
+    session.add(3, make_request("c", tpot_target_s=0.02, speculation=False))
+    session.add(4, make_request("d", speculation=False))
+    session.step()
+    session.step()
+    assert session.speculator.heard == ({1: 0.01, 2: None}, (0.02,))
