@@ -30,7 +30,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu protos reference chart \
-        demo serve bench-engine bench-quality bench-split bench-drafts bench-kv chaos-kv fuzz-kv soak-engine exactness train-smoke clean
+        demo serve bench-engine bench-quality bench-split bench-drafts bench-kv bench-kv-trace chaos-kv fuzz-kv soak-engine exactness train-smoke clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -126,6 +126,9 @@ bench-drafts: $(ENVIRONMENT) ## What the shipped drafts are worth on MT-bench, g
 
 bench-kv: plotting ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
 	$(PY) -m tests.bench.kv
+
+bench-kv-trace: plotting ## What an SSD tier of each size would give on a public trace, beside LRU; a minute
+	$(PY) -m tests.bench.kv.trace
 
 SOAK_MINUTES ?= 20
 
