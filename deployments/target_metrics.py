@@ -84,10 +84,13 @@ class TargetMetrics:
         self._loads_refused.update(stats.num_loads_refused)
         self._tier_pages.update("all", "dropped", total=stats.num_dropped)
         self._tier_pages.update("all", "failed", total=stats.num_failed)
+        self._tier_pages.update("all", "move_dropped", total=stats.num_moves_dropped)
         for name, tier in stats.tiers.items():
             self._tier_pages.update(name, "hit", total=tier.num_hits)
             self._tier_pages.update(name, "miss", total=tier.num_misses)
             self._tier_pages.update(name, "put", total=tier.num_puts)
+            self._tier_pages.update(name, "promoted", total=tier.num_promoted)
+            self._tier_pages.update(name, "demoted", total=tier.num_demoted)
             self._tier_pages.update(name, "corrupt", total=tier.num_corrupt)
             self._tier_pages.update(name, "error", total=tier.num_errors)
 

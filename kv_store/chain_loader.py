@@ -13,7 +13,7 @@ from kv_store.errors import KVStoreError, PageUnsupportedError
 from kv_store.page_format import decode_page
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from concurrent.futures import Executor
 
     from numpy.typing import NDArray
@@ -50,7 +50,6 @@ class ChainLoader:
         codec: Codec,
         codec_threads: Executor,
         batch_pages: int,
-        promote: Callable[[PageKey, Blob], object] | None,
     ) -> None:
         """Wire up.
 
@@ -60,14 +59,12 @@ class ChainLoader:
             codec: the one the store writes with; decides which pages may be served.
             codec_threads: verify and decode here, off the event loop.
             batch_pages: pages asked of a tier in one operation.
-            promote: takes a page that was served from below the hottest tier; must not block.
         """
         self._tiers = tiers
         self._layout = layout
         self._codecs = readable_codecs(codec)
         self._codec_threads = codec_threads
         self._batch_pages = batch_pages
-        self._promote = promote
 
     async def load(
         self, keys: Sequence[PageKey], loaded: list[LoadedPage], deadline: float
@@ -163,8 +160,6 @@ class ChainLoader:
             await item.tier.discard_corrupt(item.key)
             return None
         item.tier.count_hit()
-        if self._promote is not None and item.tier is not self._tiers[0]:
-            self._promote(item.key, blob)
         return LoadedPage(page, item.tier.name)
 
     def _decode(self, key: PageKey, blob: Blob) -> NDArray[np.uint8]:

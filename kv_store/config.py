@@ -142,6 +142,21 @@ class WriteBackConfig(_Config):
     """Pages encoded and written together."""
 
 
+class MovesConfig(_Config):
+    """Copies of pages from tier to tier, made behind requests' backs."""
+
+    min_reads: int = Field(default=2, ge=1)
+    """Times a page is served before it is copied into the tiers that lack it."""
+    head_pages: int = Field(default=4, ge=0)
+    """Pages at the head of a chain, which many prompts share, are copied at their first read. So
+    are those without which a tier's pages behind them are of no use."""
+    demote_before_s: float = Field(default=60.0, ge=0)
+    """Seconds before a page's time to live ends at which it is copied to a tier that keeps it, if
+    none does; at most half of that time."""
+    max_pages: int = Field(default=4096, ge=1)
+    """Served pages waiting to be looked after; beyond it they are not copied, and counted."""
+
+
 class KVStoreConfig(_Config):
     """One replica's way to the shared pages."""
 
@@ -166,8 +181,8 @@ class KVStoreConfig(_Config):
     """Loads under way at once; one more is answered empty."""
     num_codec_threads: int = Field(default=2, ge=1, le=64)
     """Threads that verify, encode and decode."""
-    is_promoting: bool = True
-    """Copy a page read from a lower tier into the ones above it."""
+    moves: MovesConfig | None = MovesConfig()
+    """When a page is copied from one tier into another; ``null`` copies nothing."""
     close_timeout_s: float = Field(default=5.0, ge=0)
     """Seconds ``close`` waits for queued pages."""
 

@@ -113,6 +113,10 @@ class FaultyTier(KVTier):
         """Close the wrapped tier."""
         await self._tier.aclose()
 
+    def life_s(self, key: PageKey) -> float | None:
+        """The wrapped tier's."""
+        return self._tier.life_s(key)
+
     def usage(self) -> TierUsage:
         """The wrapped tier's."""
         return self._tier.usage()

@@ -55,6 +55,14 @@ class KVTier(ABC):
     async def aclose(self) -> None:
         """Release everything. Idempotent; later calls of other methods raise."""
 
+    def life_s(self, key: PageKey) -> float | None:
+        """Seconds that a page is kept after it was put or read; None if there is no such limit.
+
+        Args:
+            key: of the page.
+        """
+        return None
+
     def usage(self) -> TierUsage:
         """What the tier holds now, without any wait."""
         return TierUsage()

@@ -100,6 +100,10 @@ class SealedTier(KVTier):
         await self._tier.aclose()
         self._threads.shutdown(wait=False)
 
+    def life_s(self, key: PageKey) -> float | None:
+        """The wrapped tier's."""
+        return self._tier.life_s(key)
+
     def usage(self) -> TierUsage:
         """The wrapped tier's."""
         return self._tier.usage()

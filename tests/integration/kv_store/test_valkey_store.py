@@ -31,6 +31,7 @@ LAYOUT = make_layout()
 KEYS = make_chain(LAYOUT, 6)
 PAGES = [make_page(LAYOUT, seed) for seed in range(6)]
 PATIENT_S = 10.0
+TIER_FIELDS = ("operation_timeout_s", "ttl_s")
 ROOT = Path(__file__).parents[3]
 
 
@@ -50,8 +51,9 @@ def admin(server):
 
 @contextmanager
 def opened(url, **fields):
+    of_tier = {name: fields.pop(name) for name in TIER_FIELDS if name in fields}
     tier = ValkeyTierConfig(
-        url=url, connect_timeout_s=2.0, operation_timeout_s=fields.pop("operation_timeout_s", 5.0)
+        **({"url": url, "connect_timeout_s": 2.0, "operation_timeout_s": 5.0} | of_tier)
     )
     config = KVStoreConfig(
         tiers=(tier, *fields.pop("more_tiers", ())),
@@ -76,6 +78,37 @@ def load(store, keys=KEYS):
     for key, page in zip(keys, loaded.pages, strict=False):
         assert np.array_equal(page, PAGES[key.index])
     return list(loaded.tiers)
+
+
+def test_a_page_of_another_replica_is_kept_on_disk_before_it_expires(server, admin, tmp_path):
+    disk = SsdTierConfig(root=tmp_path, budget_bytes=1 << 22, segment_bytes=1 << 20)
+    with (
+        opened(server.url) as writer,
+        opened(server.url, more_tiers=(disk,), moves={"min_reads": 9, "head_pages": 0}) as reader,
+        opened(server.url, ttl_s=0.5, more_tiers=(disk,), moves={"min_reads": 9}) as short,
+    ):
+        save(writer, range(6))
+        assert load(reader) == ["valkey"] * 6
+        assert load(short, KEYS[4:]) == ["valkey"] * 2
+        wait_until(lambda: short.stats().tiers["ssd"].num_demoted == 2)
+        admin.flushall()
+        assert load(short, KEYS[4:]) == ["ssd"] * 2
+        assert reader.stats().tiers["ssd"].num_demoted == 0, "theirs live for an hour"
+
+
+def test_pages_move_up_to_a_server_that_lost_them(server, admin, tmp_path):
+    disk = SsdTierConfig(root=tmp_path, budget_bytes=1 << 22, segment_bytes=1 << 20)
+    with opened(server.url, more_tiers=(disk,), moves={"head_pages": 2}) as store:
+        save(store, range(6))
+        admin.flushall()
+        for expected in (["ssd"] * 6, ["valkey"] * 2 + ["ssd"] * 4, ["valkey"] * 6):
+            assert load(store) == expected
+            assert store.flush(PATIENT_S)
+        assert store.stats().tiers["valkey"].num_promoted == 6
+        admin.delete(name_of(admin, KEYS[3]))
+        assert load(store) == ["valkey"] * 3 + ["ssd"] + ["valkey"] * 2
+        assert store.flush(PATIENT_S)
+        assert load(store) == ["valkey"] * 6
 
 
 def kill(server, admin):
