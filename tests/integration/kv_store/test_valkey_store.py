@@ -14,6 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cluster.kv_pages import valkey_pages
 from kv_store import (
     EmbeddedValkeyTierConfig,
     KVStoreConfig,
@@ -23,6 +24,10 @@ from kv_store import (
     build_page_store,
 )
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
+from kv_store.tiers.parts import split
+from kv_store.tiers.valkey import page_name
+from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES
+from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.kv_pages import make_chain, make_layout, make_page, tier_counts, wait_until
 
 pytestmark = pytest.mark.integration
@@ -109,6 +114,30 @@ def test_pages_move_up_to_a_server_that_lost_them(server, admin, tmp_path):
         assert load(store) == ["valkey"] * 3 + ["ssd"] + ["valkey"] * 2
         assert store.flush(PATIENT_S)
         assert load(store) == ["valkey"] * 6
+
+
+def test_dropping_a_page_takes_its_parts_with_it_and_leaves_the_others(server, admin):
+    with opened(server.url) as store:
+        save(store, range(3))
+        large = page_name(KEYS[5])
+        manifest, parts = split(bytes(5 << 20), (), MAX_VALUE_BYTES)
+        for name, part in zip(manifest.part_names(large), parts, strict=True):
+            admin.set(name, bytes(part))
+        admin.set(large, manifest.pack())
+        address = ValkeyAddress(url=server.url)
+        sizes = {page.page_hash: page.num_bytes for page in valkey_pages(address)}
+        assert len(sizes) == 4
+        assert sizes[KEYS[5].page_hash.hex()] > 5 << 20
+        for page in valkey_pages(address):
+            if page.page_hash in (KEYS[5].page_hash.hex(), KEYS[1].page_hash.hex()):
+                assert page.drop()
+                assert not page.drop()
+        assert {page.page_hash for page in valkey_pages(address)} == {
+            KEYS[0].page_hash.hex(),
+            KEYS[2].page_hash.hex(),
+        }
+        assert admin.dbsize() == 2
+        assert load(store) == ["valkey"]
 
 
 def kill(server, admin):
