@@ -126,7 +126,10 @@ class SegmentLog:
             self._policy.deleted(key)
         block = self._buffers.take(ALIGNMENT)
         pack_deleted(block, key, location.length)
-        fd = self._io.open(path, os.O_WRONLY)
+        try:
+            fd = self._io.open(path, os.O_WRONLY)
+        except FileNotFoundError:
+            return True  # somebody has cleaned up behind our back
         try:
             self._io.write(fd, block, location.offset)
         finally:

@@ -169,18 +169,18 @@ class FleetingTier(MemoryTier):
         return 60.0
 
 
-def fleeting(*, demote_before_s=60.0, is_refusing=False):
+def fleeting():
     """A store's arguments: over a tier that keeps pages, one that does not."""
     warm = MemoryTier(1 << 20, name="warm")
     tiers = {"hot": FleetingTier(1 << 20, name="hot"), "warm": warm}
     return tiers, {
         "tiers": (memory("hot"), memory("warm")),
-        "moves": {"demote_before_s": demote_before_s, "min_reads": 99, "head_pages": 0},
+        "moves": {"demote_before_s": 60.0, "min_reads": 99, "head_pages": 0},
         "wrap_tier": lambda tier: tiers[tier.name],
     }
 
 
-def test_a_page_that_is_about_to_expire_is_copied_to_a_tier_that_keeps_it(monkeypatch):
+def test_a_page_that_is_about_to_expire_is_copied_to_a_tier_that_keeps_it():
     tiers, arguments = fleeting()
     now = [time.monotonic()]
     with opened(**arguments) as store:

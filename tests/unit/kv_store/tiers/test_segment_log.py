@@ -100,6 +100,14 @@ def test_deleted_pages_stay_deleted_and_can_be_written_again(tmp_path):
     assert held(open_log(tmp_path)) == [0, 1, 2]
 
 
+def test_a_file_that_somebody_removed_is_misses_and_no_error(tmp_path):
+    log = open_log(tmp_path)
+    fill(log, KEYS[:8])
+    segments(tmp_path)[0].unlink()
+    assert log.delete(KEYS[0])
+    assert held(log) == [4, 5, 6, 7]
+
+
 def test_the_budget_is_kept_by_dropping_the_oldest_file(tmp_path):
     log = open_log(tmp_path, budget_bytes=8 * ALIGNMENT)
     for count, key in enumerate(KEYS, start=1):
