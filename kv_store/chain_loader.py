@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kv_store.codecs.base import Codec
     from kv_store.keys import PageKey
     from kv_store.layout import PageLayout
+    from kv_store.single_flight import SingleFlight
     from kv_store.tiers.base import Blob
     from kv_store.tiers.guarded import GuardedTier
 
@@ -50,6 +51,7 @@ class ChainLoader:
         codec: Codec,
         codec_threads: Executor,
         batch_pages: int,
+        single_flight: SingleFlight | None = None,
     ) -> None:
         """Wire up.
 
@@ -59,12 +61,14 @@ class ChainLoader:
             codec: the one the store writes with; decides which pages may be served.
             codec_threads: verify and decode here, off the event loop.
             batch_pages: pages asked of a tier in one operation.
+            single_flight: waits for pages that another replica computes.
         """
         self._tiers = tiers
         self._layout = layout
         self._codecs = readable_codecs(codec)
         self._codec_threads = codec_threads
         self._batch_pages = batch_pages
+        self._single_flight = single_flight
 
     async def load(
         self, keys: Sequence[PageKey], loaded: list[LoadedPage], deadline: float
@@ -76,7 +80,24 @@ class ChainLoader:
             loaded: grows as pages are verified, so that a caller who gives up keeps what came.
             deadline: on the loop's clock; only divides the waiting among tiers, the caller stops.
         """
-        found = await self._locate(keys, deadline)
+        flight = self._single_flight
+        gives_up_at = flight.gives_up_at(deadline) if flight else 0.0
+        has_joined = False
+        while rest := keys[len(loaded) :]:
+            found = await self._locate(rest, deadline)
+            num_before = len(loaded)
+            await self._take_in(found, loaded)
+            if len(loaded) < num_before + len(found):
+                return
+            rest = rest[len(found) :]
+            if not rest or not flight:
+                return
+            has_joined = await flight.wait_for_first(rest, gives_up_at, has_joined=has_joined)
+            if not has_joined:
+                return
+
+    async def _take_in(self, found: Sequence[_Found], loaded: list[LoadedPage]) -> None:
+        """Fetch and append what was located, up to the first page that does not come."""
         batches = [
             found[start : start + self._batch_pages]
             for start in range(0, len(found), self._batch_pages)

@@ -157,6 +157,19 @@ class MovesConfig(_Config):
     """Served pages waiting to be looked after; beyond it they are not copied, and counted."""
 
 
+class SingleFlightConfig(_Config):
+    """Replicas that miss the same pages at once: one computes them, the others wait a little."""
+
+    claim_s: float = Field(default=2.0, gt=0)
+    """Seconds for which the first one is waited for, at most; a dead one costs no more."""
+    wait_s: float = Field(default=0.5, gt=0)
+    """Seconds that one load waits, at most half of ``engine.kv_load_timeout_s``."""
+    poll_s: float = Field(default=0.02, gt=0)
+    """Seconds between two looks."""
+    min_pages: int = Field(default=4, ge=1)
+    """Fewer missing pages are computed at once."""
+
+
 class KVStoreConfig(_Config):
     """One replica's way to the shared pages."""
 
@@ -183,6 +196,8 @@ class KVStoreConfig(_Config):
     """Threads that verify, encode and decode."""
     moves: MovesConfig | None = MovesConfig()
     """When a page is copied from one tier into another; ``null`` copies nothing."""
+    single_flight: SingleFlightConfig | None = None
+    """Whether loads wait for pages that another replica is computing; needs a Valkey tier."""
     close_timeout_s: float = Field(default=5.0, ge=0)
     """Seconds ``close`` waits for queued pages."""
 

@@ -62,6 +62,8 @@ class PageStoreStats:
         num_queued: pages waiting to be written.
         num_failed: pages taken from the queue that no tier accepted.
         num_loads_refused: loads answered empty at once because too many were pending.
+        num_flights_joined: times that a load got a page because it waited for another replica.
+        num_flights_in_vain: times that it waited, or would have had to, and computes itself.
         num_moves_dropped: served pages that were not looked up in other tiers, as too many waited.
     """
 
@@ -72,6 +74,8 @@ class PageStoreStats:
     num_failed: int = 0
     num_loads_refused: int = 0
     num_moves_dropped: int = 0
+    num_flights_joined: int = 0
+    num_flights_in_vain: int = 0
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
 
 

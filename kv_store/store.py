@@ -16,6 +16,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from kv_store.chain_loader import ChainLoader, LoadedPage
 from kv_store.page_mover import PageMover
 from kv_store.page_store import LoadedPages, PageStore, PageStoreStats
+from kv_store.single_flight import SingleFlight
 from kv_store.write_back import PageWriter, PendingWrite, WriteBackQueue
 
 if TYPE_CHECKING:
@@ -90,12 +91,17 @@ class TieredPageStore(PageStore):
             batch_pages=config.write_back.batch_pages,
             on_written=self._mover.written if self._mover else None,
         )
+        shared = next((tier for tier in tiers if tier.is_shared), None)
+        self._flight: SingleFlight | None = None
+        if config.single_flight is not None and shared is not None:
+            self._flight = SingleFlight(shared, config.single_flight, clock=time.monotonic)
         self._loader = ChainLoader(
             tiers=tiers,
             layout=layout,
             codec=codec,
             codec_threads=self._codec_threads,
             batch_pages=config.load_batch_pages,
+            single_flight=self._flight,
         )
         self._lock = threading.Lock()  # guards the four below
         self._is_closed = False
@@ -156,6 +162,8 @@ class TieredPageStore(PageStore):
             num_queued=self._queue.num_queued,
             num_failed=self._writer.num_failed,
             num_loads_refused=self._num_refused,
+            num_flights_joined=self._flight.num_joined if self._flight else 0,
+            num_flights_in_vain=self._flight.num_in_vain if self._flight else 0,
             num_moves_dropped=self._mover.num_dropped if self._mover else 0,
             tiers={tier.name: tier.stats() for tier in self._tiers},
         )

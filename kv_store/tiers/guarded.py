@@ -47,6 +47,7 @@ class GuardedTier:
             max_inflight: operations under way at once; more wait for their turn.
         """
         self.name = tier.name
+        self.is_shared = tier.is_shared
         self._tier = tier
         self._timeout_s = operation_timeout_s
         self._reads = make_breaker()
@@ -84,6 +85,13 @@ class GuardedTier:
             return [False] * len(items)
         self._num_puts += held.count(True)
         return held
+
+    async def claim(self, keys: Sequence[PageKey], duration_s: float) -> list[bool]:
+        """See ``KVTier.claim_many``; all True if the tier fails: nobody shall wait for it."""
+        if not keys:
+            return []
+        claimed = await self._run(lambda: self._tier.claim_many(keys, duration_s), self._writes)
+        return [True] * len(keys) if claimed is None else claimed
 
     async def discard_corrupt(self, key: PageKey) -> None:
         """Count a page that failed verification as a miss, and delete it."""

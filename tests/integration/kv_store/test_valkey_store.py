@@ -116,6 +116,31 @@ def test_pages_move_up_to_a_server_that_lost_them(server, admin, tmp_path):
         assert load(store) == ["valkey"] * 6
 
 
+def test_of_two_stores_that_miss_a_chain_the_second_waits_for_the_first(server, admin):
+    flight = {"claim_s": 60.0, "wait_s": PATIENT_S}
+    with (
+        opened(server.url, single_flight=flight) as first,
+        opened(server.url, single_flight=flight) as second,
+    ):
+        assert load(first) == []
+        assert load(first) == [], "it does not wait for itself"
+        assert 0 < admin.pttl(page_name(KEYS[0]) + b":claim") <= 60_000
+        waiting = second.load(KEYS, timeout_s=2 * PATIENT_S)
+        save(first, range(6))
+        assert waiting.result(timeout=2 * PATIENT_S).tiers == ("valkey",) * 6
+        assert second.stats().num_flights_joined > 0
+        assert len(list(valkey_pages(ValkeyAddress(url=server.url)))) == 6, "claims are no pages"
+
+
+def test_a_claim_of_a_store_that_died_lapses(server):
+    flight = {"claim_s": 0.05, "wait_s": PATIENT_S}
+    with opened(server.url, single_flight=flight) as second:
+        with opened(server.url, single_flight=flight) as first:
+            assert load(first) == []
+        assert load(second) == []
+        assert second.stats().num_flights_joined == 0
+
+
 def test_dropping_a_page_takes_its_parts_with_it_and_leaves_the_others(server, admin):
     with opened(server.url) as store:
         save(store, range(3))
