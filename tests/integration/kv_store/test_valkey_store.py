@@ -117,7 +117,7 @@ def test_pages_move_up_to_a_server_that_lost_them(server, admin, tmp_path):
 
 
 def test_of_two_stores_that_miss_a_chain_the_second_waits_for_the_first(server, admin):
-    flight = {"claim_s": 60.0, "wait_s": PATIENT_S}
+    flight = {"claim_s": 60.0, "wait_s": PATIENT_S, "min_pages": 1}
     with (
         opened(server.url, single_flight=flight) as first,
         opened(server.url, single_flight=flight) as second,
