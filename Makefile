@@ -30,7 +30,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu protos reference chart \
-        demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity bench-drafts bench-train bench-kv chaos-kv fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
+        demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity bench-drafts bench-train bench-kv bench-kv-trace chaos-kv fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +137,9 @@ bench-train: plotting ## How fast drafts are trained against this machine's limi
 
 bench-kv: plotting ## Codecs, Valkey and SSD beside their peers and limits; about two minutes
 	$(PY) -m tests.bench.kv
+
+bench-kv-trace: plotting ## What an SSD tier of each size would give on a public trace, beside LRU; a minute
+	$(PY) -m tests.bench.kv.trace
 
 SOAK_MINUTES ?= 20
 

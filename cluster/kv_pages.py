@@ -1,4 +1,4 @@
-"""Pages one by one, as servers and folders hold them. Nothing is changed or counted as use."""
+"""Pages one by one, as servers and folders hold them. Looking changes nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import RequestError
 from kv_store.errors import KVStoreError, TierUnavailableError
-from kv_store.page_format import check_page
-from kv_store.tiers.segment_records import read_pages
+from kv_store.page_format import check_page, read_header
+from kv_store.tiers.segment_records import erase, read_pages
 from kv_store.tiers.valkey_admin import (
     admin_clients,
+    drop_page,
     page_sizes,
     public_address,
     read_page,
@@ -35,6 +36,7 @@ class HeldPage:
         page_hash: hex.
         num_bytes: as stored.
         read: its blob; None if it left meanwhile.
+        drop: forget it, beside the replicas that use it; False if it left meanwhile.
     """
 
     tier: str
@@ -43,6 +45,16 @@ class HeldPage:
     page_hash: str
     num_bytes: int
     read: Callable[[], bytes | None]
+    drop: Callable[[], bool]
+
+    @property
+    def created_s(self) -> float | None:
+        """When it was written, Unix time; None if that cannot be read, or it left."""
+        try:
+            blob = self.read()
+            return None if blob is None else read_header(blob).created_ms / 1000
+        except KVStoreError:
+            return None
 
     @property
     def problem(self) -> str:
@@ -83,6 +95,26 @@ def sum_by_namespace(pages: Iterable[HeldPage]) -> list[NamespaceSum]:
     return sorted(rows, key=lambda row: -row.num_bytes)
 
 
+def select_pages(
+    pages: Iterable[HeldPage], *, namespace: str = "", written_before_s: float | None = None
+) -> Iterator[HeldPage]:
+    """Pages of one namespace, or that are old; a page whose age cannot be read is not old.
+
+    Args:
+        pages: where to look.
+        namespace: the beginning of its id, hex.
+        written_before_s: Unix time; every page is read for it.
+    """
+    for page in pages:
+        if not page.namespace.startswith(namespace.lower()):
+            continue
+        if written_before_s is not None:
+            created_s = page.created_s
+            if created_s is None or created_s >= written_before_s:
+                continue
+        yield page
+
+
 def valkey_pages(address: ValkeyAddress) -> Iterator[HeldPage]:
     """All pages of a server, or of every shard; sizes include the parts of large ones.
 
@@ -102,6 +134,7 @@ def valkey_pages(address: ValkeyAddress) -> Iterator[HeldPage]:
                         page_hash=page_hash,
                         num_bytes=num_bytes,
                         read=partial(read_page, client, name),
+                        drop=partial(drop_page, client, name),
                     )
     except TierUnavailableError as error:
         raise RequestError(f"Valkey at {where}: {error}") from error
@@ -123,6 +156,7 @@ def ssd_pages(root: Path) -> Iterator[HeldPage]:
                     page_hash=key.page_hash.hex(),
                     num_bytes=record.length,
                     read=_tolerant(record.read_blob),
+                    drop=partial(erase, record),
                 )
     except OSError as error:
         raise RequestError(f"{root}: {error}") from error

@@ -98,6 +98,11 @@ LOADS_REFUSED = Metric(
     "paceline_kv_loads_refused_total",
     "Loads from the tier answered empty at once because too many were pending.",
 )
+SINGLE_FLIGHTS = Metric(
+    "paceline_kv_single_flights_total",
+    "Waits for pages that another replica was computing, by whether they came.",
+    ("result",),
+)
 DRAFT_SESSIONS = Metric("paceline_draft_sessions", "Sequences that hold a draft replica.")
 OUTCOME_TABLES = Metric(
     "paceline_outcome_tables_total",

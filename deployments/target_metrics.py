@@ -33,6 +33,7 @@ class TargetMetrics:
         self._queue = new_gauge(names.STORE_QUEUE)
         self._loads_refused = TotalFeed(new_counter(names.LOADS_REFUSED))
         self._tier_pages = LabelledFeeds(names.TIER_PAGES)
+        self._single_flights = LabelledFeeds(names.SINGLE_FLIGHTS)
         self._sessions = new_gauge(names.DRAFT_SESSIONS)
         self._links = new_gauge(names.DRAFT_LINKS)
         self._linked_sessions = new_gauge(names.LINKED_SESSIONS)
@@ -90,12 +91,17 @@ class TargetMetrics:
         """Report the KV tier's snapshot."""
         self._queue.set(stats.num_queued)
         self._loads_refused.update(stats.num_loads_refused)
+        self._single_flights.update("joined", total=stats.num_flights_joined)
+        self._single_flights.update("in_vain", total=stats.num_flights_in_vain)
         self._tier_pages.update("all", "dropped", total=stats.num_dropped)
         self._tier_pages.update("all", "failed", total=stats.num_failed)
+        self._tier_pages.update("all", "move_dropped", total=stats.num_moves_dropped)
         for name, tier in stats.tiers.items():
             self._tier_pages.update(name, "hit", total=tier.num_hits)
             self._tier_pages.update(name, "miss", total=tier.num_misses)
             self._tier_pages.update(name, "put", total=tier.num_puts)
+            self._tier_pages.update(name, "promoted", total=tier.num_promoted)
+            self._tier_pages.update(name, "demoted", total=tier.num_demoted)
             self._tier_pages.update(name, "corrupt", total=tier.num_corrupt)
             self._tier_pages.update(name, "error", total=tier.num_errors)
 

@@ -13,7 +13,7 @@ from kv_store.errors import KVStoreError, PageUnsupportedError
 from kv_store.page_format import decode_page
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from concurrent.futures import Executor
 
     from numpy.typing import NDArray
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kv_store.codecs.base import Codec
     from kv_store.keys import PageKey
     from kv_store.layout import PageLayout
+    from kv_store.single_flight import SingleFlight
     from kv_store.tiers.base import Blob
     from kv_store.tiers.guarded import GuardedTier
 
@@ -50,7 +51,7 @@ class ChainLoader:
         codec: Codec,
         codec_threads: Executor,
         batch_pages: int,
-        promote: Callable[[PageKey, Blob], object] | None,
+        single_flight: SingleFlight | None = None,
     ) -> None:
         """Wire up.
 
@@ -60,14 +61,14 @@ class ChainLoader:
             codec: the one the store writes with; decides which pages may be served.
             codec_threads: verify and decode here, off the event loop.
             batch_pages: pages asked of a tier in one operation.
-            promote: takes a page that was served from below the hottest tier; must not block.
+            single_flight: waits for pages that another replica computes.
         """
         self._tiers = tiers
         self._layout = layout
         self._codecs = readable_codecs(codec)
         self._codec_threads = codec_threads
         self._batch_pages = batch_pages
-        self._promote = promote
+        self._single_flight = single_flight
 
     async def load(
         self, keys: Sequence[PageKey], loaded: list[LoadedPage], deadline: float
@@ -79,7 +80,24 @@ class ChainLoader:
             loaded: grows as pages are verified, so that a caller who gives up keeps what came.
             deadline: on the loop's clock; only divides the waiting among tiers, the caller stops.
         """
-        found = await self._locate(keys, deadline)
+        flight = self._single_flight
+        gives_up_at = flight.gives_up_at(deadline) if flight else 0.0
+        has_joined = False
+        while rest := keys[len(loaded) :]:
+            found = await self._locate(rest, deadline)
+            num_before = len(loaded)
+            await self._take_in(found, loaded)
+            if len(loaded) < num_before + len(found):
+                return
+            rest = rest[len(found) :]
+            if not rest or not flight:
+                return
+            has_joined = await flight.wait_for_first(rest, gives_up_at, has_joined=has_joined)
+            if not has_joined:
+                return
+
+    async def _take_in(self, found: Sequence[_Found], loaded: list[LoadedPage]) -> None:
+        """Fetch and append what was located, up to the first page that does not come."""
         batches = [
             found[start : start + self._batch_pages]
             for start in range(0, len(found), self._batch_pages)
@@ -163,8 +181,6 @@ class ChainLoader:
             await item.tier.discard_corrupt(item.key)
             return None
         item.tier.count_hit()
-        if self._promote is not None and item.tier is not self._tiers[0]:
-            self._promote(item.key, blob)
         return LoadedPage(page, item.tier.name)
 
     def _decode(self, key: PageKey, blob: Blob) -> NDArray[np.uint8]:

@@ -95,7 +95,7 @@ class SsdTierConfig(_TierConfig):
     root: Path
     """Each process that uses it at once claims a sub-folder of its own."""
     budget_bytes: int = Field(default=8 * _GIB, gt=0)
-    """Of one process's sub-folder; beyond it the oldest pages leave that were not read since."""
+    """Of one process's sub-folder; beyond it pages leave that were not read lately."""
     segment_bytes: int = Field(default=256 * _MIB, ge=_MIB)
     """Size of one file, the unit of reclaim; no page may be larger."""
     num_read_threads: int = Field(default=2, ge=1, le=64)
@@ -142,6 +142,34 @@ class WriteBackConfig(_Config):
     """Pages encoded and written together."""
 
 
+class MovesConfig(_Config):
+    """Copies of pages from tier to tier, made behind requests' backs."""
+
+    min_reads: int = Field(default=2, ge=1)
+    """Times a page is served before it is copied into the tiers that lack it."""
+    head_pages: int = Field(default=4, ge=0)
+    """Pages at the head of a chain, which many prompts share, are copied at their first read. So
+    are those without which a tier's pages behind them are of no use."""
+    demote_before_s: float = Field(default=60.0, ge=0)
+    """Seconds before a page's time to live ends at which it is copied to a tier that keeps it, if
+    none does; at most half of that time."""
+    max_pages: int = Field(default=4096, ge=1)
+    """Served pages waiting to be looked after; beyond it they are not copied, and counted."""
+
+
+class SingleFlightConfig(_Config):
+    """Replicas that miss the same pages at once: one computes them, the others wait a little."""
+
+    claim_s: float = Field(default=2.0, gt=0)
+    """Seconds for which the first one is waited for, at most; a dead one costs no more."""
+    wait_s: float = Field(default=0.5, gt=0)
+    """Seconds that one load waits, at most half of ``engine.kv_load_timeout_s``."""
+    poll_s: float = Field(default=0.02, gt=0)
+    """Seconds between two looks."""
+    min_pages: int = Field(default=4, ge=1)
+    """Fewer missing pages are computed at once."""
+
+
 class KVStoreConfig(_Config):
     """One replica's way to the shared pages."""
 
@@ -166,8 +194,10 @@ class KVStoreConfig(_Config):
     """Loads under way at once; one more is answered empty."""
     num_codec_threads: int = Field(default=2, ge=1, le=64)
     """Threads that verify, encode and decode."""
-    is_promoting: bool = True
-    """Copy a page read from a lower tier into the ones above it."""
+    moves: MovesConfig | None = MovesConfig()
+    """When a page is copied from one tier into another; ``null`` copies nothing."""
+    single_flight: SingleFlightConfig | None = None
+    """Whether loads wait for pages that another replica is computing; needs a Valkey tier."""
     close_timeout_s: float = Field(default=5.0, ge=0)
     """Seconds ``close`` waits for queued pages."""
 

@@ -63,6 +63,7 @@ class FaultyTier(KVTier):
 
     def __init__(self, tier: KVTier, plan: FaultPlan) -> None:
         self.name = tier.name
+        self.is_shared = tier.is_shared
         self.plan = plan
         self.num_operations = 0
         self.num_faults = 0
@@ -112,6 +113,15 @@ class FaultyTier(KVTier):
     async def aclose(self) -> None:
         """Close the wrapped tier."""
         await self._tier.aclose()
+
+    async def claim_many(self, keys: Sequence[PageKey], duration_s: float) -> list[bool]:
+        """See ``KVTier``."""
+        await self._before(len(keys))
+        return await self._tier.claim_many(keys, duration_s)
+
+    def life_s(self, key: PageKey) -> float | None:
+        """The wrapped tier's."""
+        return self._tier.life_s(key)
 
     def usage(self) -> TierUsage:
         """The wrapped tier's."""

@@ -35,6 +35,8 @@ class TierStats:
 
     Attributes:
         num_pages: -1 where only the server knows (ask it through ``paceline kv``).
+        num_promoted: pages copied here from a lower tier, behind requests' backs.
+        num_demoted: likewise, from a tier above.
         is_open: whether the breaker lets requests through.
     """
 
@@ -44,6 +46,8 @@ class TierStats:
     num_hits: int = 0
     num_misses: int = 0
     num_puts: int = 0
+    num_promoted: int = 0
+    num_demoted: int = 0
     num_corrupt: int = 0
     num_errors: int = 0
     is_open: bool = True
@@ -58,6 +62,9 @@ class PageStoreStats:
         num_queued: pages waiting to be written.
         num_failed: pages taken from the queue that no tier accepted.
         num_loads_refused: loads answered empty at once because too many were pending.
+        num_flights_joined: times that a load got a page because it waited for another replica.
+        num_flights_in_vain: times that it waited, or would have had to, and computes itself.
+        num_moves_dropped: served pages that were not looked up in other tiers, as too many waited.
     """
 
     num_loaded: int = 0
@@ -66,6 +73,9 @@ class PageStoreStats:
     num_queued: int = 0
     num_failed: int = 0
     num_loads_refused: int = 0
+    num_moves_dropped: int = 0
+    num_flights_joined: int = 0
+    num_flights_in_vain: int = 0
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
 
 
@@ -103,7 +113,11 @@ class PageStore(ABC):
 
     @abstractmethod
     def flush(self, timeout_s: float) -> bool:
-        """Wait until every queued page was written or dropped; False on time-out. For shutdown."""
+        """Wait until every queued page was written or dropped, and those served were looked after.
+
+        Returns:
+            False on time-out.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -14,7 +14,9 @@ from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from kv_store.chain_loader import ChainLoader, LoadedPage
+from kv_store.page_mover import PageMover
 from kv_store.page_store import LoadedPages, PageStore, PageStoreStats
+from kv_store.single_flight import SingleFlight
 from kv_store.write_back import PageWriter, PendingWrite, WriteBackQueue
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from kv_store.config import KVStoreConfig
     from kv_store.keys import PageKey
     from kv_store.layout import PageLayout
-    from kv_store.tiers.base import Blob
     from kv_store.tiers.guarded import GuardedTier
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,15 @@ class TieredPageStore(PageStore):
         self._codec_threads = ThreadPoolExecutor(
             config.num_codec_threads, thread_name_prefix="kv-codec"
         )
+        self._mover: PageMover | None = None
+        if config.moves is not None and len(tiers) > 1:
+            self._mover = PageMover(
+                tiers=tiers,
+                config=config.moves,
+                codec_threads=self._codec_threads,
+                batch_pages=config.load_batch_pages,
+                clock=time.monotonic,
+            )
         self._writer = PageWriter(
             queue=self._queue,
             tiers=tiers,
@@ -79,14 +89,19 @@ class TieredPageStore(PageStore):
             codec=codec,
             codec_threads=self._codec_threads,
             batch_pages=config.write_back.batch_pages,
+            on_written=self._mover.written if self._mover else None,
         )
+        shared = next((tier for tier in tiers if tier.is_shared), None)
+        self._flight: SingleFlight | None = None
+        if config.single_flight is not None and shared is not None:
+            self._flight = SingleFlight(shared, config.single_flight, clock=time.monotonic)
         self._loader = ChainLoader(
             tiers=tiers,
             layout=layout,
             codec=codec,
             codec_threads=self._codec_threads,
             batch_pages=config.load_batch_pages,
-            promote=self._promote if config.is_promoting and len(tiers) > 1 else None,
+            single_flight=self._flight,
         )
         self._lock = threading.Lock()  # guards the four below
         self._is_closed = False
@@ -147,12 +162,18 @@ class TieredPageStore(PageStore):
             num_queued=self._queue.num_queued,
             num_failed=self._writer.num_failed,
             num_loads_refused=self._num_refused,
+            num_flights_joined=self._flight.num_joined if self._flight else 0,
+            num_flights_in_vain=self._flight.num_in_vain if self._flight else 0,
+            num_moves_dropped=self._mover.num_dropped if self._mover else 0,
             tiers={tier.name: tier.stats() for tier in self._tiers},
         )
 
     def flush(self, timeout_s: float) -> bool:
         """See ``PageStore``."""
-        return self._queue.wait_until_empty(timeout_s)
+        ends_at = time.monotonic() + timeout_s
+        if not self._queue.wait_until_empty(timeout_s):
+            return False
+        return self._mover is None or self._mover.wait_until_idle(ends_at - time.monotonic())
 
     def close(self) -> None:
         """See ``PageStore``."""
@@ -160,7 +181,7 @@ class TieredPageStore(PageStore):
             if self._is_closed:
                 return
             self._is_closed = True
-        self.flush(self._close_timeout_s)
+        self._queue.wait_until_empty(self._close_timeout_s)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._codec_threads.shutdown()
@@ -170,6 +191,8 @@ class TieredPageStore(PageStore):
         """The IO thread."""
         asyncio.set_event_loop(self._loop)
         self._spawn(self._loop.create_task(self._writer.run(), name="kv-write-back"))
+        if self._mover is not None:
+            self._spawn(self._loop.create_task(self._mover.run(), name="kv-moves"))
         try:
             self._loop.run_forever()
             self._loop.run_until_complete(self._shut_down())
@@ -221,6 +244,8 @@ class TieredPageStore(PageStore):
         except Exception:
             logger.exception("a load of %d pages failed after %d", len(keys), len(loaded))
         finally:
+            if self._mover is not None:
+                self._mover.served(keys[: len(loaded)], [page.tier for page in loaded])
             self._resolve(future, loaded)
 
     def _resolve(self, future: Future[LoadedPages], loaded: Sequence[LoadedPage]) -> None:
@@ -230,11 +255,6 @@ class TieredPageStore(PageStore):
         future.set_result(
             LoadedPages(tuple(page.page for page in loaded), tuple(page.tier for page in loaded))
         )
-
-    def _promote(self, key: PageKey, blob: Blob) -> None:
-        """Queue a page that was found in a lower tier; the writer skips tiers that have it."""
-        if self._queue.put(PendingWrite(key, blob)):
-            self._writer.wake()
 
     def _spawn(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)

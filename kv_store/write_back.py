@@ -9,14 +9,13 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from kv_store.page_format import encode_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Executor
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from kv_store.codecs.base import Codec
@@ -29,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 class PendingWrite(NamedTuple):
-    """A page to be written: an array still has to be encoded, a blob is ready."""
+    """A page to be written."""
 
     key: PageKey
-    payload: NDArray[np.uint8] | Blob
+    page: NDArray[np.uint8]
 
     @property
     def num_bytes(self) -> int:
         """Memory it holds."""
-        return len(self.payload)
+        return self.page.nbytes
 
 
 class WriteBackQueue:
@@ -108,6 +107,7 @@ class PageWriter:
         codec: Codec,
         codec_threads: Executor,
         batch_pages: int,
+        on_written: Callable[[PageKey, Sequence[GuardedTier]], object] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Wire up.
@@ -119,6 +119,7 @@ class PageWriter:
             codec: packs pages.
             codec_threads: encode here, off the event loop.
             batch_pages: pages written together.
+            on_written: told of each page that was written, and of the tiers that hold it.
             clock: Unix seconds, for the creation time in each page.
         """
         self._queue = queue
@@ -127,6 +128,7 @@ class PageWriter:
         self._codec = codec
         self._codec_threads = codec_threads
         self._batch_pages = batch_pages
+        self._on_written = on_written
         self._clock = clock
         self._wake = asyncio.Event()
         self.num_saved = 0
@@ -179,14 +181,20 @@ class PageWriter:
             accepted = await tier.put(items)
             return {key for (key, _), ok in zip(items, accepted, strict=True) if ok}
 
-        written = set().union(*await asyncio.gather(*map(put, tiers, present)))
+        accepted = await asyncio.gather(*map(put, tiers, present))
+        written = set().union(*accepted)
         self.num_saved += len(written)
         self.num_failed += len(ready) - len(written)
+        if self._on_written is None:
+            return
+        for index, key in enumerate(keys):
+            holders = [
+                tier
+                for tier, held, new in zip(tiers, present, accepted, strict=True)
+                if held[index] or key in new
+            ]
+            self._on_written(key, holders)
 
     def _encode(self, write: PendingWrite) -> Blob:
-        if not isinstance(write.payload, np.ndarray):
-            return write.payload
         created_ms = int(self._clock() * 1000)
-        return encode_page(
-            write.key, write.payload, self._layout, self._codec, created_ms=created_ms
-        )
+        return encode_page(write.key, write.page, self._layout, self._codec, created_ms=created_ms)

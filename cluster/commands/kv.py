@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,9 +21,16 @@ from cluster.commands.options import (  # noqa: TC001 - typer reads them at run 
 )
 from cluster.config_loader import load_config
 from cluster.console import out, steps
-from cluster.errors import NoClusterError
+from cluster.errors import ConfigError, NoClusterError, RequestError
 from cluster.hot_tier import cluster_valkey
-from cluster.kv_pages import HeldPage, ssd_pages, sum_by_namespace, valkey_pages
+from cluster.kv_pages import (
+    HeldPage,
+    NamespaceSum,
+    select_pages,
+    ssd_pages,
+    sum_by_namespace,
+    valkey_pages,
+)
 from cluster.kv_usage import SsdUsage, ValkeyUsage, ssd_usage, valkey_usage
 from cluster.state import default_state_dir, find_cluster
 from kv_store.config import KVStoreConfig, SsdTierConfig, ValkeyTierConfig
@@ -36,7 +44,7 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 _REPORT = Path("build/reports/kv_calibration.json")
 
-app = typer.Typer(help="Look at the shared KV pages.", invoke_without_command=True)
+app = typer.Typer(help="Look at the shared KV pages, and drop them.", invoke_without_command=True)
 
 
 @app.callback()
@@ -82,11 +90,7 @@ def ls(
     if as_json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
         return
-    table = Table("tier", "where", "namespace", "pages", "MiB")
-    for row in rows:
-        size = f"{row.num_bytes / _MIB:.1f}"
-        table.add_row(row.tier, row.where, row.namespace, str(row.num_pages), size)
-    out.print(table)
+    out.print(_sums(rows))
 
 
 @app.command("verify")
@@ -112,6 +116,44 @@ def verify(
         out.print(f"{num_pages} pages, {len(problems)} of them unreadable")
     if problems:
         raise typer.Exit(1)
+
+
+@app.command("drop")
+def drop(
+    config: ConfigOption = None,
+    cluster: ClusterOption = None,
+    namespace: Annotated[
+        str, typer.Option(help="Of one tenant, model and fidelity: the beginning of its id in ls.")
+    ] = "",
+    older_than: Annotated[
+        float | None, typer.Option(min=0, help="Hours since pages were written, at least.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All pages.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Drop them, do not only say which.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Forget pages in every tier, beside the replicas that use them; without --yes only say which.
+
+    On disk their bytes are overwritten. Replicas find a miss, and compute. Pages that are encrypted
+    at rest do not tell their age.
+    """
+    if not (namespace or older_than is not None or everything):
+        raise ConfigError(("say which pages: --namespace, --older-than or --all",))
+    before_s = None if older_than is None else time.time() - 3600 * older_than
+    dropped: list[HeldPage] = []
+    chosen = select_pages(_pages(config, cluster), namespace=namespace, written_before_s=before_s)
+    try:
+        dropped.extend(page for page in chosen if not yes or page.drop())
+    except OSError as error:
+        raise RequestError(f"after {len(dropped)} pages: {error}") from error
+    rows = sum_by_namespace(dropped)
+    if as_json:
+        document = {"dropped": yes, "pages": [asdict(row) for row in rows]}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        return
+    out.print(_sums(rows))
+    verdict = "dropped" if yes else "would be dropped; --yes drops them"
+    out.print(f"{len(dropped)} pages {verdict}")
 
 
 @app.command("calibrate")
@@ -153,6 +195,14 @@ def calibrate(
     out.print(table)
     out.print(f"kept for replicas: {kept}")
     out.print(f"written: {report}" + (f" and {picture}" if has_picture else ""))
+
+
+def _sums(rows: list[NamespaceSum]) -> Table:
+    table = Table("tier", "where", "namespace", "pages", "MiB")
+    for row in rows:
+        size = f"{row.num_bytes / _MIB:.1f}"
+        table.add_row(row.tier, row.where, row.namespace, str(row.num_pages), size)
+    return table
 
 
 def _pages(config: Path | None, cluster: str | None) -> Iterator[HeldPage]:

@@ -55,6 +55,25 @@ class KVTier(ABC):
     async def aclose(self) -> None:
         """Release everything. Idempotent; later calls of other methods raise."""
 
+    is_shared: bool = False
+    """Whether other replicas see what is put here, so that ``claim_many`` means something."""
+
+    async def claim_many(self, keys: Sequence[PageKey], duration_s: float) -> list[bool]:
+        """Take the right to compute pages, for a while.
+
+        Returns:
+            In order, False where another store has taken it and its time is not over.
+        """
+        return [True] * len(keys)
+
+    def life_s(self, key: PageKey) -> float | None:
+        """Seconds that a page is kept after it was put or read; None if there is no such limit.
+
+        Args:
+            key: of the page.
+        """
+        return None
+
     def usage(self) -> TierUsage:
         """What the tier holds now, without any wait."""
         return TierUsage()

@@ -47,6 +47,7 @@ class GuardedTier:
             max_inflight: operations under way at once; more wait for their turn.
         """
         self.name = tier.name
+        self.is_shared = tier.is_shared
         self._tier = tier
         self._timeout_s = operation_timeout_s
         self._reads = make_breaker()
@@ -54,12 +55,16 @@ class GuardedTier:
         self._slots = asyncio.Semaphore(max_inflight)
         self._tasks: set[asyncio.Task[object]] = set()
         self._num_hits = self._num_misses = self._num_puts = 0
-        self._num_corrupt = self._num_errors = 0
+        self._num_corrupt = self._num_errors = self._num_promoted = self._num_demoted = 0
 
     @property
     def is_writable(self) -> bool:
         """Whether a put would be tried now."""
         return not self._writes.is_blocking
+
+    def life_s(self, key: PageKey) -> float | None:
+        """See ``KVTier``."""
+        return self._tier.life_s(key)
 
     async def contains(
         self, keys: Sequence[PageKey], *, patience_s: float | None = None
@@ -81,6 +86,13 @@ class GuardedTier:
         self._num_puts += held.count(True)
         return held
 
+    async def claim(self, keys: Sequence[PageKey], duration_s: float) -> list[bool]:
+        """See ``KVTier.claim_many``; all True if the tier fails: nobody shall wait for it."""
+        if not keys:
+            return []
+        claimed = await self._run(lambda: self._tier.claim_many(keys, duration_s), self._writes)
+        return [True] * len(keys) if claimed is None else claimed
+
     async def discard_corrupt(self, key: PageKey) -> None:
         """Count a page that failed verification as a miss, and delete it."""
         self._num_corrupt += 1
@@ -95,6 +107,13 @@ class GuardedTier:
         """Pages asked of this tier that it could not give."""
         self._num_misses += num_pages
 
+    def count_moved(self, num_pages: int, *, is_up: bool) -> None:
+        """Pages were copied here from another tier."""
+        if is_up:
+            self._num_promoted += num_pages
+        else:
+            self._num_demoted += num_pages
+
     def stats(self) -> TierStats:
         """A snapshot."""
         usage = self._tier.usage()
@@ -105,6 +124,8 @@ class GuardedTier:
             num_hits=self._num_hits,
             num_misses=self._num_misses,
             num_puts=self._num_puts,
+            num_promoted=self._num_promoted,
+            num_demoted=self._num_demoted,
             num_corrupt=self._num_corrupt,
             num_errors=self._num_errors,
             is_open=self._reads.is_closed,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from kv_store.tiers.base import Blob
 
-_MAGIC = b"KVM1"
+MAGIC = b"KVM1"
 _HEADER = struct.Struct("<4sIQ")
 _LENGTH = struct.Struct("<I")
 _MAX_PARTS = 4096
@@ -59,7 +59,7 @@ class Manifest(NamedTuple):
 
     def pack(self) -> bytes:
         """As stored."""
-        return _HEADER.pack(_MAGIC, len(self.lengths), self.digest) + self._body
+        return _HEADER.pack(MAGIC, len(self.lengths), self.digest) + self._body
 
     def part_names(self, name: bytes) -> list[bytes]:
         """Names of the parts of the blob that is called ``name``; in a cluster, beside it."""
@@ -69,7 +69,7 @@ class Manifest(NamedTuple):
 
 def is_split(blob: Blob, max_bytes: int) -> bool:
     """Whether a blob must be stored in parts: too long, or it looks like a manifest itself."""
-    return len(blob) > max_bytes or bytes(blob[: len(_MAGIC)]) == _MAGIC
+    return len(blob) > max_bytes or bytes(blob[: len(MAGIC)]) == MAGIC
 
 
 def split(blob: Blob, cuts: Sequence[int], max_bytes: int) -> tuple[Manifest, list[memoryview]]:
@@ -105,7 +105,7 @@ def read_manifest(value: Blob) -> Manifest | None:
         return None
     magic, count, digest = _HEADER.unpack_from(value)
     head = _HEADER.size + _LENGTH.size * count
-    if magic != _MAGIC or count > _MAX_PARTS or len(value) < head:
+    if magic != MAGIC or count > _MAX_PARTS or len(value) < head:
         return None
     lengths = struct.unpack_from(f"<{count}I", value, _HEADER.size)
     manifest = Manifest(bytes(value[head:]), lengths)

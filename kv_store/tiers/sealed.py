@@ -69,6 +69,7 @@ class SealedTier(KVTier):
         if len(secret) != KEY_BYTES:
             raise ValueError(f"an encryption key has {KEY_BYTES} bytes, not {len(secret)}")
         self.name = tier.name
+        self.is_shared = tier.is_shared
         self._tier = tier
         self._secret = secret
         self._namespaces: dict[bytes, _Derived] = {}
@@ -99,6 +100,14 @@ class SealedTier(KVTier):
         self._is_closed = True
         await self._tier.aclose()
         self._threads.shutdown(wait=False)
+
+    async def claim_many(self, keys: Sequence[PageKey], duration_s: float) -> list[bool]:
+        """See ``KVTier``."""
+        return await self._tier.claim_many(self._outer(keys), duration_s)
+
+    def life_s(self, key: PageKey) -> float | None:
+        """The wrapped tier's."""
+        return self._tier.life_s(key)
 
     def usage(self) -> TierUsage:
         """The wrapped tier's."""

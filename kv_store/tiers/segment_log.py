@@ -5,10 +5,8 @@ and in each file stops at the first that does not hold: a torn tail is cut off. 
 since a cache may lose; a blob whose bytes never reached the disk is found out by the page's own
 checksum.
 
-Space is reclaimed a whole file at a time, oldest first. Pages of that file that were read since
-they were written move to the log's end, those read most often first, up to a quarter of a file; a
-move costs a page one of its reads. So what is used stays and what was read once leaves at last,
-without the bookkeeping of an order of use (after Yang et al., S3-FIFO, SOSP 2023).
+Space is reclaimed a whole file at a time; which one, and what of it is written anew, is for
+``reclaim`` to say. Files of its two queues are told apart by their names.
 """
 
 from __future__ import annotations
@@ -16,15 +14,16 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from kv_store.tiers.base import Blob, TierUsage
 from kv_store.tiers.buffers import BufferPool
 from kv_store.tiers.direct_io import DirectIO
+from kv_store.tiers.reclaim import Queue, ReclaimPolicy
 from kv_store.tiers.segment_records import (
-    DELETED,
+    ALIGNMENT,
     RECORD_HEADER_BYTES,
+    pack_deleted,
     pack_record,
     parse_header,
     read_records,
@@ -32,12 +31,12 @@ from kv_store.tiers.segment_records import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from kv_store.keys import PageKey
 
-_MAX_READS = 3
-_MOVED_SHARE = 4
+_SUFFIXES = {Queue.PROBATION: "", Queue.MAIN: "-main"}
 
 
 class _Location(NamedTuple):
@@ -46,11 +45,9 @@ class _Location(NamedTuple):
     length: int
 
 
-@dataclass(slots=True)
-class _Segment:
-    path: Path
-    num_bytes: int = 0
-    keys: list[PageKey] = field(default_factory=list)
+class _ActiveFile(NamedTuple):
+    segment: int
+    fd: int
 
 
 class SegmentLog:
@@ -72,12 +69,11 @@ class SegmentLog:
         self._segment_bytes = segment_bytes
         self._io = DirectIO()
         self._buffers = BufferPool()
-        self._lock = threading.Lock()  # guards the four below; never held during IO
+        self._lock = threading.Lock()  # guards the three below; never held during IO
+        self._policy = ReclaimPolicy(budget_bytes=budget_bytes, segment_bytes=segment_bytes)
         self._index: dict[PageKey, _Location] = {}
-        self._num_reads: dict[PageKey, int] = {}  # since written, up to a bound
-        self._segments: dict[int, _Segment] = {}  # in order of age
-        self._num_bytes = 0
-        self._active_fd: int | None = None
+        self._paths: dict[int, Path] = {}
+        self._active: dict[Queue, _ActiveFile] = {}
         self._next_segment = 0
         for path in sorted(folder.glob("segment-*.log")):
             self._load_segment(path)
@@ -98,8 +94,8 @@ class SegmentLog:
             location = self._index.get(key)
             if location is None:
                 return None
-            path = self._segments[location.segment].path
-            self._num_reads[key] = min(_MAX_READS, self._num_reads.get(key, 0) + 1)
+            path = self._paths[location.segment]
+            self._policy.read(key)
         return self._read_record(path, key, location)
 
     def append(self, key: PageKey, blob: Blob) -> bool:
@@ -112,10 +108,8 @@ class SegmentLog:
             return True
         if record_bytes(len(blob)) > self._segment_bytes:
             return False
-        number, offset = self._write(key, blob, flags=0)
-        with self._lock:
-            self._index[key] = _Location(number, offset, len(blob))
-            self._segments[number].keys.append(key)
+        self._reclaim(record_bytes(len(blob)))
+        self._write(key, blob, self._policy.queue_for(key))
         return True
 
     def delete(self, key: PageKey) -> bool:
@@ -125,22 +119,32 @@ class SegmentLog:
             OSError: it is forgotten, but may come back after a restart.
         """
         with self._lock:
-            if self._index.pop(key, None) is None:
+            location = self._index.pop(key, None)
+            if location is None:
                 return False
-            self._num_reads.pop(key, None)
-        self._write(key, b"", flags=DELETED)
+            path = self._paths[location.segment]
+            self._policy.deleted(key)
+        block = self._buffers.take(ALIGNMENT)
+        pack_deleted(block, key, location.length)
+        try:
+            fd = self._io.open(path, os.O_WRONLY)
+        except FileNotFoundError:
+            return True  # somebody has cleaned up behind our back
+        try:
+            self._io.write(fd, block, location.offset)
+        finally:
+            os.close(fd)
         return True
 
     def usage(self) -> TierUsage:
         """Blobs held, and bytes of all files."""
         with self._lock:
-            return TierUsage(len(self._index), self._num_bytes)
+            return TierUsage(len(self._index), self._policy.num_bytes)
 
     def close(self) -> None:
-        """Close the file that is being written. Idempotent."""
-        if self._active_fd is not None:
-            os.close(self._active_fd)
-            self._active_fd = None
+        """Close the files that are being written. Idempotent."""
+        for queue in list(self._active):
+            self._close_active(queue)
 
     def _read_record(self, path: Path, key: PageKey, location: _Location) -> Blob | None:
         """The blob at a place; None, and forgotten, if it is not this key's."""
@@ -160,135 +164,115 @@ class SegmentLog:
             return None
         return record[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + location.length].toreadonly()
 
-    def _write(self, key: PageKey, blob: Blob, *, flags: int) -> tuple[int, int]:
-        """Append one record, once there is room; returns its segment and offset."""
-        self._reclaim(record_bytes(len(blob)))
-        return self._write_record(key, blob, flags=flags)
-
-    def _write_record(self, key: PageKey, blob: Blob, *, flags: int) -> tuple[int, int]:
+    def _write(self, key: PageKey, blob: Blob, queue: Queue) -> None:
+        """Append a page to a queue, and then publish it."""
         size = record_bytes(len(blob))
-        fd = self._active_fd
-        if fd is None or self._segments[self._active].num_bytes + size > self._segment_bytes:
-            fd = self._roll()
-        segment = self._segments[self._active]
+        number, fd = self._active.get(queue) or self._roll(queue)
+        if self._policy.segment_bytes(number) + size > self._segment_bytes:
+            number, fd = self._roll(queue)
         record = self._buffers.take(size)
-        pack_record(record, key, blob, flags=flags)
-        offset = segment.num_bytes
+        pack_record(record, key, blob)
+        offset = self._policy.segment_bytes(number)
         try:
             num_written = self._io.write(fd, record, offset)
         except OSError:
-            self._abandon(segment, offset)
+            self._abandon(queue, offset)
             raise
         if num_written != size:
-            self._abandon(segment, offset)
+            self._abandon(queue, offset)
             raise OSError(errno.ENOSPC, "the file system took only a part of a record")
         with self._lock:
-            segment.num_bytes += size
-            self._num_bytes += size
-        return self._active, offset
+            self._policy.wrote(number, key, size)
+            self._index[key] = _Location(number, offset, len(blob))
 
-    @property
-    def _active(self) -> int:
-        return self._next_segment - 1
-
-    def _abandon(self, segment: _Segment, num_bytes: int) -> None:
-        """Keep only the first ``num_bytes`` of the active file, and write no more to it.
+    def _abandon(self, queue: Queue, num_bytes: int) -> None:
+        """Keep only the first ``num_bytes`` of a queue's file, and write no more to it.
 
         A start would not look behind a torn record, so nothing may follow one.
         """
-        number = self._active
-        self.close()
+        number = self._active[queue].segment
+        self._close_active(queue)
         if num_bytes > 0:
-            os.truncate(segment.path, num_bytes)
+            os.truncate(self._paths[number], num_bytes)
             return
         with self._lock:
-            del self._segments[number]
-        segment.path.unlink(missing_ok=True)
+            self._policy.forget(number)
+            path = self._paths.pop(number)
+        path.unlink(missing_ok=True)
 
-    def _roll(self) -> int:
-        """Begin a new segment file."""
-        self.close()
-        path = self._folder / f"segment-{self._next_segment:010}.log"
-        fd = self._active_fd = self._io.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    def _roll(self, queue: Queue) -> _ActiveFile:
+        """Begin a new segment file of a queue."""
+        self._close_active(queue)
+        number = self._next_segment
+        path = self._folder / f"segment-{number:010}{_SUFFIXES[queue]}.log"
+        fd = self._io.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        self._next_segment += 1
+        active = self._active[queue] = _ActiveFile(number, fd)
         with self._lock:
-            self._segments[self._next_segment] = _Segment(path)
-            self._next_segment += 1
-        return fd
+            self._policy.begin(number, queue)
+            self._paths[number] = path
+        return active
+
+    def _close_active(self, queue: Queue) -> None:
+        active = self._active.pop(queue, None)
+        if active is not None:
+            os.close(active.fd)
 
     def _reclaim(self, num_wanted: int) -> None:
-        """Remove the oldest files until the budget has room."""
-        while self._segments and self._num_bytes + num_wanted > self._budget_bytes:
-            number = next(iter(self._segments))
-            segment = self._segments[number]
+        """Remove files until the budget has room."""
+        while self._policy.num_bytes + num_wanted > self._budget_bytes:
+            number = self._policy.victim()
+            if number is None:
+                return
+            for queue, active in list(self._active.items()):
+                if active.segment == number:
+                    self._close_active(queue)
             with self._lock:
-                self._num_bytes -= segment.num_bytes
-            if number == self._active:
-                self.close()
-            else:
-                self._move_read_pages(number, segment)
-            segment.path.unlink(missing_ok=True)  # a reader that comes late finds a miss
+                self._policy.detach(number)
+                survivors = [(key, self._index[key]) for key in self._policy.survivors(number)]
+            self._move(self._paths[number], survivors)
+            self._paths[number].unlink(missing_ok=True)  # a reader that comes late finds a miss
             with self._lock:
-                del self._segments[number]
-                for key in segment.keys:
-                    location = self._index.get(key)
-                    if location is not None and location.segment == number:
-                        del self._index[key]
-                        self._num_reads.pop(key, None)
+                del self._paths[number]
+                for key in self._policy.forget(number):
+                    del self._index[key]
 
-    def _move_read_pages(self, number: int, segment: _Segment) -> None:
-        """Append what was read of a file that is about to go."""
-        with self._lock:
-            candidates = [
-                (self._num_reads[key], key, location)
-                for key in dict.fromkeys(segment.keys)
-                if key in self._num_reads
-                and (location := self._index.get(key)) is not None
-                and location.segment == number
-            ]
-        candidates.sort(key=lambda candidate: -candidate[0])
-        room = self._segment_bytes // _MOVED_SHARE
-        for num_reads, key, location in candidates:
-            size = record_bytes(location.length)
-            if size > room:
-                continue
+    def _move(self, path: Path, pages: Sequence[tuple[PageKey, _Location]]) -> None:
+        """Write pages of a file that is about to go once more."""
+        for key, location in pages:
             try:
-                blob = self._read_record(segment.path, key, location)
-                if blob is None:
-                    continue
-                new_number, offset = self._write_record(key, blob, flags=0)
+                blob = self._read_record(path, key, location)
+                if blob is not None:
+                    self._write(key, blob, Queue.MAIN)
             except OSError:
                 return  # a cache may lose; the write that needs the room will say what is wrong
-            room -= size
-            with self._lock:
-                self._index[key] = _Location(new_number, offset, location.length)
-                self._segments[new_number].keys.append(key)
-                self._num_reads[key] = num_reads - 1
-                if num_reads == 1:
-                    del self._num_reads[key]
 
     def _forget(self, key: PageKey, location: _Location) -> None:
         with self._lock:
             if self._index.get(key) == location:
                 del self._index[key]
-                self._num_reads.pop(key, None)
+                self._policy.deleted(key)
 
     def _load_segment(self, path: Path) -> None:
         """Read one file's headers; cut off its torn tail."""
-        number = int(path.stem.removeprefix("segment-"))
-        segment = _Segment(path)
+        name = path.stem.removeprefix("segment-")
+        queue = Queue.MAIN if name.endswith(_SUFFIXES[Queue.MAIN]) else Queue.PROBATION
+        number = int(name.removesuffix(_SUFFIXES[Queue.MAIN]))
         file_bytes = path.stat().st_size
+        self._next_segment = number + 1
+        self._policy.begin(number, queue)
         for record in read_records(path):
+            self._policy.wrote(number, record.key, record_bytes(record.length))
             if record.is_deleted:
+                self._policy.deleted(record.key)
                 self._index.pop(record.key, None)
             else:
                 self._index[record.key] = _Location(number, record.offset, record.length)
-                segment.keys.append(record.key)
-            segment.num_bytes = record.offset + record_bytes(record.length)
-        self._next_segment = number + 1
-        if segment.num_bytes == 0:
+        num_bytes = self._policy.segment_bytes(number)
+        if num_bytes == 0:
+            self._policy.forget(number)
             path.unlink()
             return
-        if segment.num_bytes < file_bytes:
-            os.truncate(path, segment.num_bytes)
-        self._segments[number] = segment
-        self._num_bytes += segment.num_bytes
+        if num_bytes < file_bytes:
+            os.truncate(path, num_bytes)
+        self._paths[number] = path

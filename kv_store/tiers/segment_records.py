@@ -4,10 +4,10 @@ record = header (128 bytes) || blob || zeros up to a multiple of 4 KiB
 
 offset  size  type     header field
 0       4     bytes    magic "KVR1"
-4       2     u16      flags: 1 = the key was deleted here, no blob follows
+4       2     u16      flags: 1 = deleted since; the blob is no longer there, its room is
 6       2     u16      reserved, 0
 8       4     u32      index of the page in its chain
-12      4     u32      blob bytes
+12      4     u32      bytes of the blob, or of its room
 16      16    bytes    namespace id
 32      32    bytes    page hash
 64      60    -        reserved, 0
@@ -16,6 +16,7 @@ offset  size  type     header field
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 4096
 RECORD_HEADER_BYTES = 128
-DELETED = 1
 
+_DELETED = 1
 _MAGIC = b"KVR1"
 _HEADER = struct.Struct("<4sHHII16s32s60x")
 _CRC = struct.Struct("<I")
@@ -70,20 +71,35 @@ def record_bytes(blob_bytes: int) -> int:
     return -(-(RECORD_HEADER_BYTES + blob_bytes) // ALIGNMENT) * ALIGNMENT
 
 
-def pack_record(target: memoryview, key: PageKey, blob: Blob, *, flags: int) -> None:
+def pack_record(target: memoryview, key: PageKey, blob: Blob) -> None:
     """Fill a whole record.
 
     Args:
         target: [record_bytes(len(blob))].
         key: the page's.
         blob: what is stored.
-        flags: 0 or ``DELETED``.
     """
     end = RECORD_HEADER_BYTES + len(blob)
-    _HEADER.pack_into(target, 0, _MAGIC, flags, 0, key.index, len(blob), *key[:2])
-    _CRC.pack_into(target, _HEADER.size, zlib.crc32(target[: _HEADER.size]))
+    _pack_header(target, key, len(blob), flags=0)
     target[RECORD_HEADER_BYTES:end] = blob
     target[end:] = bytes(len(target) - end)
+
+
+def pack_deleted(target: memoryview, key: PageKey, length: int) -> None:
+    """Fill what takes the place of a deleted record's beginning.
+
+    Args:
+        target: [ALIGNMENT].
+        key: the page's.
+        length: of the blob that was there, so that the next record is still found.
+    """
+    _pack_header(target, key, length, flags=_DELETED)
+    target[RECORD_HEADER_BYTES:] = bytes(len(target) - RECORD_HEADER_BYTES)
+
+
+def _pack_header(target: memoryview, key: PageKey, length: int, *, flags: int) -> None:
+    _HEADER.pack_into(target, 0, _MAGIC, flags, 0, key.index, length, *key[:2])
+    _CRC.pack_into(target, _HEADER.size, zlib.crc32(target[: _HEADER.size]))
 
 
 def parse_header(record: bytes | memoryview) -> RecordHeader | None:
@@ -94,7 +110,7 @@ def parse_header(record: bytes | memoryview) -> RecordHeader | None:
     if record[:4] != _MAGIC or checksum != zlib.crc32(memoryview(record)[: _HEADER.size]):
         return None
     _, flags, _, index, length, namespace_id, page_hash = _HEADER.unpack_from(record)
-    return RecordHeader(PageKey(namespace_id, page_hash, index), bool(flags & DELETED), length)
+    return RecordHeader(PageKey(namespace_id, page_hash, index), bool(flags & _DELETED), length)
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -113,6 +129,32 @@ def read_records(path: Path) -> Iterator[Record]:
                 return
             yield Record(*header, path, offset)
             offset += record_bytes(header.length)
+
+
+def erase(record: Record) -> bool:
+    """Delete a page and overwrite its bytes, beside whoever uses the folder; False if it has left.
+
+    Its owner, and every later start, finds a deleted record and so a miss.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    try:
+        file = record.path.open("r+b", buffering=0)
+    except FileNotFoundError:
+        return False
+    with file:
+        file.seek(record.offset)
+        if parse_header(file.read(RECORD_HEADER_BYTES)) != record[:3]:
+            return False  # another file has got this name
+        zeros = memoryview(bytearray(record_bytes(record.length)))
+        pack_deleted(zeros[:ALIGNMENT], record.key, record.length)
+        # First what makes it a miss: what follows would be found corrupt, and be counted.
+        for start, end in ((0, ALIGNMENT), (ALIGNMENT, len(zeros))):
+            file.seek(record.offset + start)
+            file.write(zeros[start:end])
+        os.fsync(file.fileno())
+    return True
 
 
 def read_pages(folder: Path) -> dict[PageKey, Record]:

@@ -11,6 +11,7 @@ Blocking IO in threads of its own, one connection each; page bytes are never cop
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections import defaultdict
 from functools import partial
@@ -85,6 +86,8 @@ class ValkeyTier(KVTier):
             ValueError: not an address of these kinds.
         """
         self.name = name
+        self.is_shared = True
+        self._owner = secrets.token_hex(8).encode()
         self._ttl_s = ttl_s
         self._ttl_head_boost = ttl_head_boost
         self._operation_timeout_s = operation_timeout_s
@@ -120,6 +123,16 @@ class ValkeyTier(KVTier):
         names = [page_name(key) for key in keys]
         existed = await self._run(Exchange.delete, names, names, miss=False, is_shared=False)
         return existed.count(True)
+
+    async def claim_many(self, keys: Sequence[PageKey], duration_s: float) -> list[bool]:
+        """See ``KVTier``."""
+        names = [page_name(key) for key in keys]
+        claim = partial(Exchange.claim, owner=self._owner, duration_ms=int(1000 * duration_s) or 1)
+        return await self._run(claim, names, names, miss=True, is_shared=False)
+
+    def life_s(self, key: PageKey) -> float:
+        """See ``KVTier``; longer at the head of a chain."""
+        return self._ttl_s * (1 + self._ttl_head_boost / (1 + key.index))
 
     async def aclose(self) -> None:
         """Close the connections; operations under way fail."""
@@ -193,7 +206,7 @@ class ValkeyTier(KVTier):
         return results
 
     def _ttl_ms(self, key: PageKey) -> int:
-        return int(1000 * self._ttl_s * (1 + self._ttl_head_boost / (1 + key.index)))
+        return int(1000 * self.life_s(key))
 
 
 def page_name(key: PageKey) -> bytes:

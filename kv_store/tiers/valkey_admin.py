@@ -14,7 +14,8 @@ from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
 from kv_store.errors import PageCorruptError, TierUnavailableError
-from kv_store.tiers.parts import read_manifest
+from kv_store.tiers.parts import MAGIC, read_manifest
+from kv_store.tiers.valkey_exchange import CLAIM_SUFFIX
 from kv_store.tiers.valkey_topology import DEFAULT_PORT, sentinel_pool, split_url
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def page_sizes(client: Redis) -> dict[bytes, int]:
     sizes: dict[bytes, int] = {}
     # SCAN may show a key twice while the server moves its table.
     for name in set(client.scan_iter(match="kv:{*", count=_SCAN_COUNT)):
-        if match := _NAME.match(name):
+        if (match := _NAME.match(name)) and not name.endswith(CLAIM_SUFFIX):
             sizes[match[0]] = sizes.get(match[0], 0) + client.strlen(name)
     return sizes
 
@@ -92,6 +93,16 @@ def read_page(client: Redis, name: bytes) -> bytes | None:
     if any(part is None for part in parts):
         raise PageCorruptError("a part of it is missing")
     return manifest.head + b"".join(part for part in parts if part is not None)
+
+
+def drop_page(client: Redis, name: bytes) -> bool:
+    """Forget a page and its parts; whether it was there."""
+    manifest = None
+    if client.getrange(name, 0, len(MAGIC) - 1) == MAGIC:
+        value = _bytes(client.get(name))
+        manifest = None if value is None else read_manifest(value)
+    parts = manifest.part_names(name) if manifest else []
+    return bool(client.unlink(name, *parts))
 
 
 def _bytes(value: object) -> bytes | None:

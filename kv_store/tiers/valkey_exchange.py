@@ -23,12 +23,18 @@ if TYPE_CHECKING:
     from kv_store.tiers.valkey_connection import ValkeyConnection
 
 MAX_VALUE_BYTES = 2 << 20
+CLAIM_SUFFIX = b":claim"
 
 T = TypeVar("T")
 
 _ASKING = command(b"ASKING")
 # What a server answers that is no longer the one to ask; whoever connects anew finds the right one.
 _WRONG_SERVER = ("READONLY", "MASTERDOWN", "LOADING")
+
+
+def claim_name(name: bytes) -> bytes:
+    """Where a page's claim lies; in a cluster, beside it."""
+    return name + CLAIM_SUFFIX
 
 
 class Redirect(NamedTuple):
@@ -135,6 +141,28 @@ class Exchange:
         """Whether each name existed; the server frees the memory in its own time."""
         replies = self._send([[command(b"UNLINK", name)] for name in names])
         return [reply if isinstance(reply, Redirect) else reply == 1 for reply in replies]
+
+    def claim(
+        self, names: Sequence[bytes], owner: bytes, duration_ms: int
+    ) -> list[bool | Redirect]:
+        """Whether the owner has each page's claim now, which ends by itself.
+
+        Args:
+            names: of the pages.
+            owner: whoever asks.
+            duration_ms: life of a new claim.
+        """
+        commands: list[list[Blob]] = []
+        for name in names:
+            claim = claim_name(name)
+            commands.append([command(b"SET", claim, owner, b"NX", b"PX", b"%d" % duration_ms)])
+            commands.append([command(b"GET", claim)])
+        replies = self._send(commands)
+        # A server that drops the claim at once has none to wait for.
+        return [
+            reply if isinstance(reply, Redirect) else reply is None or reply == owner
+            for reply in replies[1::2]
+        ]
 
     def _contains(self, names: Sequence[bytes]) -> list[bool | Redirect]:
         """As ``contains``, without a look at each reply where all are plain answers."""

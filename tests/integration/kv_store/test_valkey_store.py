@@ -14,6 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cluster.kv_pages import valkey_pages
 from kv_store import (
     EmbeddedValkeyTierConfig,
     KVStoreConfig,
@@ -23,6 +24,10 @@ from kv_store import (
     build_page_store,
 )
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
+from kv_store.tiers.parts import split
+from kv_store.tiers.valkey import page_name
+from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES
+from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.kv_pages import make_chain, make_layout, make_page, tier_counts, wait_until
 
 pytestmark = pytest.mark.integration
@@ -31,6 +36,7 @@ LAYOUT = make_layout()
 KEYS = make_chain(LAYOUT, 6)
 PAGES = [make_page(LAYOUT, seed) for seed in range(6)]
 PATIENT_S = 10.0
+TIER_FIELDS = ("operation_timeout_s", "ttl_s")
 ROOT = Path(__file__).parents[3]
 
 
@@ -50,8 +56,9 @@ def admin(server):
 
 @contextmanager
 def opened(url, **fields):
+    of_tier = {name: fields.pop(name) for name in TIER_FIELDS if name in fields}
     tier = ValkeyTierConfig(
-        url=url, connect_timeout_s=2.0, operation_timeout_s=fields.pop("operation_timeout_s", 5.0)
+        **({"url": url, "connect_timeout_s": 2.0, "operation_timeout_s": 5.0} | of_tier)
     )
     config = KVStoreConfig(
         tiers=(tier, *fields.pop("more_tiers", ())),
@@ -76,6 +83,86 @@ def load(store, keys=KEYS):
     for key, page in zip(keys, loaded.pages, strict=False):
         assert np.array_equal(page, PAGES[key.index])
     return list(loaded.tiers)
+
+
+def test_a_page_of_another_replica_is_kept_on_disk_before_it_expires(server, admin, tmp_path):
+    disk = SsdTierConfig(root=tmp_path, budget_bytes=1 << 22, segment_bytes=1 << 20)
+    with (
+        opened(server.url) as writer,
+        opened(server.url, more_tiers=(disk,), moves={"min_reads": 9, "head_pages": 0}) as reader,
+        opened(server.url, ttl_s=0.5, more_tiers=(disk,), moves={"min_reads": 9}) as short,
+    ):
+        save(writer, range(6))
+        assert load(reader) == ["valkey"] * 6
+        assert load(short, KEYS[4:]) == ["valkey"] * 2
+        wait_until(lambda: short.stats().tiers["ssd"].num_demoted == 2)
+        admin.flushall()
+        assert load(short, KEYS[4:]) == ["ssd"] * 2
+        assert reader.stats().tiers["ssd"].num_demoted == 0, "theirs live for an hour"
+
+
+def test_pages_move_up_to_a_server_that_lost_them(server, admin, tmp_path):
+    disk = SsdTierConfig(root=tmp_path, budget_bytes=1 << 22, segment_bytes=1 << 20)
+    with opened(server.url, more_tiers=(disk,), moves={"head_pages": 2}) as store:
+        save(store, range(6))
+        admin.flushall()
+        for expected in (["ssd"] * 6, ["valkey"] * 2 + ["ssd"] * 4, ["valkey"] * 6):
+            assert load(store) == expected
+            assert store.flush(PATIENT_S)
+        assert store.stats().tiers["valkey"].num_promoted == 6
+        admin.delete(name_of(admin, KEYS[3]))
+        assert load(store) == ["valkey"] * 3 + ["ssd"] + ["valkey"] * 2
+        assert store.flush(PATIENT_S)
+        assert load(store) == ["valkey"] * 6
+
+
+def test_of_two_stores_that_miss_a_chain_the_second_waits_for_the_first(server, admin):
+    flight = {"claim_s": 60.0, "wait_s": PATIENT_S, "min_pages": 1}
+    with (
+        opened(server.url, single_flight=flight) as first,
+        opened(server.url, single_flight=flight) as second,
+    ):
+        assert load(first) == []
+        assert load(first) == [], "it does not wait for itself"
+        assert 0 < admin.pttl(page_name(KEYS[0]) + b":claim") <= 60_000
+        waiting = second.load(KEYS, timeout_s=2 * PATIENT_S)
+        save(first, range(6))
+        assert waiting.result(timeout=2 * PATIENT_S).tiers == ("valkey",) * 6
+        assert second.stats().num_flights_joined > 0
+        assert len(list(valkey_pages(ValkeyAddress(url=server.url)))) == 6, "claims are no pages"
+
+
+def test_a_claim_of_a_store_that_died_lapses(server):
+    flight = {"claim_s": 0.05, "wait_s": PATIENT_S}
+    with opened(server.url, single_flight=flight) as second:
+        with opened(server.url, single_flight=flight) as first:
+            assert load(first) == []
+        assert load(second) == []
+        assert second.stats().num_flights_joined == 0
+
+
+def test_dropping_a_page_takes_its_parts_with_it_and_leaves_the_others(server, admin):
+    with opened(server.url) as store:
+        save(store, range(3))
+        large = page_name(KEYS[5])
+        manifest, parts = split(bytes(5 << 20), (), MAX_VALUE_BYTES)
+        for name, part in zip(manifest.part_names(large), parts, strict=True):
+            admin.set(name, bytes(part))
+        admin.set(large, manifest.pack())
+        address = ValkeyAddress(url=server.url)
+        sizes = {page.page_hash: page.num_bytes for page in valkey_pages(address)}
+        assert len(sizes) == 4
+        assert sizes[KEYS[5].page_hash.hex()] > 5 << 20
+        for page in valkey_pages(address):
+            if page.page_hash in (KEYS[5].page_hash.hex(), KEYS[1].page_hash.hex()):
+                assert page.drop()
+                assert not page.drop()
+        assert {page.page_hash for page in valkey_pages(address)} == {
+            KEYS[0].page_hash.hex(),
+            KEYS[2].page_hash.hex(),
+        }
+        assert admin.dbsize() == 2
+        assert load(store) == ["valkey"]
 
 
 def kill(server, admin):

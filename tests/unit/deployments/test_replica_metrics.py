@@ -77,10 +77,15 @@ def test_a_target_reports_its_engine_and_its_tiers(exporter: Exporter) -> None:
         num_table_misses=3,
     )
     target.engine(EngineStats(num_total_pages=8, num_free_pages=2, num_steps=7, speculation=spec))
-    tier = TierStats(name="ssd", num_hits=11, num_errors=1)
+    tier = TierStats(name="ssd", num_hits=11, num_errors=1, num_promoted=5, num_demoted=2)
     target.page_store(
         PageStoreStats(
-            num_queued=3, num_dropped=2, num_failed=4, num_loads_refused=6, tiers={"ssd": tier}
+            num_queued=3,
+            num_dropped=2,
+            num_failed=4,
+            num_loads_refused=6,
+            num_moves_dropped=8,
+            tiers={"ssd": tier},
         )
     )
     assert exporter.scrape() == {
@@ -99,6 +104,9 @@ def test_a_target_reports_its_engine_and_its_tiers(exporter: Exporter) -> None:
         ("kv_tier_pages_total", "failed", "all"): 4,
         ("kv_tier_pages_total", "hit", "ssd"): 11,
         ("kv_tier_pages_total", "error", "ssd"): 1,
+        ("kv_tier_pages_total", "promoted", "ssd"): 5,
+        ("kv_tier_pages_total", "demoted", "ssd"): 2,
+        ("kv_tier_pages_total", "move_dropped", "all"): 8,
     }
 
 

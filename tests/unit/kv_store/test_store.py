@@ -2,6 +2,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,7 +11,14 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from kv_store import EXACT, KVStoreConfig, MemoryTierConfig, SsdTierConfig, build_page_store
+from kv_store import (
+    EXACT,
+    KVStoreConfig,
+    MemoryTierConfig,
+    SsdTierConfig,
+    TierUnavailableError,
+    build_page_store,
+)
 from kv_store import store as store_module
 from kv_store.faults import FaultPlan, FaultyTier
 from kv_store.tiers.memory import MemoryTier
@@ -125,11 +133,157 @@ def test_lower_tiers_fill_holes_and_pages_move_up(batch_pages):
         assert load(store) == ["hot"] * 6
 
 
-def test_promotion_can_be_switched_off():
+def test_a_page_behind_the_head_moves_up_at_its_second_read():
+    shelf = Shelf()
+    with opened(tiers=(memory("hot"), memory("warm")), wrap_tier=shelf) as store:
+        save(store, range(8))
+        shelf.forget("hot", KEYS[2:])
+        assert load(store, KEYS[:8]) == ["hot"] * 2 + ["warm"] * 6
+        assert store.flush(PATIENT_S)
+        assert load(store, KEYS[:8]) == ["hot"] * 4 + ["warm"] * 4, "the head's pages at the first"
+        assert store.flush(PATIENT_S)
+        assert load(store, KEYS[:8]) == ["hot"] * 8
+        tiers = store.stats().tiers
+        assert (tiers["hot"].num_promoted, tiers["warm"].num_demoted) == (6, 0)
+
+
+def test_pages_that_only_the_hot_tier_has_are_copied_down():
+    shelf = Shelf()
+    with opened(tiers=(memory("hot"), memory("warm")), wrap_tier=shelf) as store:
+        save(store, range(8))
+        shelf.forget("warm", KEYS[3:6])
+        load(store, KEYS[:8])
+        assert store.flush(PATIENT_S)
+        shelf.forget("warm", KEYS[6:8])
+        load(store, KEYS[:8])
+        assert store.flush(PATIENT_S)
+        assert store.stats().tiers["warm"].num_demoted == 3 + 2, "holes, and what was read twice"
+        shelf.forget("hot", KEYS)
+        assert load(store, KEYS[:8]) == ["warm"] * 8
+
+
+class FleetingTier(MemoryTier):
+    """Says that it keeps pages for a while only."""
+
+    def life_s(self, key):
+        return 60.0
+
+
+def fleeting():
+    """A store's arguments: over a tier that keeps pages, one that does not."""
+    warm = MemoryTier(1 << 20, name="warm")
+    tiers = {"hot": FleetingTier(1 << 20, name="hot"), "warm": warm}
+    return tiers, {
+        "tiers": (memory("hot"), memory("warm")),
+        "moves": {"demote_before_s": 60.0, "min_reads": 99, "head_pages": 0},
+        "wrap_tier": lambda tier: tiers[tier.name],
+    }
+
+
+def test_a_page_that_is_about_to_expire_is_copied_to_a_tier_that_keeps_it():
+    tiers, arguments = fleeting()
+    now = [time.monotonic()]
+    with opened(**arguments) as store:
+        mover = store._mover
+        mover._clock = lambda: now[0]
+        shelf = Shelf()
+        shelf.tiers = tiers
+        save(store, range(3))
+        shelf.forget("warm", KEYS)
+        assert load(store, KEYS[:2]) == ["hot"] * 2
+        assert store.flush(PATIENT_S)
+        assert store.stats().tiers["warm"].num_demoted == 0
+        now[0] += 59.0
+        save(store, [5])  # wakes it up
+        wait_until(lambda: store.stats().tiers["warm"].num_demoted == 2)
+        held = shelf._drive(tiers["warm"].contains_many(KEYS[:3]))
+        assert held == [True, True, False], "the third was never known to be in the hot tier only"
+
+
+def test_a_page_that_the_lower_tier_refused_is_given_to_it_before_it_expires():
+    tiers, arguments = fleeting()
+    now = [time.monotonic()]
+    tiers["warm"] = MemoryTier(100, name="warm")
+    with opened(**arguments) as store:
+        store._mover._clock = lambda: now[0]
+        save(store, [0, 1])
+        tiers["warm"]._budget_bytes = 1 << 20
+        now[0] += 59.0
+        save(store, [2])
+        wait_until(lambda: store.stats().tiers["warm"].num_demoted == 2)
+
+
+def test_looking_after_pages_does_not_close_the_breaker_of_a_tier_that_fails():
+    class Broken(MemoryTier):
+        async def contains_many(self, keys):
+            if keys:
+                raise TierUnavailableError("gone")
+            return []
+
+    with opened(
+        tiers=(memory("hot"), memory("warm")),
+        wrap_tier=lambda tier: Broken(1, name="hot") if tier.name == "hot" else tier,
+    ) as store:
+        save(store, [0, 1])
+        for _ in range(3):
+            assert load(store, KEYS[:2]) == ["warm"] * 2
+            assert store.flush(PATIENT_S)
+        assert not store.stats().tiers["hot"].is_open
+
+
+def test_damage_does_not_spread_to_another_tier():
+    shelf = Shelf()
+    with opened(tiers=(memory("hot"), memory("warm")), wrap_tier=shelf) as store:
+        save(store, range(3))
+        shelf.forget("hot", KEYS)
+        real_get = shelf.tiers["warm"].get_many
+        num_gets = [0]
+
+        async def damaged_later(keys):
+            num_gets[0] += 1
+            blobs = await real_get(keys)
+            if num_gets[0] > 1:  # what the load got is sound
+                blobs = [blob[:-1] + bytes([blob[-1] ^ 1]) for blob in blobs]
+            return blobs
+
+        shelf.tiers["warm"].get_many = damaged_later
+        assert load(store, KEYS[:3]) == ["warm"] * 3
+        assert store.flush(PATIENT_S)
+        tiers = store.stats().tiers
+        assert (tiers["hot"].num_promoted, tiers["warm"].num_corrupt) == (0, 3)
+
+
+def test_a_lossy_page_moves_as_it_is():
+    shelf = Shelf()
+    with opened(codec="int4", tiers=(memory("hot"), memory("warm")), wrap_tier=shelf) as store:
+        keys = make_chain(LAYOUT, 1, store.fidelity)
+        save(store, [0], keys)
+        before = shelf._drive(shelf.tiers["hot"].get_many(keys))
+        for tier in ("hot", "warm"):
+            shelf.forget(tier, keys)
+            assert store.load(keys, timeout_s=PATIENT_S).result().pages
+            assert store.flush(PATIENT_S)
+            assert shelf._drive(shelf.tiers[tier].get_many(keys)) == before
+
+
+def test_more_served_pages_than_may_wait_are_not_looked_after():
     shelf = Shelf()
     with opened(
-        tiers=(memory("hot"), memory("warm")), is_promoting=False, wrap_tier=shelf
+        tiers=(memory("hot"), memory("warm")), moves={"max_pages": 3}, wrap_tier=shelf
     ) as store:
+        save(store, range(4))
+        shelf.forget("hot", KEYS)
+        load(store, KEYS[:4])
+        assert store.flush(PATIENT_S)
+        assert store.stats().num_moves_dropped == 4
+        assert load(store, KEYS[:3]) == ["warm"] * 3
+        assert store.flush(PATIENT_S)
+        assert load(store, KEYS[:4]) == ["hot"] * 3 + ["warm"]
+
+
+def test_promotion_can_be_switched_off():
+    shelf = Shelf()
+    with opened(tiers=(memory("hot"), memory("warm")), moves=None, wrap_tier=shelf) as store:
         save(store, [0])
         shelf.forget("hot", KEYS)
         assert load(store) == ["warm"]
@@ -240,7 +394,7 @@ def test_a_silent_hot_tier_leaves_time_for_the_warm_one():
     with opened(
         tiers=(memory("hot", operation_timeout_s=60), memory("warm")),
         wrap_tier=lambda tier: hot if tier.name == "hot" else tier,
-        is_promoting=False,
+        moves=None,
     ) as store:
         save(store, range(2))
         hot.is_silent = True

@@ -1,5 +1,7 @@
 import threading
 
+import numpy as np
+
 from kv_store.write_back import PendingWrite, WriteBackQueue
 from tests.kv_pages import make_chain, make_layout
 
@@ -7,7 +9,9 @@ KEYS = make_chain(make_layout(), 6)
 
 
 def writes(sizes):
-    return [PendingWrite(key, bytes(size)) for key, size in zip(KEYS, sizes, strict=False)]
+    return [
+        PendingWrite(key, np.zeros(size, np.uint8)) for key, size in zip(KEYS, sizes, strict=False)
+    ]
 
 
 def test_bounded_by_pages_until_they_are_finished():
@@ -17,7 +21,7 @@ def test_bounded_by_pages_until_they_are_finished():
     assert queue.put(second)
     assert not queue.put(third)
     [taken] = queue.take(1)
-    assert taken == first
+    assert taken is first
     assert not queue.put(third), "a page being written still holds memory"
     queue.finish([taken])
     assert queue.put(third)

@@ -1,0 +1,160 @@
+"""What leaves a segment log when its budget is full, and what stays. Pure: no file, no clock.
+
+Pages are written into one of two queues of segment files. New ones are on *probation*; those that
+were read while they were there move to *main* when their file goes, and those that come back soon
+after they had left are written there at once (their names are remembered). So what is read once
+passes through half of the budget at most, and what is used stays; nothing has to be kept in order
+of use, and space is freed a whole file at a time (after Yang et al., S3-FIFO, SOSP 2023).
+
+Two things differ from the paper, since reading a page renews all of its chain at once, and since a
+move writes megabytes: a page stays only if it was read within the last three quarters of a budget
+of writes, however often before; and of one file at most half moves, the last read first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kv_store.keys import PageKey
+
+_PROBATION_SHARE = 0.5
+_RECENT_SHARE = 0.75
+_MOVED_SHARE = 0.5
+_MAX_REMEMBERED = 1 << 17
+
+
+class Queue(Enum):
+    """Where a page is written."""
+
+    PROBATION = "probation"
+    MAIN = "main"
+
+
+@dataclass(slots=True)
+class _Segment:
+    queue: Queue
+    num_bytes: int = 0
+    sizes: dict[PageKey, int] = field(default_factory=dict)
+
+
+class ReclaimPolicy:
+    """Counts what a log holds and decides what goes. Not thread-safe.
+
+    The log tells what it wrote and what was read; whenever ``num_bytes`` would exceed the budget it
+    takes the ``victim`` out (``detach``), writes its ``survivors`` anew, and then ``forget``s it.
+    """
+
+    def __init__(self, *, budget_bytes: int, segment_bytes: int) -> None:
+        """Begin empty.
+
+        Args:
+            budget_bytes: of all segments together.
+            segment_bytes: of one.
+        """
+        self._probation_bytes = int(budget_bytes * _PROBATION_SHARE)
+        self._recent_bytes = int(budget_bytes * _RECENT_SHARE)
+        self._moved_bytes = int(segment_bytes * _MOVED_SHARE)
+        self._remembered_bytes = budget_bytes
+        self._segments: dict[int, _Segment] = {}  # in order of age
+        self._where: dict[PageKey, int] = {}
+        self._read_at: dict[PageKey, int] = {}
+        self._remembered: OrderedDict[PageKey, int] = OrderedDict()  # left lately, with their size
+        self._num_remembered_bytes = 0
+        self._num_written = 0  # bytes ever: the clock
+        self.num_bytes = 0
+
+    def queue_for(self, key: PageKey) -> Queue:
+        """Where a new page belongs."""
+        return Queue.MAIN if key in self._remembered else Queue.PROBATION
+
+    def begin(self, segment: int, queue: Queue) -> None:
+        """A segment was opened; the youngest of its queue."""
+        self._segments[segment] = _Segment(queue)
+
+    def segment_bytes(self, segment: int) -> int:
+        """Written to a segment so far."""
+        return self._segments[segment].num_bytes
+
+    def wrote(self, segment: int, key: PageKey, num_bytes: int) -> None:
+        """A page was written, and is held there from now on.
+
+        Args:
+            segment: where.
+            key: the page's.
+            num_bytes: of its record.
+        """
+        place = self._segments[segment]
+        place.num_bytes += num_bytes
+        place.sizes[key] = num_bytes
+        self.num_bytes += num_bytes
+        self._num_written += num_bytes
+        self._where[key] = segment
+        self._num_remembered_bytes -= self._remembered.pop(key, 0)
+
+    def read(self, key: PageKey) -> None:
+        """A page was used."""
+        if key in self._where:
+            self._read_at[key] = self._num_written
+
+    def deleted(self, key: PageKey) -> None:
+        """A page is no longer held; its bytes stay until its segment goes."""
+        self._where.pop(key, None)
+        self._read_at.pop(key, None)
+
+    def victim(self) -> int | None:
+        """The segment that goes next: the oldest of the queue that has more than its share."""
+        oldest: dict[Queue, int] = {}
+        num_on_probation = 0
+        for number, segment in self._segments.items():
+            oldest.setdefault(segment.queue, number)
+            if segment.queue is Queue.PROBATION:
+                num_on_probation += segment.num_bytes
+        first, second = Queue.PROBATION, Queue.MAIN
+        if num_on_probation < self._probation_bytes:
+            first, second = second, first
+        return oldest.get(first, oldest.get(second))
+
+    def detach(self, segment: int) -> None:
+        """Take a segment out of the count, so that its survivors have room."""
+        self.num_bytes -= self._segments[segment].num_bytes
+
+    def survivors(self, segment: int) -> list[PageKey]:
+        """Pages of a segment that shall be written to ``Queue.MAIN`` before it goes."""
+        oldest = self._num_written - self._recent_bytes
+        place = self._segments[segment]
+        recent = [
+            (self._read_at[key], key)
+            for key in place.sizes
+            if self._where.get(key) == segment and self._read_at.get(key, -1) >= oldest
+        ]
+        recent.sort(key=lambda item: -item[0])
+        room = self._moved_bytes
+        chosen: list[PageKey] = []
+        for _, key in recent:
+            if place.sizes[key] <= room:
+                room -= place.sizes[key]
+                chosen.append(key)
+        return chosen
+
+    def forget(self, segment: int) -> list[PageKey]:
+        """A detached segment is gone; the pages that went with it."""
+        place = self._segments.pop(segment)
+        lost = [key for key in place.sizes if self._where.get(key) == segment]
+        for key in lost:
+            self.deleted(key)
+            if place.queue is Queue.PROBATION:
+                self._remember(key, place.sizes[key])
+        return lost
+
+    def _remember(self, key: PageKey, num_bytes: int) -> None:
+        self._remembered[key] = num_bytes
+        self._num_remembered_bytes += num_bytes
+        while (
+            self._num_remembered_bytes > self._remembered_bytes
+            or len(self._remembered) > _MAX_REMEMBERED
+        ):
+            self._num_remembered_bytes -= self._remembered.popitem(last=False)[1]
