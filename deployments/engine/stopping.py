@@ -96,21 +96,21 @@ class StopCondition:
         self.stop_token_ids = stop_token_ids
         self._matcher = StopStringMatcher(stop_strings, detokenize) if any(stop_strings) else None
         self._structure = structure
-        self._num_output_tokens = 0
+        self.num_output_tokens = 0
 
     def append(self, token_id: int) -> Stop | None:
         """Add the next output token; return the reason if it is the last one."""
-        self._num_output_tokens += 1
+        self.num_output_tokens += 1
         match = self._matcher.append(token_id) if self._matcher else None
         is_whole = self._structure is not None and self._structure.advance(token_id)
-        if self._num_output_tokens >= self.min_tokens:
+        if self.num_output_tokens >= self.min_tokens:
             if token_id in self.stop_token_ids:
                 return Stop(FinishReason.STOP, token_id)
             if match is not None:
                 return Stop(FinishReason.STOP, match)
         if is_whole:
             return Stop(FinishReason.STOP)
-        if self._num_output_tokens >= self.max_output_tokens:
+        if self.num_output_tokens >= self.max_output_tokens:
             return Stop(FinishReason.LENGTH)
         return None
 
