@@ -137,7 +137,7 @@ def check_installed() -> None:
 def _differences(expected: Expectation) -> list[str]:
     module, _, path = expected.target.partition(":")
     try:
-        found = importlib.import_module(module)
+        found: Any = importlib.import_module(module)
     except ImportError as error:
         return [f"{module} cannot be imported ({error})"]
     for name in path.split("."):
