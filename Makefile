@@ -20,6 +20,10 @@ else
 endif
 SCRIPTS = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 
+SGLANG_VENV := build/sglang-venv
+SGLANG_FILES := .constraints/sglang.txt tests/sglang/requirements.txt
+SGLANG_STAMP := $(SGLANG_VENV)/.installed-$(shell cat $(SGLANG_FILES) | cksum | cut -d' ' -f1)
+
 # One arithmetic thread per process: pools share the machine, and so do test workers.
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -29,7 +33,7 @@ INTEGRATION_WORKERS ?= 1
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
-        check-docs check-spelling check-repository test test-unit test-integration test-gpu protos reference chart \
+        check-docs check-spelling check-repository test test-unit test-integration test-gpu test-sglang protos reference chart \
         demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity bench-drafts bench-train bench-kv bench-kv-trace chaos-kv fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
 
 help: ## List the targets
@@ -89,6 +93,22 @@ test-integration: $(ENVIRONMENT) ## Tests against a local Ray, a real Valkey and
 test-gpu: $(ENVIRONMENT) ## The engine's tests on a CUDA device; says so where there is none
 	@$(PY) -c 'import torch; ok = torch.cuda.is_available(); print("CUDA device:", torch.cuda.get_device_name() if ok else "none; the tests will be skipped")'
 	$(PYTEST) -m gpu -rs -s tests/gpu
+
+# Replicas import this tree: Ray hands its workers the folder through PYTHONPATH.
+$(SGLANG_STAMP):
+	@echo "Installing SGLang for a CPU into $(SGLANG_VENV) (about 3 GB, some minutes)"
+	@test -x $(SGLANG_VENV)/bin/python || $(PY) -m venv $(SGLANG_VENV)
+	@rm -f $(SGLANG_VENV)/.installed-*
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check -c .constraints/sglang.txt \
+	  -r tests/sglang/requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps -c .constraints/sglang.txt sglang
+	@# Of this environment alone: in the cluster's own, torchvision must stay absent.
+	@echo "$(CURDIR)/tests/sglang/shims" \
+	  > $$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shims.pth
+	@touch $@
+
+test-sglang: $(ENVIRONMENT) $(SGLANG_STAMP) ## The real SGLang on a CPU in target replicas; some minutes, and 3 GB the first time
+	SGLANG_PYTHON=$(CURDIR)/$(SGLANG_VENV)/bin/python $(PYTEST) -q -rs -s tests/sglang
 
 protos: $(ENVIRONMENT) ## Regenerate the gRPC stubs
 	PATH="$(SCRIPTS):$$PATH" $(PY) -m grpc_tools.protoc -I . \

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from ray.serve.config import RequestRouterConfig
 
 from cluster.config_loader import parse_config
-from cluster.pools import deployment_options, engine_threads
+from cluster.pools import deployment_options, engine_threads, target_options
 from deployments.draft import DraftDeployment
 from deployments.ingress import IngressDeployment
 from deployments.target import TargetDeployment
@@ -47,7 +47,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
     pool = _with_pool_secret(config)
     engine = config.engine.model_copy(update={"num_threads": engine_threads(config)})
     draft = None
-    if config.pools.draft is not None and config.engine.speculation.enabled:
+    if config.pools.draft is not None and config.engine.takes_drafts:
         draft = DraftDeployment.options(**deployment_options(config.pools.draft)).bind(
             engine=engine,
             draft=pool,
@@ -55,7 +55,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
             tracing=config.tracing,
         )
     target = TargetDeployment.options(
-        **deployment_options(config.pools.target),
+        **target_options(config),
         request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
     ).bind(
         draft,

@@ -22,6 +22,7 @@ from cluster.ports import PortLease
 from cluster.preparation import find_drafter, find_weights, needs_student
 from cluster.state import default_state_dir, list_states
 from deployments.engine.errors import WeightsMissingError
+from deployments.engine.sglang_engine.server_args import environment
 from kv_store.config import EmbeddedValkeyTierConfig, SsdTierConfig, ValkeyTierConfig
 from kv_store.errors import TierUnavailableError
 from kv_store.tiers.valkey_admin import public_address
@@ -37,6 +38,8 @@ _MIN_DISK_BYTES = 1 * _GIB
 _BASE_MEMORY_BYTES = 1 * _GIB
 _REPLICA_MEMORY_BYTES = 1 * _GIB
 _HAPROXY_TIMEOUT_S = 10.0
+# Most of it is importing SGLang.
+_SGLANG_TIMEOUT_S = 300.0
 
 
 class Verdict(StrEnum):
@@ -70,6 +73,7 @@ def run_checks(config: ClusterConfig) -> Iterator[Finding]:
         _haproxy,
         _valkey,
         _weights,
+        _sglang,
         _drafter,
         _ports,
         _pools,
@@ -153,6 +157,34 @@ def _weights(config: ClusterConfig) -> Iterator[Finding]:
         yield Finding("weights", Verdict.OK, str(find_weights(config)))
     except WeightsMissingError as error:
         yield Finding("weights", Verdict.FAILED, str(error), "paceline fetch")
+
+
+def _sglang(config: ClusterConfig) -> Iterator[Finding]:
+    """Ask the environment that target replicas will run in."""
+    if config.engine.kind != "sglang":
+        return
+    python = str(config.engine.sglang.python or sys.executable)
+    command = [python, "-m", "deployments.engine.sglang_engine.self_check"]
+    source_root = str(Path(__file__).resolve().parent.parent)
+    python_path = os.pathsep.join(filter(None, (source_root, os.environ.get("PYTHONPATH"))))
+    variables = environment(config.engine, engine_threads(config)) | {"PYTHONPATH": python_path}
+    try:
+        checked = subprocess.run(  # noqa: S603 - an interpreter that the settings name
+            command,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            timeout=_SGLANG_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        yield Finding("sglang", Verdict.FAILED, str(error), "correct engine.sglang.python")
+        return
+    said = (checked.stdout.strip() or checked.stderr.strip() or "no answer").splitlines()[-1]
+    if checked.returncode:
+        yield Finding("sglang", Verdict.FAILED, said, "install the SGLang that is named")
+    else:
+        yield Finding("sglang", Verdict.OK, f"{said} in {python}")
 
 
 def _drafter(config: ClusterConfig) -> Iterator[Finding]:

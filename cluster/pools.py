@@ -57,6 +57,17 @@ def deployment_options(pool: PoolConfig) -> dict[str, Any]:
     return options
 
 
+def target_options(config: ClusterConfig) -> dict[str, Any]:
+    """Keyword arguments for ``Deployment.options`` of the target pool.
+
+    Its replicas may run in another Python environment than the rest of the cluster.
+    """
+    options = deployment_options(config.pools.target)
+    if (python := config.engine.sglang.python) is not None:
+        options["ray_actor_options"]["runtime_env"] = {"py_executable": str(python)}
+    return options
+
+
 def max_replicas(pool: PoolConfig) -> int:
     """Replicas the pool may grow to."""
     return pool.autoscaling.max_replicas if pool.autoscaling else pool.replicas

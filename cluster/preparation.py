@@ -198,7 +198,7 @@ def needs_student(config: ClusterConfig) -> bool:
 
 
 def _drafts(config: ClusterConfig) -> bool:
-    return config.engine.speculation.enabled and config.pools.draft is not None
+    return config.engine.takes_drafts and config.pools.draft is not None
 
 
 def _check_import(drafter: str) -> None:

@@ -188,7 +188,7 @@ class TargetReplica:
         tokenizer: Tokenizer,
         pool_secret: SecretStr,
     ) -> Speculator:
-        if not engine.speculation.enabled:
+        if not engine.takes_drafts:
             return NoSpeculation()
         if draft is None:
             self._split = SplitSpeculator(engine.speculation, vocab_size=tokenizer.vocab_size)

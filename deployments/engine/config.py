@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -56,11 +57,31 @@ class CanaryConfig(_Config):
         return self
 
 
-class TorchEngineConfig(_Config):
-    """The embedded engine."""
+class SGLangConfig(_Config):
+    """What only SGLang needs to be told; read where ``engine.kind`` is ``sglang``."""
 
-    kind: Literal["torch"] = "torch"
-    """Which engine this is."""
+    python: Path | None = None
+    """The Python of the environment that holds SGLang, with the same versions of Python and Ray as
+    the cluster's own. Target replicas run in it, everything else beside it; null where one
+    environment holds both."""
+    attention_backend: str | None = None
+    """SGLang's ``--attention-backend``; by default SGLang chooses."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that share one replica's layers; as many as ``pools.target.num_gpus``."""
+    memory_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Part of a GPU's memory for weights and pages. SGLang then counts its pages itself and
+    ``num_pages`` says nothing."""
+    extra_args: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """More of SGLang's server arguments, by the names of its ``ServerArgs``. One that SGLang does
+    not have, or that another setting decides, is refused at the start."""
+
+
+class EngineConfig(_Config):
+    """What runs in a target replica."""
+
+    kind: Literal["torch", "sglang"] = "torch"
+    """``torch`` is the embedded engine, ``sglang`` SGLang in an environment of its own (see
+    ``sglang``). Settings of one engine alone are refused with the other."""
     model: str = DEFAULT_MODEL
     """The built-in model's name, a folder in Hugging Face layout, or a Hugging Face id."""
     served_model_name: str | None = None
@@ -102,6 +123,18 @@ class TorchEngineConfig(_Config):
     """How long a request waits for its prefix from the KV tier before it is computed instead."""
     speculation: SpeculationConfig = SpeculationConfig()
     """How drafts are used."""
+    sglang: SGLangConfig = SGLangConfig()
+    """SGLang's own settings."""
+
+    @model_validator(mode="after")
+    def _of_one_engine(self) -> Self:
+        if self.kind == "sglang":
+            for name in ("weights", "deterministic"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is a setting of kind: torch")
+        elif self.sglang != SGLangConfig():
+            raise ValueError("sglang has settings, but kind is torch")
+        return self
 
     @model_validator(mode="after")
     def _compiled_where_kernels_run(self) -> Self:
@@ -111,13 +144,21 @@ class TorchEngineConfig(_Config):
             raise ValueError(f"weights: {self.weights} needs device: cpu")
         return self
 
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether the engine verifies drafts of the pool; SGLang does not yet."""
+        return self.kind == "torch" and self.speculation.enabled
+
     def context_length(self, max_positions: int) -> int:
         """Prompt and output tokens of one sequence, at most.
 
         Args:
             max_positions: the model's own limit.
         """
-        return min(self.max_model_len, max_positions, self.num_pages * PAGE_TOKENS)
+        longest = min(self.max_model_len, max_positions)
+        if self.sglang.memory_fraction is not None:
+            return longest
+        return min(longest, self.num_pages * PAGE_TOKENS)
 
 
-EngineConfig = TorchEngineConfig
+TorchEngineConfig = EngineConfig

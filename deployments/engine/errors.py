@@ -8,6 +8,7 @@ EngineError
 ├── WeightsMissingError       the model's files are not on this machine
 ├── UnsupportedModelError     the model asks for something this engine does not compute
 ├── WeightsMismatchError      the files' tensors are not the ones the model is made of
+├── EngineSetupError          the engine asked for cannot be started as configured, or not here
 └── EngineGoneError           this replica serves nothing more; another one can take over
     ├── EngineDeadError       the engine thread has died; the replica must be replaced
     └── EngineDrainingError   the replica is being stopped and takes no new requests
@@ -72,6 +73,10 @@ class UnsupportedModelError(EngineError):
 
 class WeightsMismatchError(EngineError):
     """A tensor is missing, unknown, or of another shape; the message names it."""
+
+
+class EngineSetupError(EngineError):
+    """The engine cannot be started as configured, or not in this environment; says what to mend."""
 
 
 class EngineGoneError(EngineError):

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from deployments.engine.base import Engine
-    from deployments.engine.config import TorchEngineConfig
+    from deployments.engine.config import EngineConfig
     from deployments.engine.speculation.speculator import Speculator
     from kv_store.layout import PageLayout
     from kv_store.page_store import PageStore
 
 
 def build_engine(
-    config: TorchEngineConfig,
+    config: EngineConfig,
     *,
     cache_dir: Path,
     page_store_factory: Callable[[PageLayout], PageStore] | None,
@@ -41,6 +41,13 @@ def build_engine(
         WeightsMissingError: the model, or its draft head, is not here and cannot be had.
         EngineError: the model cannot be run, or not deterministically where that is asked for.
     """
+    from deployments.engine.torch_engine.weights.loader import find_model_folder
+
+    if config.kind == "sglang":
+        from deployments.engine.sglang_engine.start import start_sglang_engine
+
+        folder = find_model_folder(config.model, cache_dir)
+        return start_sglang_engine(config, folder, detokenize=detokenize, speculator=speculator)
     import torch
 
     from deployments.engine.torch_engine.assembly import EngineParts, start_engine

@@ -223,7 +223,8 @@ class TokenLogprob(NamedTuple):
 
     Attributes:
         logprob: natural logarithm; ``-inf`` for a token the model excludes.
-        rank: 1 for the likeliest token; the number of likelier tokens plus one.
+        rank: 1 for the likeliest token; the number of likelier tokens plus one; 0 where the engine
+            does not tell.
         top: (token id, log probability) of the likeliest tokens, best first.
     """
 

@@ -15,7 +15,7 @@ from deployments.engine.torch_engine.mailbox import Mailbox
 from deployments.engine.torch_engine.page_pool import PagePool
 from deployments.engine.torch_engine.scheduler import Scheduler
 from deployments.engine.torch_engine.structure.compiler import StructureCompiler
-from deployments.engine.torch_engine.validation import ModelLimits
+from deployments.engine.validation import ModelLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,6 +13,7 @@ from deployments.engine.errors import (
     EngineOverloadedError,
     InvalidLogitsError,
 )
+from deployments.engine.stopping import Stop, StopCondition
 from deployments.engine.torch_engine.batch_builder import build_step, winner_moves
 from deployments.engine.torch_engine.capture import Capture, forward
 from deployments.engine.torch_engine.logprobs import (
@@ -26,7 +27,6 @@ from deployments.engine.torch_engine.rounds import DraftRounds, verify
 from deployments.engine.torch_engine.sampler import sample
 from deployments.engine.torch_engine.sequence import Sequence
 from deployments.engine.torch_engine.spec_counters import SpeculationCounters
-from deployments.engine.torch_engine.stopping import Stop, StopCondition
 from deployments.engine.types import EngineStats, FinishReason, TokenDelta
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.rounds import Outcome
     from deployments.engine.torch_engine.scheduler import Chunk, Scheduler
     from deployments.engine.torch_engine.structure.constraint import Constraint
-    from deployments.engine.torch_engine.validation import ModelLimits
     from deployments.engine.types import GenerationRequest, TokenLogprob
+    from deployments.engine.validation import ModelLimits
 
 _EWMA_WEIGHT = 0.1
 _INVALID_LOGITS = "The model gave logits that are not numbers."

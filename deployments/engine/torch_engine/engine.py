@@ -24,7 +24,7 @@ from deployments.engine.errors import (
 )
 from deployments.engine.torch_engine.delta_stream import DeltaStream
 from deployments.engine.torch_engine.mailbox import Submission
-from deployments.engine.torch_engine.validation import validate_request
+from deployments.engine.validation import validate_request
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.mailbox import Mailbox
     from deployments.engine.torch_engine.structure.compiler import StructureCompiler
     from deployments.engine.torch_engine.structure.constraint import Constraint
-    from deployments.engine.torch_engine.validation import ModelLimits
     from deployments.engine.types import EngineStats, GenerationRequest, TokenDelta
+    from deployments.engine.validation import ModelLimits
     from kv_store.page_store import PageStore
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from deployments.engine.speculation.speculator import (
     TakenDraft,
 )
 from deployments.engine.speculation.types import DraftSampling, DraftTree, SessionSpec
+from deployments.engine.stopping import Stop
 from deployments.engine.torch_engine.sampler import INVALID_TOKEN, NO_TOKEN
-from deployments.engine.torch_engine.stopping import Stop
 from deployments.engine.types import FinishReason
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from deployments.engine.stopping import StopCondition
     from deployments.engine.torch_engine.capture import Capture
     from deployments.engine.torch_engine.penalties import PenaltyState
     from deployments.engine.torch_engine.spec_counters import SpeculationCounters
-    from deployments.engine.torch_engine.stopping import StopCondition
     from deployments.engine.torch_engine.structure.constraint import Constraint
     from deployments.engine.types import (
         GenerationRequest,

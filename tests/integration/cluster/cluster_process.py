@@ -51,9 +51,9 @@ class ClusterProcess:
     def output(self) -> str:
         return "".join(self._lines)
 
-    def wait_for(self, text: str) -> ClusterState:
+    def wait_for(self, text: str, timeout_s: float = START_TIMEOUT_S) -> ClusterState:
         """Return the cluster's state once its output has ``text``."""
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while text not in self.output:
             assert self._popen.poll() is None, f"ended early:\n{self.output}"
             assert time.monotonic() < deadline, f"no {text!r} in:\n{self.output}"

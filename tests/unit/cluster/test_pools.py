@@ -5,8 +5,13 @@ from ray.serve.config import AutoscalingConfig
 
 from cluster.config import AutoscaleConfig, ClusterConfig, PoolConfig, PoolsConfig
 from cluster.errors import ConfigError
-from cluster.pools import deployment_options, engine_threads, machine_resources
-from deployments.engine.config import TorchEngineConfig
+from cluster.pools import (
+    deployment_options,
+    engine_threads,
+    machine_resources,
+    target_options,
+)
+from deployments.engine.config import EngineConfig, SGLangConfig, TorchEngineConfig
 
 
 def test_a_fixed_pool_has_replicas_and_no_autoscaling():
@@ -80,3 +85,19 @@ def test_a_replica_computes_on_the_cpus_it_asks_for(num_cpus, set_threads, expec
         engine=TorchEngineConfig(num_threads=set_threads),
     )
     assert engine_threads(config) == expected
+
+
+def test_target_replicas_start_in_the_python_that_holds_their_engine(tmp_path):
+    pools = PoolsConfig(target=PoolConfig(num_gpus=1))
+    sglang = SGLangConfig(python=tmp_path / "bin" / "python")
+    config = ClusterConfig(pools=pools, engine=EngineConfig(kind="sglang", sglang=sglang))
+    options = target_options(config)["ray_actor_options"]
+    assert options["num_gpus"] == 1
+    assert options["runtime_env"] == {"py_executable": str(tmp_path / "bin" / "python")}
+    one_for_all = ClusterConfig(pools=pools)
+    assert "runtime_env" not in target_options(one_for_all)["ray_actor_options"]
+
+
+def test_no_drafts_are_made_for_an_engine_that_takes_none():
+    assert EngineConfig().takes_drafts
+    assert not EngineConfig(kind="sglang").takes_drafts

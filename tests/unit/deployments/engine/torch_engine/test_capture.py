@@ -12,8 +12,8 @@ from deployments.engine.embedding import EmbeddingRequest, Pooling, pooled
 from deployments.engine.errors import EngineError, InvalidLogitsError, RequestRejectedError
 from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.torch_engine.assembly import build_core, model_limits, start_engine
-from deployments.engine.torch_engine.validation import validate_request
 from deployments.engine.types import FINAL_NORM, CaptureSpec, FinishReason, TokenDelta
+from deployments.engine.validation import validate_request
 from tests.fakes_engine import (
     HostileSpeculator,
     OracleSpeculator,

@@ -9,8 +9,8 @@ import pytest
 
 from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.torch_engine.assembly import build_core, structure_compiler
-from deployments.engine.torch_engine.validation import validate_request
 from deployments.engine.types import FinishReason, TokenDelta, TokenLogprob
+from deployments.engine.validation import validate_request
 from tests.fakes_engine import (
     VOCAB_SIZE,
     FakePageStore,

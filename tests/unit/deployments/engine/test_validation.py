@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from deployments.engine.errors import RequestRejectedError
-from deployments.engine.torch_engine.validation import ModelLimits, validate_request
+from deployments.engine.validation import ModelLimits, validate_request
 from tests.fakes_engine import make_request
 
 LIMITS = ModelLimits(vocab_size=64, max_model_len=100, eos_token_ids=frozenset({63}))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.engine.torch_engine.stopping import Stop, StopCondition, StopStringMatcher
+from deployments.engine.stopping import Stop, StopCondition, StopStringMatcher
 from deployments.engine.types import FinishReason
 
 

@@ -7,14 +7,12 @@ commits together therefore cannot change where an output ends.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from deployments.engine.types import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from deployments.engine.torch_engine.structure.constraint import Constraint
 
 _MAX_HELD_TOKENS = 8
 """Tokens that may wait for the rest of a character; UTF-8 needs at most four bytes."""
@@ -26,6 +24,13 @@ class Stop:
 
     reason: FinishReason
     match: str | int | None = None
+
+
+class Structure(Protocol):
+    """The form of an output, as far as its end depends on it."""
+
+    def advance(self, token_id: int) -> bool:
+        """Add the next output token; whether nothing may follow it."""
 
 
 class StopStringMatcher:
@@ -84,28 +89,28 @@ class StopCondition:
         stop_token_ids: frozenset[int],
         stop_strings: Sequence[str],
         detokenize: Callable[[Sequence[int]], str],
-        structure: Constraint | None = None,
+        structure: Structure | None = None,
     ) -> None:
         self.max_output_tokens = max_output_tokens
         self.min_tokens = min_tokens
         self.stop_token_ids = stop_token_ids
         self._matcher = StopStringMatcher(stop_strings, detokenize) if any(stop_strings) else None
         self._structure = structure
-        self._num_output_tokens = 0
+        self.num_output_tokens = 0
 
     def append(self, token_id: int) -> Stop | None:
         """Add the next output token; return the reason if it is the last one."""
-        self._num_output_tokens += 1
+        self.num_output_tokens += 1
         match = self._matcher.append(token_id) if self._matcher else None
         is_whole = self._structure is not None and self._structure.advance(token_id)
-        if self._num_output_tokens >= self.min_tokens:
+        if self.num_output_tokens >= self.min_tokens:
             if token_id in self.stop_token_ids:
                 return Stop(FinishReason.STOP, token_id)
             if match is not None:
                 return Stop(FinishReason.STOP, match)
         if is_whole:
             return Stop(FinishReason.STOP)
-        if self._num_output_tokens >= self.max_output_tokens:
+        if self.num_output_tokens >= self.max_output_tokens:
             return Stop(FinishReason.LENGTH)
         return None
 

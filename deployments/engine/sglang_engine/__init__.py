@@ -1,0 +1,1 @@
+"""SGLang behind the engine seam. Only ``runtime`` and ``self_check`` touch SGLang itself."""

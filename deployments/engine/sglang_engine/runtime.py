@@ -1,0 +1,163 @@
+"""One ``sglang.Engine`` and its processes."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from deployments.engine.errors import EngineSetupError
+from deployments.engine.sglang_engine.self_check import check_installed
+from deployments.engine.sglang_engine.server_args import environment, server_args
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import AsyncGenerator, Iterator
+    from pathlib import Path
+
+    from deployments.engine.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGQUIT)
+
+
+class Load(NamedTuple):
+    """What the scheduler said last of itself."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_total_tokens: int = 0
+    num_used_tokens: int = 0
+
+
+class Runtime(Protocol):
+    """What the engine needs of SGLang. All but ``close`` is called on the event loop."""
+
+    def generate(self, arguments: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Items of one generation. Closing the generator aborts it.
+
+        Args:
+            arguments: of ``sglang.Engine.async_generate``.
+
+        Raises:
+            ValueError: SGLang refuses the arguments.
+        """
+
+    def abort(self, rid: str) -> None:
+        """End a generation; its last item says so."""
+
+    def load(self) -> Load:
+        """A recent snapshot."""
+
+    def dead_process(self) -> str | None:
+        """The name of a process of SGLang's that has ended, if one has."""
+
+    def close(self) -> None:
+        """End all processes; blocks."""
+
+
+class SGLangRuntime:
+    """The installed SGLang.
+
+    Attributes:
+        vocab_size: of the logits.
+        eos_token_ids: tokens that end an output.
+        max_request_tokens: prompt and output tokens of one sequence that SGLang has room for.
+    """
+
+    def __init__(self, config: EngineConfig, folder: Path, max_model_len: int) -> None:
+        """Load the model; takes from seconds to minutes, blocks.
+
+        Args:
+            config: the engine's settings.
+            folder: the model's files.
+            max_model_len: prompt and output tokens of one sequence, at most.
+
+        Raises:
+            EngineSetupError: SGLang is missing, is not the one that is known, or does not start.
+        """
+        os.environ.update(environment(config, len(os.sched_getaffinity(0))))
+        check_installed()
+        from sglang.srt.entrypoints.engine import Engine
+        from sglang.srt.server_args import ServerArgs
+
+        arguments = server_args(
+            config, folder, max_model_len=max_model_len, known=ServerArgs.__struct_fields__
+        )
+        others = set(multiprocessing.active_children())
+        with _own_signals_kept():
+            try:
+                self._engine = Engine(**arguments)
+            except (RuntimeError, ValueError, OSError) as error:
+                raise EngineSetupError(f"SGLang does not start: {error}") from error
+        self._processes = set(multiprocessing.active_children()) - others
+        self._manager = self._engine.tokenizer_manager
+        # It would end this process with a signal; the replica notices by itself and hands its
+        # requests over.
+        self._manager._subprocess_watchdog.stop()  # noqa: SLF001 - SGLang has no setting for it
+        model = self._manager.model_config
+        self.vocab_size: int = model.vocab_size
+        self.eos_token_ids = frozenset[int](model.hf_eos_token_id or ())
+        self.max_request_tokens: int = self._manager.max_req_input_len
+
+    async def generate(self, arguments: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """See ``Runtime.generate``."""
+        with _own_signals_kept():
+            self._manager.auto_create_handle_loop()
+        items = await self._engine.async_generate(**arguments)
+        try:
+            async for item in items:
+                yield item
+        finally:
+            await items.aclose()
+
+    def abort(self, rid: str) -> None:
+        """See ``Runtime.abort``."""
+        self._manager.abort_request(rid)
+
+    def load(self) -> Load:
+        """See ``Runtime.load``."""
+        loads = self._manager.load_snapshot_reader.read_all()
+        return Load(
+            num_running=sum(load.num_running_reqs for load in loads),
+            num_waiting=sum(load.num_waiting_reqs for load in loads),
+            num_total_tokens=sum(load.max_total_num_tokens for load in loads),
+            num_used_tokens=sum(load.num_used_tokens for load in loads),
+        )
+
+    def dead_process(self) -> str | None:
+        """See ``Runtime.dead_process``."""
+        return next((child.name for child in self._processes if not child.is_alive()), None)
+
+    def close(self) -> None:
+        """See ``Runtime.close``."""
+        loop = self._manager.event_loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(_cancel, self._manager.asyncio_tasks)
+        self._engine.shutdown()
+        for child in self._processes:
+            child.join()
+
+
+def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+
+
+@contextmanager
+def _own_signals_kept() -> Iterator[None]:
+    """Put back the handlers that SGLang replaces where it runs on a main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

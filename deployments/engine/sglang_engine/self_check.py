@@ -1,0 +1,178 @@
+"""Compares the installed SGLang with what this package relies on, and names every difference.
+
+``python -m deployments.engine.sglang_engine.self_check`` does it in SGLang's own environment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from deployments.engine.errors import EngineSetupError
+
+KNOWN_VERSION = "0.5.23"
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """One thing of SGLang's that is relied on.
+
+    Attributes:
+        target: ``module:name`` or ``module:Class.name``.
+        parameters: that a call of it names.
+        fields: that a record of it has.
+    """
+
+    target: str
+    parameters: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+
+
+EXPECTATIONS = (
+    Expectation(
+        "sglang.srt.entrypoints.engine:Engine.async_generate",
+        parameters=(
+            "input_ids",
+            "sampling_params",
+            "return_logprob",
+            "logprob_start_len",
+            "top_logprobs_num",
+            "stream",
+            "external_trace_header",
+            "rid",
+            "priority",
+            "cache_salt",
+        ),
+    ),
+    Expectation("sglang.srt.entrypoints.engine:Engine.shutdown"),
+    Expectation(
+        "sglang.srt.server_args:ServerArgs",
+        fields=(
+            "model_path",
+            "device",
+            "dtype",
+            "context_length",
+            "max_running_requests",
+            "max_queued_requests",
+            "max_total_tokens",
+            "mem_fraction_static",
+            "chunked_prefill_size",
+            "disable_cuda_graph",
+            "attention_backend",
+            "tp_size",
+            "enable_priority_scheduling",
+            "schedule_low_priority_values_first",
+            "incremental_streaming_output",
+            "stream_interval",
+            "grammar_backend",
+            "constrained_json_whitespace_pattern",
+        ),
+    ),
+    Expectation(
+        "sglang.srt.sampling.sampling_params:SamplingParams",
+        fields=(
+            "max_new_tokens",
+            "stop_token_ids",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "ignore_eos",
+            "logit_bias",
+            "sampling_seed",
+            "json_schema",
+            "regex",
+            "ebnf",
+        ),
+    ),
+    Expectation(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager.abort_request", parameters=("rid",)
+    ),
+    Expectation("sglang.srt.managers.tokenizer_manager:TokenizerManager.auto_create_handle_loop"),
+    Expectation(
+        "sglang.srt.managers.load_snapshot:LoadSnapshot",
+        fields=("num_running_reqs", "num_waiting_reqs", "max_total_num_tokens", "num_used_tokens"),
+    ),
+    Expectation("sglang.srt.utils.watchdog:SubprocessWatchdog.stop"),
+)
+
+
+def differences() -> list[str]:
+    """What is missing, one line each; nothing where all is as expected."""
+    return [line for expected in EXPECTATIONS for line in _differences(expected)]
+
+
+def installed_version() -> str | None:
+    """The version of SGLang in this environment, or None where there is none."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_installed() -> None:
+    """Import SGLang and compare it.
+
+    Raises:
+        EngineSetupError: it is not here, or differs; names every difference.
+    """
+    version = installed_version()
+    if version is None:
+        raise EngineSetupError(
+            f"SGLang is not installed in {sys.prefix}; engine.sglang.python names the Python of "
+            "an environment that holds it"
+        )
+    if found := differences():
+        raise EngineSetupError(
+            f"SGLang {version} is not the {KNOWN_VERSION} that is known: {'; '.join(found)}"
+        )
+
+
+def _differences(expected: Expectation) -> list[str]:
+    module, _, path = expected.target.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError as error:
+        return [f"{module} cannot be imported ({error})"]
+    for name in path.split("."):
+        if not hasattr(found, name):
+            return [f"{expected.target} is missing"]
+        found = getattr(found, name)
+    lines = []
+    if expected.parameters:
+        has = inspect.signature(found).parameters
+        lines += [
+            f"{expected.target} takes no {name}" for name in expected.parameters if name not in has
+        ]
+    fields = _fields(found)
+    lines += [
+        f"{expected.target} has no field {name}" for name in expected.fields if name not in fields
+    ]
+    return lines
+
+
+def _fields(record: Any) -> frozenset[str]:  # noqa: ANN401 - whatever SGLang has there
+    """Field names of a msgspec or data class."""
+    kinds = ("__struct_fields__", "__dataclass_fields__")
+    return frozenset(name for kind in kinds for name in getattr(record, kind, ()))
+
+
+def main() -> int:
+    """Print the version, or what is wrong."""
+    try:
+        check_installed()
+    except EngineSetupError as error:
+        print(error)  # noqa: T201 - a command's answer
+        return 1
+    print(f"SGLang {installed_version()}")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""From the cluster's settings to SGLang's server arguments."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from deployments.engine.errors import EngineSetupError
+from kv_store.layout import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    from deployments.engine.config import EngineConfig
+
+_JSON_WHITESPACE = r"\n?[ ]{0,20}"
+"""As the embedded engine allows it: a weak model may write white space for ever where it may."""
+_KEPT_BACK = 8
+"""SGLang lets no sequence have its last tokens: two of the context, and six more of a prompt."""
+
+
+def server_args(
+    config: EngineConfig, folder: Path, *, max_model_len: int, known: Collection[str]
+) -> dict[str, Any]:
+    """Keyword arguments of ``sglang.Engine``.
+
+    Args:
+        config: the engine's settings.
+        folder: the model's files.
+        max_model_len: prompt and output tokens of one sequence, at most.
+        known: names of the installed SGLang's server arguments.
+
+    Raises:
+        EngineSetupError: ``engine.sglang.extra_args`` names an argument that does not exist, or
+            that another setting decides.
+    """
+    own = _own(config, folder, max_model_len)
+    problems = []
+    for name in config.sglang.extra_args:
+        if name in own:
+            problems.append(f"{name} is decided by other settings of the engine")
+        elif name not in known:
+            likely = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {likely[0]}?" if likely else ""
+            problems.append(f"SGLang has no server argument {name}{hint}")
+    if problems:
+        raise EngineSetupError(f"engine.sglang.extra_args: {'; '.join(problems)}")
+    return own | dict(config.sglang.extra_args)
+
+
+def environment(config: EngineConfig, num_cpus: int) -> dict[str, str]:
+    """Variables that SGLang reads when it is imported, here and in its processes.
+
+    Args:
+        config: the engine's settings.
+        num_cpus: CPUs of this replica.
+    """
+    variables = {
+        # Log probabilities of the model, and not of what temperature made of them.
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+        "OMP_NUM_THREADS": str(config.num_threads or num_cpus),
+        # What SGLang keeps back comes on top of what the model can have.
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+    }
+    if config.device == "cpu":
+        variables["SGLANG_USE_CPU_ENGINE"] = "1"
+        # Compiling the first grammar's mask would take a minute, with no token for anybody.
+        variables["TORCHDYNAMO_DISABLE"] = "1"
+    return variables
+
+
+def _own(config: EngineConfig, folder: Path, max_model_len: int) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "model_path": str(folder),
+        "device": config.device,
+        "dtype": config.dtype,
+        "context_length": max_model_len + _KEPT_BACK,
+        "max_running_requests": config.max_num_seqs,
+        "max_queued_requests": config.max_waiting,
+        "chunked_prefill_size": config.max_batch_tokens,
+        "disable_cuda_graph": not config.cuda_graphs,
+        "tp_size": config.sglang.tensor_parallel,
+        # The seam's rule is that a lower number runs first.
+        "enable_priority_scheduling": True,
+        "schedule_low_priority_values_first": True,
+        # Every message holds new tokens alone; otherwise a text of n tokens costs n squared.
+        "incremental_streaming_output": True,
+        "stream_interval": 1,
+        # The library, and the forms it knows, are those of the embedded engine.
+        "grammar_backend": "llguidance",
+        "constrained_json_whitespace_pattern": _JSON_WHITESPACE,
+    }
+    if config.sglang.memory_fraction is None:
+        own["max_total_tokens"] = (config.num_pages + 1) * PAGE_TOKENS
+    else:
+        own["mem_fraction_static"] = config.sglang.memory_fraction
+    if config.sglang.attention_backend is not None:
+        own["attention_backend"] = config.sglang.attention_backend
+    return own

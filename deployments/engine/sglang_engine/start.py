@@ -1,0 +1,62 @@
+"""Starts SGLang for a model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
+from deployments.engine.sglang_engine.engine import SGLangEngine
+from deployments.engine.sglang_engine.runtime import SGLangRuntime
+from deployments.engine.validation import ModelLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from deployments.engine.config import EngineConfig
+    from deployments.engine.speculation.speculator import Speculator
+
+
+def start_sglang_engine(
+    config: EngineConfig,
+    folder: Path,
+    *,
+    detokenize: Callable[[Sequence[int]], str],
+    speculator: Speculator,
+) -> SGLangEngine:
+    """Load the model; takes from seconds to minutes, blocks.
+
+    Args:
+        config: the engine's settings.
+        folder: the model's files.
+        detokenize: text of output tokens.
+        speculator: shut down with the engine.
+
+    Raises:
+        WeightsMissingError: the folder holds no weights that SGLang reads.
+        EngineSetupError: SGLang is missing, is not the one that is known, or does not start.
+    """
+    max_model_len = config.context_length(_max_positions(folder))
+    runtime = SGLangRuntime(config, folder, max_model_len)
+    limits = ModelLimits(
+        vocab_size=runtime.vocab_size,
+        max_model_len=min(max_model_len, runtime.max_request_tokens),
+        eos_token_ids=runtime.eos_token_ids,
+    )
+    return SGLangEngine(runtime, limits, detokenize=detokenize, speculator=speculator)
+
+
+def _max_positions(folder: Path) -> int:
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsMissingError(f"{folder} has no config.json") from error
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsMissingError(
+            f"{folder} has no *.safetensors; SGLang cannot run the built-in model's GGUF file"
+        )
+    length = settings.get("max_position_embeddings")
+    if not isinstance(length, int):
+        raise UnsupportedModelError("config.json has no 'max_position_embeddings'")
+    return length

@@ -1,0 +1,106 @@
+"""A SGLang that moved is found out, in every detail."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from deployments.engine.errors import EngineSetupError
+from deployments.engine.sglang_engine import self_check
+from deployments.engine.sglang_engine.self_check import (
+    EXPECTATIONS,
+    Expectation,
+    check_installed,
+    differences,
+)
+
+
+def _stand_in(expected: Expectation) -> object:
+    if expected.fields:
+        return SimpleNamespace(__struct_fields__=expected.fields)
+    return eval(f"lambda self, {', '.join(expected.parameters)}: None")  # noqa: S307
+
+
+@pytest.fixture
+def modules(monkeypatch) -> dict[str, ModuleType]:
+    """Modules that hold exactly what is expected, until a test changes them."""
+    found: dict[str, ModuleType] = {}
+    for expected in EXPECTATIONS:
+        name, _, path = expected.target.partition(":")
+        place = found.setdefault(name, ModuleType(name))
+        *parents, last = path.split(".")
+        for parent in parents:
+            if not hasattr(place, parent):
+                setattr(place, parent, type(parent, (), {}))
+            place = getattr(place, parent)
+        setattr(place, last, _stand_in(expected))
+    for name, module in found.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return found
+
+
+def test_what_is_as_expected_differs_in_nothing(modules):
+    assert modules
+    assert differences() == []
+
+
+def test_a_missing_parameter_is_named(modules):
+    engine = modules["sglang.srt.entrypoints.engine"].Engine
+
+    def async_generate(
+        self,
+        input_ids,
+        sampling_params,
+        return_logprob,
+        logprob_start_len,
+        top_logprobs_num,
+        stream,
+        external_trace_header,
+        rid,
+        urgency,
+    ):
+        """Of a later version."""
+
+    engine.async_generate = async_generate
+    assert differences() == [
+        "sglang.srt.entrypoints.engine:Engine.async_generate takes no priority",
+        "sglang.srt.entrypoints.engine:Engine.async_generate takes no cache_salt",
+    ]
+
+
+def test_a_missing_field_method_and_module_are_named(modules, monkeypatch):
+    arguments = modules["sglang.srt.server_args"].ServerArgs
+    arguments.__struct_fields__ = tuple(
+        name for name in arguments.__struct_fields__ if name != "tp_size"
+    )
+    del modules["sglang.srt.entrypoints.engine"].Engine.shutdown
+    monkeypatch.setitem(sys.modules, "sglang.srt.utils.watchdog", None)
+    *others, last = differences()
+    assert others == [
+        "sglang.srt.entrypoints.engine:Engine.shutdown is missing",
+        "sglang.srt.server_args:ServerArgs has no field tp_size",
+    ]
+    assert last.startswith("sglang.srt.utils.watchdog cannot be imported")
+
+
+def test_a_missing_class_is_told_once(modules):
+    del modules["sglang.srt.entrypoints.engine"].Engine
+    found = [line for line in differences() if "Engine.async_generate" in line]
+    assert found == ["sglang.srt.entrypoints.engine:Engine.async_generate is missing"]
+
+
+def test_an_engine_without_sglang_says_where_it_looked(monkeypatch):
+    monkeypatch.setattr(self_check, "installed_version", lambda: None)
+    with pytest.raises(EngineSetupError, match=r"not installed in .*engine\.sglang\.python"):
+        check_installed()
+
+
+def test_an_engine_with_another_sglang_names_versions_and_differences(modules, monkeypatch):
+    del modules["sglang.srt.utils.watchdog"].SubprocessWatchdog.stop
+    monkeypatch.setattr(self_check, "installed_version", lambda: "0.6.0")
+    with pytest.raises(EngineSetupError) as caught:
+        check_installed()
+    assert "SGLang 0.6.0 is not the 0.5.23 that is known" in str(caught.value)
+    assert "SubprocessWatchdog.stop is missing" in str(caught.value)

@@ -1,0 +1,83 @@
+"""What SGLang is started with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.engine.config import EngineConfig, SGLangConfig
+from deployments.engine.errors import EngineSetupError
+from deployments.engine.sglang_engine.self_check import EXPECTATIONS
+from deployments.engine.sglang_engine.server_args import environment, server_args
+
+(KNOWN,) = (e.fields for e in EXPECTATIONS if e.target.endswith(":ServerArgs"))
+KNOWN = (*KNOWN, "page_size")
+FOLDER = Path("model")
+
+
+def arguments(**changes):
+    sglang = SGLangConfig(**changes.pop("sglang", {}))
+    config = EngineConfig(kind="sglang", sglang=sglang, **changes)
+    return server_args(config, FOLDER, max_model_len=512, known=KNOWN)
+
+
+def test_settings_keep_their_meaning():
+    own = arguments(num_pages=10, max_num_seqs=3, max_waiting=5, max_batch_tokens=256)
+    assert own["max_total_tokens"] == 640 + 64
+    assert own["max_running_requests"] == 3
+    assert own["max_queued_requests"] == 5
+    assert own["chunked_prefill_size"] == 256
+    assert own["context_length"] == 512 + 8
+    assert own["schedule_low_priority_values_first"]
+
+
+def test_a_memory_fraction_takes_the_place_of_pages():
+    own = arguments(sglang={"memory_fraction": 0.8})
+    assert own["mem_fraction_static"] == 0.8
+    assert "max_total_tokens" not in own
+
+
+def test_all_that_is_passed_is_checked_for_at_the_start():
+    everything = {"memory_fraction": 0.5, "attention_backend": "triton"}
+    assert set(arguments()) | set(arguments(sglang=everything)) <= set(KNOWN)
+
+
+def test_extra_arguments_are_passed_on():
+    assert arguments(sglang={"extra_args": {"page_size": 16}})["page_size"] == 16
+
+
+def test_extra_arguments_are_checked():
+    with pytest.raises(EngineSetupError) as caught:
+        arguments(sglang={"extra_args": {"page_sise": 16, "dtype": "float16"}})
+    assert "no server argument page_sise; did you mean page_size?" in str(caught.value)
+    assert "dtype is decided by other settings" in str(caught.value)
+
+
+def test_the_environment_says_cpu_only_where_it_is_one():
+    on_cpu = environment(EngineConfig(kind="sglang"), 4)
+    assert on_cpu["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert on_cpu["OMP_NUM_THREADS"] == "4"
+    on_gpu = environment(EngineConfig(kind="sglang", device="cuda", num_threads=2), 4)
+    assert "SGLANG_USE_CPU_ENGINE" not in on_gpu
+    assert on_gpu["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "sglang", "weights": "int8"},
+        {"kind": "sglang", "deterministic": True},
+        {"kind": "torch", "sglang": {"tensor_parallel": 2}},
+    ],
+)
+def test_settings_of_the_other_engine_are_refused(settings):
+    with pytest.raises(ValidationError, match="kind"):
+        EngineConfig.model_validate(settings)
+
+
+def test_pages_bound_the_context_unless_sglang_counts_them():
+    assert EngineConfig(kind="sglang", num_pages=4).context_length(8192) == 256
+    free = EngineConfig(kind="sglang", num_pages=4, sglang=SGLangConfig(memory_fraction=0.5))
+    assert free.context_length(8192) == 4096
