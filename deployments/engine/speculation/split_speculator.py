@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING
 from deployments.engine.speculation.budget import choose
 from deployments.engine.speculation.draft_source import (
     HEAD,
-    NOTHING,
     POOL,
     DraftSource,
     Guess,
-    Merged,
     Priors,
-    Trust,
 )
 from deployments.engine.speculation.drafters.guarded import GuardedDrafter
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.head_budget import HeadBudget
 from deployments.engine.speculation.pool_client import PoolClient, PoolDraft
+from deployments.engine.speculation.running_sequence import (
+    PROBE_INTERVAL_ROUNDS,
+    RunningSequence,
+)
 from deployments.engine.speculation.speculator import NOTHING_ELSE, Speculator, TakenDraft
 from deployments.engine.speculation.speculator_stats import SpeculatorStats
 from deployments.engine.speculation.step_times import StepTimes
@@ -42,37 +43,9 @@ logger = logging.getLogger(__name__)
 
 _UPKEEP_INTERVAL_S = 0.05
 _DIAL_INTERVAL_S = 0.005
-_PROBE_INTERVAL_ROUNDS = 16
-_PROBE_WORTH = 2.0
-"""Tokens: what is learned from a draft token that would not pay counts like more than one."""
 _LOCAL_GUESSES = 2
 """What follows is asked of the local drafter this often; a tree has room for more than one."""
 _EMPTY = DraftTree()
-
-
-class _Running:
-    """What the engine thread keeps of a running sequence.
-
-    Attributes:
-        guesses: that were at hand last.
-        merged: the tree of them.
-    """
-
-    __slots__ = ("guesses", "merged", "num_withheld_rounds", "spec", "trust")
-
-    def __init__(self, spec: SessionSpec, priors: Priors) -> None:
-        self.spec = spec
-        self.trust = Trust(priors)
-        self.guesses: tuple[Guess, ...] = ()
-        self.merged: Merged = NOTHING
-        self.num_withheld_rounds = 0
-
-    @property
-    def chances(self) -> Sequence[float]:
-        """That each draft token at hand is accepted, with all before it."""
-        if self.merged.chances and self.num_withheld_rounds >= _PROBE_INTERVAL_ROUNDS:
-            return (_PROBE_WORTH,)
-        return self.merged.chances
 
 
 class SplitSpeculator(Speculator):
@@ -112,7 +85,7 @@ class SplitSpeculator(Speculator):
         self._local = GuardedDrafter(local_drafter, vocab_size)
         self._head = GuardedDrafter(None, vocab_size)
         self._head_budget = HeadBudget()
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, RunningSequence] = {}
         self._priors: Priors = {}
         self._step_times = StepTimes()
         self._step_began_at = 0.0
@@ -160,7 +133,7 @@ class SplitSpeculator(Speculator):
 
     def open(self, session: SessionSpec) -> None:
         """Prepare to draft for a sequence."""
-        self._running[session.session_id] = _Running(session, self._priors)
+        self._running[session.session_id] = RunningSequence(session, self._priors)
         self._local.open(session)
         self._head.open(session)
         if self._pool is not None:
@@ -362,7 +335,7 @@ class SplitSpeculator(Speculator):
             running = self._running[requests[index].session_id]
             if ask.is_probe:
                 # Its token alone is what is put to the test.
-                running.guesses, running.num_withheld_rounds = (), _PROBE_INTERVAL_ROUNDS
+                running.guesses, running.num_withheld_rounds = (), PROBE_INTERVAL_ROUNDS
             own = (Guess((row.bonus_token_id, *row.draft_token_ids), HEAD) for row in rows)
             running.guesses = (*running.guesses, *own)
             running.merged = running.trust.merge(running.guesses, self._most(requests[index]))

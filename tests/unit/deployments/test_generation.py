@@ -20,7 +20,11 @@ CONTEXT = CallContext(
 
 def targets_of(tpot_target_s: float | None, **config: float) -> list[float | None]:
     generation = Generation(
-        SimpleNamespace(vocab_size=100), None, IngressConfig(**config), None, max_model_len=64
+        SimpleNamespace(vocab_size=100),
+        None,
+        IngressConfig(**config),
+        SimpleNamespace(logged=None),
+        max_model_len=64,
     )
     plan = generation.plan(
         [(1, 2)],

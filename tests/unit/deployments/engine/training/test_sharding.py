@@ -16,7 +16,7 @@ from deployments.engine.training.initial import start_from_target
 from deployments.engine.training.run import DraftRun, num_steps
 from deployments.engine.training.sharding import end_process, shard
 from deployments.engine.training.trainer import DraftTrainer
-from tests.unit.deployments.engine.training.test_run import InMemory
+from tests.unit.deployments.engine.training.test_run import COSTS, InMemory
 from tests.unit.deployments.engine.training.tiny_training import (
     CONFIG,
     head,
@@ -49,7 +49,16 @@ def run_in(folder, config=RUN):
         shard(trained)
     trainer = DraftTrainer(trained, config, num_steps(kept.lengths, config), "cpu")
     held_out = texts(4, seed=9)
-    return DraftRun(folder, trainer, config, kept, held_out, lambda _: None, fingerprint="t")
+    return DraftRun(
+        folder,
+        trainer,
+        config,
+        kept,
+        held_out,
+        lambda _: None,
+        fingerprint="t",
+        costs=COSTS,
+    )
 
 
 def together(folder, stop):
