@@ -6,9 +6,10 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ def some_ray(num_cpus: int, on_progress: Callable[[str], None]) -> Iterator[None
     """
     address = os.environ.get("RAY_ADDRESS")
     with ExitStack() as stack:
+        # Ray prints the errors of its processes, and stdout is for a command's result.
+        stack.enter_context(redirect_stdout(sys.stderr))
         try:
             if address:
                 on_progress(f"joining the Ray cluster at {address}")

@@ -1,0 +1,96 @@
+"""``paceline train draft`` in two processes on a Ray of its own, one of which is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.fakes_tokenizer import write_tokenizer
+from tests.ray_workers import run_and_kill_one
+
+pytestmark = pytest.mark.integration
+
+MAX_DIFFERENCE = 1e-4
+SETTINGS = {
+    "engine": {"num_pages": 64, "max_num_seqs": 4, "num_threads": 1},
+    "training": {
+        "answers": {"max_tokens": 24, "held_out_prompts": 4},
+        "run": {
+            "draft_vocab_size": 64,
+            "objective": {"num_unrolls": 2},
+            "batch_tokens": 256,
+            "max_length": 128,
+            "epochs": 80,
+            "checkpoint_steps": 20,
+            "evaluate_steps": 40,
+            "num_draft_tokens": 3,
+        },
+    },
+}
+SHAPE = LlamaConfig(
+    vocab_size=264,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.15,
+    eos_token_id=2,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The command for a model of six tiny layers, without a folder."""
+    model = write_tokenizer(tmp_path / "model")
+    torch.manual_seed(3)
+    LlamaForCausalLM(SHAPE).save_pretrained(model)
+    settings = SETTINGS | {
+        "cache_dir": str(tmp_path / "cache"),
+        "engine": SETTINGS["engine"] | {"model": str(model)},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    (tmp_path / "p.txt").write_text("".join(f"question {i} of some\n" for i in range(16)))
+    return [
+        *(sys.executable, "-m", "cluster", "train", "draft", "--json"),
+        *("--config", str(tmp_path / "c.yaml"), "--prompts", str(tmp_path / "p.txt")),
+    ]
+
+
+def test_a_run_goes_on_without_its_killed_process_and_ends_with_the_weights_of_one(
+    command, tmp_path
+):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    subprocess.run([*command, "--out", str(alone)], check=True, capture_output=True)
+    together.mkdir()
+    shutil.copy(alone / "answers.jsonl", together)
+    shutil.copytree(alone / "features", together / "features")
+    environment = os.environ | {
+        "PACELINE_TRAINING__NUM_PROCESSES": "2",
+        "PACELINE_TRAINING__MIN_PROCESSES": "2",
+        "PACELINE_TRAINING__TENSOR_PARALLEL": "2",
+        "PACELINE_STATE_DIR": str(tmp_path / "state"),
+    }
+    environment.pop("RAY_ADDRESS", None)
+    ended = run_and_kill_one(
+        [*command, "--out", str(together)], environment, lambda said: "step 40, " in said
+    )
+    assert ended.said.count("training in 2 of 2 processes") == 2
+    assert "warning: lost process" in ended.said
+    assert "going on behind step" in ended.said
+    assert ended.left == []
+    assert not (together / "ray").exists()
+    report = json.loads(ended.stdout)
+    one, two = (torch.load(out / "checkpoint.pt") for out in (alone, together))
+    assert report["curve"][-1]["step"] == one["num_steps_done"] == two["num_steps_done"]
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=0, atol=MAX_DIFFERENCE)
