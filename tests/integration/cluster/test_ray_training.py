@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
 import sys
 
 import pytest
@@ -17,7 +15,6 @@ from tests.ray_workers import run_and_kill_one
 
 pytestmark = pytest.mark.integration
 
-MAX_DIFFERENCE = 1e-4
 SETTINGS = {
     "engine": {"num_pages": 64, "max_num_seqs": 4, "num_threads": 1},
     "training": {
@@ -27,7 +24,7 @@ SETTINGS = {
             "objective": {"num_unrolls": 2},
             "batch_tokens": 256,
             "max_length": 128,
-            "epochs": 80,
+            "epochs": 60,
             "checkpoint_steps": 20,
             "evaluate_steps": 40,
             "num_draft_tokens": 3,
@@ -66,14 +63,9 @@ def command(tmp_path):
     ]
 
 
-def test_a_run_goes_on_without_its_killed_process_and_ends_with_the_weights_of_one(
-    command, tmp_path
-):
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    subprocess.run([*command, "--out", str(alone)], check=True, capture_output=True)
-    together.mkdir()
-    shutil.copy(alone / "answers.jsonl", together)
-    shutil.copytree(alone / "features", together / "features")
+def test_a_run_goes_on_without_its_killed_process(command, tmp_path):
+    """``make train-smoke`` compares the weights it ends with."""
+    out = tmp_path / "out"
     environment = os.environ | {
         "PACELINE_TRAINING__NUM_PROCESSES": "2",
         "PACELINE_TRAINING__MIN_PROCESSES": "2",
@@ -82,15 +74,14 @@ def test_a_run_goes_on_without_its_killed_process_and_ends_with_the_weights_of_o
     }
     environment.pop("RAY_ADDRESS", None)
     ended = run_and_kill_one(
-        [*command, "--out", str(together)], environment, lambda said: "step 40, " in said
+        [*command, "--out", str(out)], environment, lambda said: "step 40, " in said
     )
     assert ended.said.count("training in 2 of 2 processes") == 2
     assert "warning: lost process" in ended.said
     assert "going on behind step" in ended.said
     assert ended.left == []
-    assert not (together / "ray").exists()
-    report = json.loads(ended.stdout)
-    one, two = (torch.load(out / "checkpoint.pt") for out in (alone, together))
-    assert report["curve"][-1]["step"] == one["num_steps_done"] == two["num_steps_done"]
-    for name, weight in one["model"].items():
-        torch.testing.assert_close(two["model"][name], weight, rtol=0, atol=MAX_DIFFERENCE)
+    assert not (out / "ray").exists()
+    # Nothing of Ray's is printed among the result.
+    steps = [point["step"] for point in json.loads(ended.stdout)["curve"]]
+    assert steps == sorted(set(steps))
+    assert torch.load(out / "checkpoint.pt")["num_steps_done"] == steps[-1] > 40
