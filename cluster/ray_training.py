@@ -37,6 +37,7 @@ _POLL_S = 0.5
 _ASK_TIMEOUT_S = 60.0
 _MAX_LINES = 1000
 _RAY_FOLDER = "ray"
+_GO_ON = "the same command goes on from the last checkpoint"
 
 
 def fit_on_ray(plan: JobPlan, on_progress: Callable[[str], None]) -> JobReport:
@@ -50,6 +51,8 @@ def fit_on_ray(plan: JobPlan, on_progress: Callable[[str], None]) -> JobReport:
         RunMismatchError: the folder's checkpoint is of other settings or texts.
         TrainingError: no processes were started, or more were lost than ``max_failures`` allows.
     """
+    # Progress is told once, by the run itself.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     training = plan.training
     storage = plan.folder / _RAY_FOLDER
     # The board must outlive every process but this one, so it stays beside it.
@@ -88,9 +91,6 @@ def fit_on_ray(plan: JobPlan, on_progress: Callable[[str], None]) -> JobReport:
         raise result
     report: JobReport = result
     return report
-
-
-_GO_ON = "the same command goes on from the last checkpoint"
 
 
 class _Board:
@@ -225,6 +225,3 @@ def _what_failed(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-logging.getLogger("ray.train").setLevel(logging.WARNING)
