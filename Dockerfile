@@ -14,7 +14,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY .constraints .constraints
 RUN mkdir cluster deployments kv_store protos \
     && touch cluster/__init__.py deployments/__init__.py kv_store/__init__.py protos/__init__.py \
-    && pip install --no-cache-dir -c .constraints/core.txt -e .
+    && pip install --no-cache-dir -c .constraints/core.txt -e '.[train]'
 
 COPY protos protos
 COPY kv_store kv_store

@@ -49,7 +49,7 @@ $(STAMP):
 	@echo "Installing into $(VENV) (some minutes the first time)"
 	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.installed-*
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,train]'
 	@touch $@
 
 fmt: $(ENVIRONMENT) ## Format the code and apply safe lint fixes

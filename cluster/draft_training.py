@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.draft_card import DraftCard, write_card
 from cluster.draft_curve import draw_curve, points_of
-from cluster.draft_fit import JobPlan, capture_and_fit, open_job
+from cluster.draft_fit import JobPlan, capture_and_fit, check_processes, open_job
 from cluster.errors import ConfigError
 from cluster.training_prompts import (
     NO_LICENCE,
@@ -20,7 +21,6 @@ from deployments.engine.errors import UnsupportedModelError, WeightsMismatchErro
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from cluster.config import ClusterConfig
     from deployments.engine.training.job import DraftJob, JobReport
@@ -56,7 +56,8 @@ def train_draft(
     Raises:
         WeightsMissingError: the model is not here.
         ConfigError: a file, a setting or the folder is wrong.
-        TrainingError: one of several training processes died.
+        ClusterStartError: there is no Ray for several training processes.
+        TrainingError: several processes cannot train, or too many were lost.
     """
     from deployments.engine.training.errors import RunMismatchError
     from deployments.engine.training.prompt_split import split_prompts
@@ -64,7 +65,9 @@ def train_draft(
     from deployments.model_files import context_length, model_folder
     from deployments.tokenizer import Tokenizer
 
+    check_processes(config.training)
     engine = config.engine
+    own = Path(engine.model)
     model = model_folder(engine.model, config.cache_dir)
     tokenizer = Tokenizer.load(model)
     if self_chat and (prompt_files or licences):
@@ -89,7 +92,15 @@ def train_draft(
             seed=config.training.answers.seed,
             is_self_chat=self_chat,
         )
-        plan = JobPlan(config, folder, prompts, chat)
+        plan = JobPlan(
+            # Other processes have other working folders.
+            engine.model_copy(update={"model": str(own.resolve())}) if own.is_dir() else engine,
+            config.cache_dir.resolve(),
+            config.training,
+            folder.resolve(),
+            prompts,
+            chat,
+        )
         job = open_job(plan, on_progress)
     except ValueError as error:
         raise ConfigError((str(error),)) from error

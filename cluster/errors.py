@@ -5,7 +5,7 @@ ClusterError
 ├── PortInUseError        a configured port is taken
 ├── ClusterStartError     the cluster did not become ready
 ├── NoClusterError        a command needs a running cluster and there is none
-├── TrainingError         a process of a training died
+├── TrainingError         the processes of a training cannot start, or too many died
 └── RequestError          a running cluster refused a request, or broke it off
 """
 
@@ -80,6 +80,6 @@ class RequestError(ClusterError):
 
 
 class TrainingError(ClusterError):
-    """A process of a training died."""
+    """The processes of a training cannot start, or too many died."""
 
     exit_code = 8

@@ -10,12 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
-import tempfile
-import threading
 import time
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import psutil
@@ -24,11 +20,12 @@ from pydantic import SecretStr
 from cluster.errors import ClusterStartError
 from cluster.hot_tier import hot_tier, hot_tier_address, ssd_roots
 from cluster.kept_logs import keep_logs
+from cluster.local_ray import END_S, RAY_SHUTDOWN_S, run_folder, start_ray, within
 from cluster.manifest import serve_logging
 from cluster.pools import engine_threads, machine_resources
 from cluster.ports import PortLease
 from cluster.processes import ClusterProcesses
-from cluster.ray_environment import HAPROXY_FOLDER, applied, local_environment
+from cluster.ray_environment import applied, local_environment
 from cluster.readiness import wait_until_ready
 from cluster.signals import begin_stop, sigterm_handler_kept
 from cluster.state import (
@@ -36,11 +33,13 @@ from cluster.state import (
     default_state_dir,
     end_stale_clusters,
     remove_state,
+    secret_file,
     write_state,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -53,12 +52,6 @@ logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 30.0
 """From the first signal until nothing is left."""
 _DRAIN_S = 12.0
-_RAY_SHUTDOWN_S = 6.0
-_END_S = 8.0
-# HAProxy refuses socket paths above 97 characters, and Serve puts a 56-digit folder into them.
-_MAX_TEMP_PATH = 14
-# KV pages never travel through Ray's object store, so the smallest comfortable one is enough.
-_OBJECT_STORE_BYTES = 128 << 20
 
 
 class LocalCluster:
@@ -150,13 +143,13 @@ class LocalCluster:
             )
         )
         cluster_id = secrets.token_hex(4)
-        run_dir = self._stack.enter_context(_run_dir(cluster_id))
+        run_dir = self._stack.enter_context(run_folder(cluster_id))
         processes = ClusterProcesses(cluster_id, run_dir)
         variables = local_environment(
             cluster_id=cluster_id,
             run_dir=run_dir,
             # One for all of the user's clusters: Ray caches it for the life of a process.
-            token_path=_secret_file(self._state_dir, "ray-token"),
+            token_path=secret_file(self._state_dir, "ray-token"),
             ports=ports,
             num_threads=engine_threads(self._config),
         )
@@ -185,18 +178,13 @@ class LocalCluster:
         self._progress("starting Ray")
         import ray
 
-        self._stack.callback(_within, _RAY_SHUTDOWN_S, "Ray's shutdown", ray.shutdown)
+        self._stack.callback(within, RAY_SHUTDOWN_S, "Ray's shutdown", ray.shutdown)
         with sigterm_handler_kept():
-            ray.init(
-                address="local",
-                include_dashboard=False,
+            start_ray(
+                run_dir,
                 num_cpus=machine.num_cpus,
                 resources=machine.resources or None,
                 labels=machine.labels or None,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                _temp_dir=str(run_dir / "ray"),
                 _metrics_export_port=ports.metrics,
             )
 
@@ -206,7 +194,7 @@ class LocalCluster:
 
         # Progress is told once, by this class.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        self._stack.callback(_within, _DRAIN_S, "Ray Serve's shutdown", serve.shutdown)
+        self._stack.callback(within, _DRAIN_S, "Ray Serve's shutdown", serve.shutdown)
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": self._config.server.host, "port": ports.http},
@@ -257,52 +245,17 @@ class LocalCluster:
 
     def _end_processes(self, processes: ClusterProcesses, cluster_id: str) -> None:
         self._progress("ending what is left")
-        self._num_left = processes.end(_END_S)
+        self._num_left = processes.end(END_S)
         # While something is left, the next start must be able to find it.
         if not self._num_left:
             remove_state(self._state_dir, cluster_id)
-
-
-@contextmanager
-def _run_dir(cluster_id: str) -> Iterator[Path]:
-    base = tempfile.gettempdir()
-    if len(base) > _MAX_TEMP_PATH:
-        base = "/tmp"  # noqa: S108 - the folder below it is created for this user alone
-    path = Path(base) / f"pl-{cluster_id}"
-    path.mkdir(mode=0o700)
-    (path / HAPROXY_FOLDER).mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _secret_file(state_dir: Path, name: str) -> Path:
-    """A secret of this user, drawn at its first use and the same ever since.
-
-    Raises:
-        ClusterStartError: the file is there and empty.
-    """
-    path = state_dir / name
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not path.exists():
-        # Linked when it is whole: another cluster may start at this moment, and the first one's
-        # secret must be everybody's.
-        with tempfile.NamedTemporaryFile("w", dir=state_dir, prefix=f".{name}-") as draft:
-            draft.write(secrets.token_hex(32))
-            draft.flush()
-            with suppress(FileExistsError):
-                os.link(draft.name, path)
-    if not path.read_text().strip():
-        raise ClusterStartError(f"{path} holds no secret; remove it, and the next start draws one")
-    return path
 
 
 def _with_secret(config: ClusterConfig, state_dir: Path) -> ClusterConfig:
     """Give a cluster without a secret this user's own, so that stored pages outlive a restart."""
     if config.auth.cluster_secret.get_secret_value():
         return config
-    secret = SecretStr(_secret_file(state_dir, "cluster-secret").read_text())
+    secret = SecretStr(secret_file(state_dir, "cluster-secret").read_text())
     auth = config.auth.model_copy(update={"cluster_secret": secret})
     return config.model_copy(update={"auth": auth})
 
@@ -312,19 +265,3 @@ def _last_words(error: Exception) -> str:
         return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"the cluster did not start: {lines[-1].strip()}"
-
-
-def _within(timeout_s: float, what: str, action: Callable[[], None]) -> None:
-    """Run a shutdown step, and go on without it when it hangs or fails."""
-
-    def run() -> None:
-        try:
-            action()
-        except Exception as error:  # noqa: BLE001 - the root of a thread; the processes are ended
-            logger.warning("%s failed: %s", what, error)
-
-    thread = threading.Thread(target=run, name=what, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        logger.warning("%s took longer than %.0f s", what, timeout_s)

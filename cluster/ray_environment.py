@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
     from cluster.ports import ClusterPorts
 
-SERVE_FLAGS = {
+RAY_FLAGS = {
+    # Ray runs workers at nice 15, so any neighbour would starve them.
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Of every Ray that is ours."""
+
+SERVE_FLAGS = RAY_FLAGS | {
     # HAProxy instead of the Python proxy, and user code, router and gRPC on one event loop.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # Ray runs workers at nice 15, so any neighbour would starve the replicas.
-    "RAY_worker_niceness": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Needed on every node, in a pod as on a laptop."""
 
@@ -33,22 +37,16 @@ HAPROXY_FOLDER = "ha"
 """Below the run folder; as short as can be, because it holds unix sockets."""
 
 
-def local_environment(
-    *, cluster_id: str, run_dir: Path, token_path: Path, ports: ClusterPorts, num_threads: int
-) -> dict[str, str]:
-    """Variables of one cluster on one machine.
+def ray_variables(*, cluster_id: str, token_path: Path) -> dict[str, str]:
+    """Variables of a Ray on one machine.
 
     Args:
-        cluster_id: marks every process of the cluster.
-        run_dir: the cluster's own folder; short, because it holds unix sockets.
+        cluster_id: marks every process of it.
         token_path: file with Ray's bearer token.
-        ports: what the cluster may bind.
-        num_threads: arithmetic threads of one process.
     """
-    haproxy = run_dir / HAPROXY_FOLDER
     source_root = str(Path(__file__).resolve().parent.parent)
     python_path = [source_root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return SERVE_FLAGS | {
+    return RAY_FLAGS | {
         MARKER_VARIABLE: cluster_id,
         # Workers must import this package even when it runs from a source tree.
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, python_path))),
@@ -58,26 +56,47 @@ def local_environment(
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         # Ray's switch for "this machine only": the node's address becomes 127.0.0.1.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # HAProxy's files are at one fixed place for all clusters of a machine by default.
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.fallback_grpc),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replica_http[0]),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replica_http[1]),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replica_grpc[0]),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replica_grpc[1]),
-        # No load balancer stands before a laptop, so nobody must be given time to look away.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
-        "OMP_NUM_THREADS": str(num_threads),
     }
+
+
+def local_environment(
+    *, cluster_id: str, run_dir: Path, token_path: Path, ports: ClusterPorts, num_threads: int
+) -> dict[str, str]:
+    """Variables of one cluster with Serve on one machine.
+
+    Args:
+        cluster_id: marks every process of the cluster.
+        run_dir: the cluster's own folder; short, because it holds unix sockets.
+        token_path: file with Ray's bearer token.
+        ports: what the cluster may bind.
+        num_threads: arithmetic threads of one process.
+    """
+    haproxy = run_dir / HAPROXY_FOLDER
+    return (
+        ray_variables(cluster_id=cluster_id, token_path=token_path)
+        | SERVE_FLAGS
+        | {
+            # HAProxy's files are at one fixed place for all clusters of a machine by default.
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
+            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.fallback_grpc),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replica_http[0]),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replica_http[1]),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replica_grpc[0]),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replica_grpc[1]),
+            # No load balancer stands before a laptop, so nobody must be given time to look away.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+            "OMP_NUM_THREADS": str(num_threads),
+        }
+    )
 
 
 @contextmanager
@@ -88,7 +107,8 @@ def applied(variables: dict[str, str]) -> Iterator[None]:
         RuntimeError: Ray Serve was imported before under other flags, which it would keep.
     """
     if "ray.serve._private.constants" in sys.modules:
-        wrong = [name for name, value in SERVE_FLAGS.items() if os.environ.get(name) != value]
+        flags = SERVE_FLAGS.keys() & variables
+        wrong = sorted(name for name in flags if os.environ.get(name) != variables[name])
         if wrong:
             raise RuntimeError(
                 f"Ray Serve was imported before {', '.join(wrong)} could be set; "

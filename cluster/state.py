@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
+import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
-from cluster.errors import NoClusterError
+from cluster.errors import ClusterStartError, NoClusterError
 from cluster.processes import ClusterProcesses
 
 logger = logging.getLogger(__name__)
@@ -121,3 +124,24 @@ def end_stale_clusters(state_dir: Path) -> int:
             shutil.rmtree(run_dir, ignore_errors=True)
             remove_state(state_dir, state.cluster_id)
     return len(stale)
+
+
+def secret_file(state_dir: Path, name: str) -> Path:
+    """A secret of this user, drawn at its first use and the same ever since.
+
+    Raises:
+        ClusterStartError: the file is there and empty.
+    """
+    path = state_dir / name
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not path.exists():
+        # Linked when it is whole: another cluster may start at this moment, and the first one's
+        # secret must be everybody's.
+        with tempfile.NamedTemporaryFile("w", dir=state_dir, prefix=f".{name}-") as draft:
+            draft.write(secrets.token_hex(32))
+            draft.flush()
+            with suppress(FileExistsError):
+                os.link(draft.name, path)
+    if not path.read_text().strip():
+        raise ClusterStartError(f"{path} holds no secret; remove it, and the next start draws one")
+    return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 LossName: TypeAlias = Literal["cross_entropy", "kl", "acceptance", "hybrid"]
 
@@ -179,5 +179,25 @@ class DraftTrainingConfig(_Config):
     run: TrainingConfig = TrainingConfig()
     """The training itself."""
     num_processes: int = Field(default=1, ge=1)
-    """Of the training, on this machine; they share every step. With CUDA each takes a GPU, on a CPU
-    its share of the threads. A run may go on with another number of them."""
+    """That share every step of the training, anywhere on the Ray cluster that ``RAY_ADDRESS``
+    names, or on one of the command's own on this machine. With CUDA each takes a GPU. A run may go
+    on with another number of them; 1 needs no Ray."""
+    min_processes: int = Field(default=1, ge=1)
+    """Fewest to train with while the cluster has no room for all, at the start or after a loss."""
+    cpus_per_process: int = Field(default=1, ge=1)
+    """CPUs that Ray reserves for each of several processes; on a CPU its arithmetic threads."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Processes that hold each matrix of the draft together and take the same texts. Divides
+    ``num_processes``, and the target's heads."""
+    max_failures: int = Field(default=3, ge=0)
+    """Times that a run goes on from its last checkpoint after it lost a process."""
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds that the cluster has to start the processes, at the start and after each loss."""
+
+    @model_validator(mode="after")
+    def _processes_fit(self) -> DraftTrainingConfig:
+        if self.num_processes % self.tensor_parallel:
+            raise ValueError("num_processes must be a multiple of tensor_parallel")
+        if self.min_processes > self.num_processes:
+            raise ValueError("min_processes must not be above num_processes")
+        return self

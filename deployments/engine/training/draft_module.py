@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from torch.distributed.tensor.parallel import ParallelStyle
+
     from deployments.engine.training.batches import FeatureBatch
 
 
@@ -53,6 +55,10 @@ class DraftModule(nn.Module, ABC):
             weights: its state.
             feature_scale: by which the features were divided that it was trained on.
         """
+
+    @abstractmethod
+    def tensor_plan(self) -> dict[str, ParallelStyle]:
+        """By name, the parts that tensor-parallel processes divide; each holds all of the rest."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -21,10 +21,13 @@ from torch.nn import functional as F
 from deployments.engine.torch_engine.rotary import inverse_frequencies
 from deployments.engine.training.batches import left
 from deployments.engine.training.draft_module import DraftModule
+from deployments.engine.training.layers import MLP, gathered, layer_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+    from torch.distributed.tensor.parallel import ParallelStyle
 
     from deployments.engine.torch_engine.eagle3 import Eagle3Config
     from deployments.engine.training.batches import FeatureBatch
@@ -96,21 +99,6 @@ class SelfAttention(nn.Module):
         return self.o_proj(mixed.reshape(B, T, -1)), own
 
 
-class MLP(nn.Module):
-    """Gated SiLU."""
-
-    def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BTE: Tensor) -> Tensor:
-        """[B, T, E]."""
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTE)) * self.up_proj(x_BTE))
-        return output
-
-
 class MidLayer(nn.Module):
     """The decoder layer; the residual stream is the feature, not the embedding."""
 
@@ -118,7 +106,7 @@ class MidLayer(nn.Module):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = SelfAttention(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(size, config.intermediate_size)
         self.hidden_norm = nn.RMSNorm(size, eps)
         self.input_layernorm = nn.RMSNorm(size, eps)
         self.post_attention_layernorm = nn.RMSNorm(size, eps)
@@ -228,6 +216,10 @@ class Eagle3Head(DraftModule):
         with torch.no_grad():
             head.fc.weight.div_(feature_scale)
         return head.eval()
+
+    def tensor_plan(self) -> dict[str, ParallelStyle]:
+        """Attention and feed-forward in place; fusion and vocabulary are put together again."""
+        return layer_plan("midlayer") | {"fc": gathered(), "lm_head": gathered()}
 
     def save(self, folder: Path) -> None:
         """The ``LlamaForCausalLMEagle3`` folder, in bfloat16."""

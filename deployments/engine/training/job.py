@@ -18,7 +18,6 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
-from torch import distributed
 
 from deployments.engine.training.answers import AnswerLog, Question, regenerate
 from deployments.engine.training.capture import AnsweredPrompt, FeatureCapture
@@ -30,7 +29,7 @@ from deployments.engine.training.online import OnlineTexts, QueueStats
 from deployments.engine.training.pace import Pace
 from deployments.engine.training.run import DRAFT_FOLDER, CurvePoint, DraftRun, num_steps
 from deployments.engine.training.self_chat import SelfChat
-from deployments.engine.training.sharding import shard
+from deployments.engine.training.sharding import ProcessMesh
 from deployments.engine.training.step_costs import (
     StepCosts,
     decoding_step,
@@ -129,7 +128,7 @@ class DraftJob:
         Raises:
             RunMismatchError: the folder keeps another job.
             UnsupportedModelError: such a draft cannot be made for this kind of target.
-            ValueError: the target is too small for such a draft.
+            ValueError: the target is too small for such a draft, or cannot be cut so often.
         """
         run = config.run
         self._config = config
@@ -260,12 +259,12 @@ class DraftJob:
         device = loaded.model.device
         unrolled = config.objective.model_copy(update={"num_unrolls": self._method.num_unrolls})
         objective = DraftObjective(draft, loaded.model, unrolled, scale).to(device)
-        if distributed.is_initialized():
-            shard(objective)
+        mesh = ProcessMesh.of_default_group(self._config.tensor_parallel, device.type)
+        mesh.shard(objective)
         steps = num_steps(texts.lengths, config)
         run = DraftRun(
             self._folder,
-            DraftTrainer(objective, config, steps, str(device)),
+            DraftTrainer(objective, config, steps, str(device), mesh),
             config,
             texts,
             self._held_out,

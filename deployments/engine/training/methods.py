@@ -198,9 +198,25 @@ def method_of(config: DraftTrainingConfig, target: ModelConfig) -> Method:
     """The configured kind.
 
     Raises:
-        ValueError: the target is too small for it.
+        ValueError: the target is too small for it, or cannot be cut as often as is configured.
         UnsupportedModelError: it cannot be made for this kind of target.
     """
+    _check_division(config.tensor_parallel, target)
     if config.method == "student":
         return StudentMethod(config.student, target)
     return Eagle3Method(config, target)
+
+
+def _check_division(tensor_parallel: int, target: ModelConfig) -> None:
+    """Every process must get whole heads, and the same width."""
+    widths = {
+        "heads": target.num_heads,
+        "key-value heads": target.num_kv_heads,
+        "units of the feed-forward": target.intermediate_size,
+    }
+    wrong = [f"{count} {name}" for name, count in widths.items() if count % tensor_parallel]
+    if wrong:
+        raise ValueError(
+            f"training.tensor_parallel: {tensor_parallel} does not divide the target's "
+            f"{' and '.join(wrong)}"
+        )

@@ -11,15 +11,14 @@ import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import distributed
 
 from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.training.evaluation import DraftQuality, evaluate
 from deployments.engine.training.pace import Pace
-from deployments.engine.training.plan import plan_epoch, share
+from deployments.engine.training.plan import plan_epoch
 from deployments.engine.training.step_costs import SpeedUps
 from deployments.engine.training.tree_shape import TreeShape
 
@@ -114,7 +113,7 @@ class DraftRun:
         self._fingerprint = fingerprint
         self._costs = costs
         self._tree = TreeShape(config.tree_widths)
-        self._is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+        self._mesh = trainer.mesh
         self._num_tokens = 0
         self._seconds = 0.0
         self._losses: list[float] = []
@@ -143,7 +142,7 @@ class DraftRun:
                 break
             report = self._trainer.step(batches)
             self._losses.append(report.loss)
-            num_tokens = self._total(report.num_tokens)
+            num_tokens = self._mesh.total(report.num_tokens)
             self._num_tokens += num_tokens
             pace.advance(num_tokens, note=f"loss {report.loss:.3f}")
             self._seconds = time.monotonic() - started
@@ -163,11 +162,9 @@ class DraftRun:
         return max(self.curve, key=lambda point: point.score)
 
     def _steps_ahead(self) -> Iterator[list[list[FeatureText]]]:
-        rank = distributed.get_rank() if distributed.is_initialized() else 0
-        world_size = distributed.get_world_size() if distributed.is_initialized() else 1
         lengths = self._texts.lengths
         steps = [
-            [(share(batch, rank, world_size), batch[:1]) for batch in step]
+            [(self._mesh.share(batch), batch[:1]) for batch in step]
             for epoch in range(self._config.epochs)
             for step in epoch_steps(lengths, self._config, epoch)
         ][self._trainer.num_steps_done :]
@@ -209,36 +206,25 @@ class DraftRun:
 
     def _quality(self, draft: DraftModule | None) -> DraftQuality:
         """The first process measures, the others hear of it: all must decide alike."""
-        told: list[DraftQuality | None] = [None]
+        quality = None
         if draft is not None:
             embedding = self._trainer.objective.get_buffer("embedding")
-            told = [
-                evaluate(
-                    draft.to(embedding.device),
-                    embedding,
-                    self._held_out,
-                    self._config.num_draft_tokens,
-                    self._tree,
-                )
-            ]
-        if distributed.is_initialized():
-            distributed.broadcast_object_list(told)
-        return cast("DraftQuality", told[0])
+            quality = evaluate(
+                draft.to(embedding.device),
+                embedding,
+                self._held_out,
+                self._config.num_draft_tokens,
+                self._tree,
+            )
+        return self._mesh.tell(quality)
 
     def _is_idle(self) -> bool:
         patience = self._config.patience
         return bool(patience) and self.curve.index(self.best) < len(self.curve) - patience
 
-    def _total(self, number: int) -> int:
-        if not distributed.is_initialized():
-            return number
-        total = torch.tensor(number)
-        distributed.all_reduce(total)
-        return int(total)
-
     def _save(self) -> None:
         state = self._trainer.state()
-        if not self._is_first:
+        if not self._mesh.is_first:
             return
         state |= {
             "config": self._config.model_dump(),

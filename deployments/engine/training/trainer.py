@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import distributed
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -15,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from deployments.engine.training.batches import collate
+from deployments.engine.training.sharding import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deployments.engine.training.batches import FeatureText
     from deployments.engine.training.config import TrainingConfig
     from deployments.engine.training.objective import DraftObjective
+    from deployments.engine.training.sharding import ProcessMesh
 
 _BETAS = (0.9, 0.95)
 _LAST_RATE_SHARE = 0.01
@@ -47,25 +48,35 @@ class StepReport(NamedTuple):
 
 
 class DraftTrainer:
-    """Holds the optimiser. With a process group, every process takes its share of each batch."""
+    """Holds the optimiser.
+
+    Attributes:
+        mesh: the processes that take every step together, each with its share of the batches.
+    """
 
     def __init__(
-        self, objective: DraftObjective, config: TrainingConfig, num_steps: int, device: str
+        self,
+        objective: DraftObjective,
+        config: TrainingConfig,
+        num_steps: int,
+        device: str,
+        mesh: ProcessMesh = ALONE,
     ) -> None:
         """Prepare the first step.
 
         Args:
-            objective: on ``device``; sharded already, if it is to be.
+            objective: on ``device``; sharded over ``mesh`` already.
             config: of the run.
             num_steps: of the whole run; the learning rate follows it.
             device: where it is trained.
+            mesh: who else trains it.
         """
         self.objective = objective
+        self.mesh = mesh
         self.num_steps_done = 0
         self._config = config
         self._num_steps = num_steps
         self._device = torch.device(device)
-        self._world_size = distributed.get_world_size() if distributed.is_initialized() else 1
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters,
@@ -85,7 +96,7 @@ class DraftTrainer:
         count = torch.zeros(self.objective.num_steps, device=self._device)
         for batch in filled:
             count += self.objective.count(batch)
-        self._sum(count)
+        self.mesh.sum(count)
         rate = self._rate()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -94,15 +105,15 @@ class DraftTrainer:
         for batch in filled:
             with self._autocast():
                 output = self.objective(batch, count)
-            # Sharded gradients are averaged over the processes; their losses are to be added.
-            (output.loss * self._world_size).backward()
+            # Sharded gradients are averaged over the shares; their losses are to be added.
+            (output.loss * self.mesh.num_shares).backward()
             loss += output.loss.detach()
             right += output.right
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm)
         self._optimizer.step()
         self.num_steps_done += 1
-        self._sum(loss)
-        self._sum(right)
+        self.mesh.sum(loss)
+        self.mesh.sum(right)
         return StepReport(
             loss=float(loss),
             accuracy=float(right[0] / count[0].clamp(min=1)),
@@ -147,10 +158,6 @@ class DraftTrainer:
         if self._config.precision == "float32":
             return nullcontext()
         return torch.autocast(self._device.type, torch.bfloat16)
-
-    def _sum(self, tensor: Tensor) -> None:
-        if self._world_size > 1:
-            distributed.all_reduce(tensor)
 
 
 def _whole(tensor: Tensor) -> Tensor:

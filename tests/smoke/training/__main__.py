@@ -1,7 +1,8 @@
 """``make train-smoke``: trains a draft for the default model and checks what its docs claim.
 
 A job on 48 prompts shows that training helps; a smaller one is killed in each of its stages and
-must end with the bits of the same job left alone, and trained by two processes with its weights.
+must end with the bits of the same job left alone. Trained by several processes of a Ray cluster it
+must end with its weights, also if one of them is killed.
 Fails if anything does not hold. Everything lies
 in ``build/train-smoke``, which is made anew; the figures are in ``build/reports/train_smoke.json``.
 """
@@ -32,7 +33,7 @@ from tests.smoke.training.checks import (
     unrolled_difference,
     untrained_quality,
 )
-from tests.smoke.training.jobs import Command, killed_in_every_stage, trained_together
+from tests.smoke.training.jobs import Command, answered, killed_in_every_stage, processes
 
 _FOLDER = Path("build/train-smoke")
 _REPORT = Path("build/reports/train_smoke.json")
@@ -79,9 +80,14 @@ def main() -> int:
     small.run(alone)
     console.rule("the same, killed in each stage")
     killed_in_every_stage(small, killed)
-    console.rule("the same, trained by two processes")
-    together = _FOLDER / "small" / "together"
-    trained_together(small, alone, together)
+    console.rule("the same, trained by two processes, one of which is killed")
+    together = answered(alone, _FOLDER / "small" / "together")
+    ended = small.run_and_kill_one(together, processes(2))
+    console.print(ended.said)
+    console.rule("the same, with every matrix cut in three")
+    # The default model has nine heads and three key-value heads.
+    cut = answered(alone, _FOLDER / "small" / "cut")
+    small.run(cut, processes(3, tensor_parallel=3))
     console.rule("checks")
     loaded = load_model(DEFAULT_MODEL, dtype="float32", cache_dir=default_cache_dir())
     embedding = loaded.model.embed_tokens.weight.detach()
@@ -106,13 +112,19 @@ def main() -> int:
             trained > lengths[name],
         )
     bar("killed in each stage: bits of the weights", *_claim(same_weights(alone, killed)))
-    difference = largest_difference(alone, together)
-    bar(
-        "two processes (FSDP) against one: largest difference of a weight",
-        f"{difference:.1e}",
-        f"< {_MAX_WEIGHT_DIFFERENCE:.0e}",
-        difference < _MAX_WEIGHT_DIFFERENCE,
-    )
+    bar("killed among two processes: the run", *_claim(_went_on(ended.said), "goes on"))
+    bar("processes left behind", str(len(ended.left)), "0", not ended.left)
+    for name, several in (
+        ("two processes (FSDP), one of them killed", together),
+        ("three processes (tensor parallel)", cut),
+    ):
+        difference = largest_difference(alone, several)
+        bar(
+            f"{name}, against one: largest difference of a weight",
+            f"{difference:.1e}",
+            f"< {_MAX_WEIGHT_DIFFERENCE:.0e}",
+            difference < _MAX_WEIGHT_DIFFERENCE,
+        )
     scratch = _FOLDER / "scratch"
     bar("export, loaded: logits", *_claim(export_is_exact(out, embedding, scratch / "export")))
     bar("without d2t", *_claim(missing_offsets_are_refused(out, scratch / "refused"), "refused"))
@@ -137,6 +149,11 @@ def main() -> int:
     _REPORT.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     console.print(f"written: {_REPORT}, after {seconds:.0f} s")
     return 0 if all(row["holds"] for row in bars.values()) else 1
+
+
+def _went_on(said: str) -> bool:
+    """Whether processes began twice, the second time from a checkpoint."""
+    return said.count("training in 2 of 2 processes") == 2 and "going on behind step" in said
 
 
 def _claim(holds: bool, wanted: str = "equal") -> tuple[str, str, bool]:

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tests.ray_workers import run_and_kill_one
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from tests.ray_workers import KilledOne
 
 _POLL_S = 0.05
 
@@ -34,17 +38,25 @@ class Command:
             *("--config", str(config), "--prompts", str(texts)),
         ]
 
-    def run(self, out: Path, num_processes: int = 1) -> dict[str, Any]:
+    def run(self, out: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
         """To the end; its report."""
         done = subprocess.run(
             [*self._arguments, "--out", str(out)],
             stdout=subprocess.PIPE,
             text=True,
             check=True,
-            env=os.environ | {"PACELINE_TRAINING__NUM_PROCESSES": str(num_processes)},
+            env=os.environ | (environment or {}),
         )
         report: dict[str, Any] = json.loads(done.stdout)
         return report
+
+    def run_and_kill_one(self, out: Path, environment: dict[str, str]) -> KilledOne:
+        """To the end, with one of several training processes killed behind the first checkpoint."""
+        return run_and_kill_one(
+            [*self._arguments, "--out", str(out)],
+            os.environ | environment,
+            lambda _: (out / "checkpoint.pt").is_file(),
+        )
 
     def kill_when(self, out: Path, is_there: Callable[[], bool]) -> None:
         """Start it, and end it by SIGKILL as soon as a condition holds.
@@ -64,12 +76,22 @@ class Command:
             process.send_signal(signal.SIGKILL)
 
 
-def trained_together(command: Command, alone: Path, out: Path) -> dict[str, Any]:
-    """Train in two processes on the answers and features of a job that was done by one."""
+def processes(count: int, tensor_parallel: int = 1) -> dict[str, str]:
+    """Settings of a training in so many processes on this machine, and in no fewer."""
+    return {
+        "PACELINE_TRAINING__NUM_PROCESSES": str(count),
+        "PACELINE_TRAINING__MIN_PROCESSES": str(count),
+        "PACELINE_TRAINING__TENSOR_PARALLEL": str(tensor_parallel),
+        "RAY_ADDRESS": "",
+    }
+
+
+def answered(alone: Path, out: Path) -> Path:
+    """A folder with the answers and features of a job that was done, but no training."""
     out.mkdir()
     shutil.copy(alone / "answers.jsonl", out)
     shutil.copytree(alone / "features", out / "features")
-    return command.run(out, num_processes=2)
+    return out
 
 
 def killed_in_every_stage(command: Command, out: Path) -> dict[str, Any]:

@@ -147,22 +147,6 @@ def test_interrupted_anywhere_the_same_command_ends_with_the_same_weights(work):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_two_processes_train_what_one_would(work, monkeypatch):
-    _, folder = train(work, "one")
-    monkeypatch.setenv("PACELINE_TRAINING__NUM_PROCESSES", "2")
-    lines: list[str] = []
-    report, together = train(work, "two", lines.append)
-    assert any(line.startswith("steps: ") for line in lines)
-    assert report.curve[-1].step > 4
-    for name, weight in torch.load(folder.parent / "checkpoint.pt")["model"].items():
-        other = torch.load(together.parent / "checkpoint.pt")["model"][name]
-        torch.testing.assert_close(other, weight, rtol=0, atol=1e-4)
-    lines.clear()
-    monkeypatch.setenv("PACELINE_TRAINING__NUM_PROCESSES", "1")
-    train(work, "two", lines.append)
-    assert any(line.startswith("going on behind step") for line in lines)
-
-
 @pytest.mark.parametrize("weights", ["dense", "int8"])
 def test_features_are_those_of_the_model_that_answered(work, monkeypatch, weights):
     monkeypatch.setenv("PACELINE_ENGINE__WEIGHTS", weights)
@@ -241,6 +225,18 @@ def test_a_model_too_small_for_a_draft_is_refused_before_the_work(work, model, t
     (work / "c.yaml").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="4 layers"):
         train(work)
+    assert not (work / "out" / "answers.jsonl").exists()
+
+
+def test_heads_that_cannot_be_divided_are_told_before_the_work(paceline, work, monkeypatch):
+    monkeypatch.setenv("PACELINE_TRAINING__NUM_PROCESSES", "3")
+    monkeypatch.setenv("PACELINE_TRAINING__TENSOR_PARALLEL", "3")
+    code, _, said = paceline(
+        *("--config", str(work / "c.yaml"), "--out", str(work / "out")),
+        *("--prompts", str(work / "p.txt")),
+    )
+    assert code == ConfigError.exit_code
+    assert "tensor_parallel: 3 does not divide the target's 4 heads and 2 key-value heads" in said
     assert not (work / "out" / "answers.jsonl").exists()
 
 

@@ -18,7 +18,7 @@ from cluster.processes import ClusterProcesses
 from cluster.ray_environment import SERVE_FLAGS
 from cluster.serve_app import ServedApp
 from cluster.signals import StopRequestedError, stop_on_signals
-from cluster.state import list_states
+from cluster.state import list_states, secret_file
 
 APP = ServedApp(build=lambda config: pytest.fail("built"), grpc_servicer_functions=())
 
@@ -132,11 +132,11 @@ def test_serve_tells_of_a_stop_during_a_failing_start_in_plain_words(
 
 
 def test_a_secret_is_drawn_once_and_only_its_owner_can_read_it(tmp_path):
-    path = local_cluster._secret_file(tmp_path, "token")
+    path = secret_file(tmp_path, "token")
     drawn = path.read_text()
     assert len(drawn) == 64
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert local_cluster._secret_file(tmp_path, "token").read_text() == drawn
+    assert secret_file(tmp_path, "token").read_text() == drawn
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -146,11 +146,11 @@ def test_two_first_starts_at_once_share_one_whole_secret(tmp_path, monkeypatch):
 
     def another_start_comes_first(num_bytes: int) -> str:
         monkeypatch.setattr(secrets, "token_hex", token_hex)
-        seen_by_the_other.append(local_cluster._secret_file(tmp_path, "token").read_text())
+        seen_by_the_other.append(secret_file(tmp_path, "token").read_text())
         return token_hex(num_bytes)
 
     monkeypatch.setattr(secrets, "token_hex", another_start_comes_first)
-    seen = local_cluster._secret_file(tmp_path, "token").read_text()
+    seen = secret_file(tmp_path, "token").read_text()
     assert seen_by_the_other == [seen]
     assert len(seen) == 64
 
@@ -158,4 +158,4 @@ def test_two_first_starts_at_once_share_one_whole_secret(tmp_path, monkeypatch):
 def test_an_empty_secret_is_refused(tmp_path):
     (tmp_path / "token").touch()
     with pytest.raises(ClusterStartError, match="token holds no secret; remove it"):
-        local_cluster._secret_file(tmp_path, "token")
+        secret_file(tmp_path, "token")

@@ -111,6 +111,14 @@ TOY_CONFIGS = {
             **{**SHAPE, "num_hidden_layers": 6, "intermediate_size": 64}, tie_word_embeddings=True
         ),
     ),
+    "biased-qwen3-of-6-layers": lambda: (
+        Qwen3ForCausalLM,
+        Qwen3Config(
+            **{**SHAPE, "num_hidden_layers": 6, "intermediate_size": 64},
+            head_dim=16,
+            attention_bias=True,
+        ),
+    ),
 }
 
 

@@ -12,10 +12,15 @@ import pytest
 import torch
 from torch import distributed
 
+from deployments.engine.training.capture import AnsweredPrompt, FeatureCapture
+from deployments.engine.training.config import DraftTrainingConfig, StudentConfig
 from deployments.engine.training.initial import start_from_target
+from deployments.engine.training.methods import StudentMethod, method_of
+from deployments.engine.training.objective import DraftObjective
 from deployments.engine.training.run import DraftRun, num_steps
-from deployments.engine.training.sharding import end_process, shard
+from deployments.engine.training.sharding import ProcessMesh
 from deployments.engine.training.trainer import DraftTrainer
+from tests.unit.deployments.engine.torch_engine.tiny_models import loaded_model
 from tests.unit.deployments.engine.training.test_run import COSTS, InMemory
 from tests.unit.deployments.engine.training.tiny_training import (
     CONFIG,
@@ -37,57 +42,74 @@ RUN = CONFIG.model_copy(
         "num_draft_tokens": 3,
     }
 )
+STOP = 2
+TOGETHER = {
+    "data": ("head", 1),
+    "tensor": ("head", 2),
+    "tensor-student": ("student", 2),
+}
+"""What two processes train, and how many of them hold a matrix together."""
 
 
-def run_in(folder, config=RUN):
+def a_head():
+    untrained = head()
+    start_from_target(untrained, target().model, texts(), scale())
     # One text of the eleven is alone in its batch: a process has nothing to learn from there.
-    kept = InMemory(texts()[:11])
-    a_head = head()
-    start_from_target(a_head, target().model, texts(), scale())
-    trained = objective(a_head)
-    if distributed.is_initialized():
-        shard(trained)
-    trainer = DraftTrainer(trained, config, num_steps(kept.lengths, config), "cpu")
-    held_out = texts(4, seed=9)
-    return DraftRun(
-        folder,
-        trainer,
-        config,
-        kept,
-        held_out,
-        lambda _: None,
-        fingerprint="t",
-        costs=COSTS,
-    )
+    return objective(untrained), texts()[:11], texts(4, seed=9)
 
 
-def together(folder, stop):
-    """Some steps of the run on two processes, which meet in a file."""
-    folder.mkdir()
+def a_student():
+    """Of a target with biases and norms of its heads."""
+    loaded = loaded_model("biased-qwen3-of-6-layers")
+    method = StudentMethod(StudentConfig(first_layers=2, last_layers=1), loaded.config)
+    generator = torch.Generator().manual_seed(3)
+    written = torch.randint(3, 97, (11, 24), generator=generator).tolist()
+    capture = FeatureCapture(loaded, method.aux_layers, max_length=64)
+    kept = list(capture.texts([AnsweredPrompt(text, 5) for text in written]))
+    draft, its_scale = method.start(loaded, torch.arange(3, 43), lambda: kept)
+    config = CONFIG.objective.model_copy(update={"num_unrolls": 1})
+    return DraftObjective(draft, loaded.model, config, its_scale), kept, kept[:4]
+
+
+def run_in(folder, kind, tensor_parallel=1):
+    trained, kept, held_out = {"head": a_head, "student": a_student}[kind]()
+    store = InMemory(kept)
+    mesh = ProcessMesh.of_default_group(tensor_parallel, "cpu")
+    mesh.shard(trained)
+    trainer = DraftTrainer(trained, RUN, num_steps(store.lengths, RUN), "cpu", mesh)
+    say = lambda _: None  # noqa: E731
+    return DraftRun(folder, trainer, RUN, store, held_out, say, fingerprint=kind, costs=COSTS)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The first steps of every run, on two processes, which meet in a file."""
+    folder = tmp_path_factory.mktemp("begun")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", __name__, str(folder), str(rank), str(stop)],
+            [sys.executable, "-m", __name__, str(folder), str(rank)],
             env=os.environ | {"PYTHONPATH": str(Path.cwd())},
         )
         for rank in range(2)
     ]
     assert [process.wait() for process in processes] == [0, 0]
+    return folder
 
 
 def checkpoint(folder):
     return torch.load(folder / "checkpoint.pt")
 
 
-def test_two_processes_and_then_one_make_the_weights_of_one(tmp_path):
-    run_in(tmp_path / "alone").run()
-    together(tmp_path / "begun", stop=2)
-    begun = checkpoint(tmp_path / "begun")
-    assert begun["num_steps_done"] == 2
-    run_in(tmp_path / "begun").run()
-    one, other = checkpoint(tmp_path / "alone"), checkpoint(tmp_path / "begun")
-    assert one["num_steps_done"] == other["num_steps_done"] > 2
-    for name, weight in one["model"].items():
-        torch.testing.assert_close(other["model"][name], weight, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_and_then_one_make_the_weights_of_one(begun, tmp_path, name):
+    kind, _ = TOGETHER[name]
+    run_in(tmp_path, kind).run()
+    assert checkpoint(begun / name)["num_steps_done"] == STOP
+    run_in(begun / name, kind).run()
+    one, other = checkpoint(tmp_path), checkpoint(begun / name)
+    assert one["num_steps_done"] == other["num_steps_done"] > STOP
+    for key, weight in one["model"].items():
+        torch.testing.assert_close(other["model"][key], weight, rtol=0, atol=1e-5)
     assert other["num_tokens"] == one["num_tokens"]
     for mine, theirs in zip(other["curve"], one["curve"], strict=True):
         assert mine["num_tokens"] == theirs["num_tokens"]
@@ -96,23 +118,42 @@ def test_two_processes_and_then_one_make_the_weights_of_one(tmp_path):
         assert mine["quality"]["acceptance"] == expected
 
 
+def test_processes_that_cannot_get_whole_heads_are_refused():
+    with pytest.raises(ValueError, match="4 does not divide the target's 2 key-value heads"):
+        method_of(DraftTrainingConfig(num_processes=4, tensor_parallel=4), target().config)
+    with pytest.raises(ValueError, match="multiple of tensor_parallel"):
+        DraftTrainingConfig(num_processes=3, tensor_parallel=2)
+
+
 class StoppedError(Exception):
     """Its number of steps is done and saved."""
 
 
-if __name__ == "__main__":
-    folder, rank, stop = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    store = f"file://{folder / 'meeting'}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    a_run = run_in(folder)
+def begin(folder, kind, tensor_parallel):
+    a_run = run_in(folder, kind, tensor_parallel)
+    weights = a_run._trainer.objective.parameters()
+    matrices = [weight for weight in weights if weight.ndim == 2]
+    assert all(2 * matrix.to_local().numel() == matrix.numel() for matrix in matrices)
     save = a_run._save
 
     def save_and_stop():
         save()
-        if a_run._trainer.num_steps_done == stop:
+        if a_run._trainer.num_steps_done == STOP:
             raise StoppedError
 
     a_run._save = save_and_stop
     with contextlib.suppress(StoppedError):
         a_run.run()
-    end_process()
+
+
+if __name__ == "__main__":
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    store = f"file://{folder / 'meeting'}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    for name, (kind, tensor_parallel) in TOGETHER.items():
+        begin(folder / name, kind, tensor_parallel)
+    distributed.destroy_process_group()
+    # The group's threads may still let go of Python objects while the interpreter goes down, which
+    # would abort a process whose work is done.
+    sys.stderr.flush()
+    os._exit(0)
