@@ -329,17 +329,6 @@ def test_an_online_training_that_was_cut_off_ends_with_the_same_weights(work, mo
     assert all(torch.equal(whole[name], other[name]) for name in whole)
 
 
-def test_processes_stream_their_shares(work, monkeypatch):
-    online(monkeypatch)
-    _, folder = train(work, "one")
-    monkeypatch.setenv("PACELINE_TRAINING__NUM_PROCESSES", "2")
-    report, together = train(work, "two")
-    assert 0 < report.queue.num_taken < 3 * 24
-    for name, weight in torch.load(folder.parent / "checkpoint.pt")["model"].items():
-        other = torch.load(together.parent / "checkpoint.pt")["model"][name]
-        torch.testing.assert_close(other, weight, rtol=0, atol=1e-4)
-
-
 def test_the_targets_own_chats_are_streamed_too(work, monkeypatch):
     online(monkeypatch)
     for name, value in {
