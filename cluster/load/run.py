@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.load.generator import LoadGenerator
 from cluster.load.pool_sizes import PoolSizes
-from cluster.load.summary import Slo, as_json, summarise, timeline
+from cluster.load.summary import Slo, summarise, timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -89,9 +89,9 @@ class LoadTest:
         names = [surface.name for surface in self.surfaces]
         return {
             "slo": asdict(self.slo),
-            "all": as_json(summarise(outcomes, self.slo, seconds)),
+            "all": asdict(summarise(outcomes, self.slo, seconds)),
             "surfaces": {
-                name: as_json(summarise(own, self.slo, seconds))
+                name: asdict(summarise(own, self.slo, seconds))
                 for name in names
                 if (own := [each for each in outcomes if each.surface == name])
             },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -145,20 +145,16 @@ def timeline(outcomes: Sequence[Outcome], slo: Slo, step_s: float) -> list[dict[
     for outcome in outcomes:
         steps.setdefault(int(outcome.due_s / step_s), []).append(outcome)
     return [
-        {
-            "at_s": index * step_s,
-            "due": len(due),
-            "good": sum(map(slo.holds, due)),
-            "failed": sum(each.ending != "complete" for each in due),
-            "ttft_s": Spread.of(
-                [each.ttft_s for each in due if each.ending == "complete"]
-            ).percentiles.get("p50"),
-        }
+        {"at_s": index * step_s, **_interval(steps.get(index, ()), slo)}
         for index in range(max(steps) + 1)
-        if (due := steps.get(index, [])) is not None
     ]
 
 
-def as_json(summary: LoadSummary) -> dict[str, Any]:
-    """For a report."""
-    return asdict(summary)
+def _interval(due: Sequence[Outcome], slo: Slo) -> dict[str, Any]:
+    waited = [outcome.ttft_s for outcome in due if outcome.ending == "complete"]
+    return {
+        "due": len(due),
+        "good": sum(map(slo.holds, due)),
+        "failed": len(due) - len(waited),
+        "ttft_s": Spread.of(waited).percentiles.get("p50"),
+    }

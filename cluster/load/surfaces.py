@@ -91,7 +91,8 @@ class HttpSurface:
                     data = line.removeprefix("data: ")
                     if data != line and data != "[DONE]":
                         yield _piece(json.loads(data))
-        except (httpx.HTTPError, ValueError, LookupError) as error:
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
+            # Any server may be asked, and an event may be any JSON.
             raise BrokenError(f"{type(error).__name__}: {error}") from error
 
     def _body(self, request: LoadRequest) -> tuple[str, dict[str, Any]]:

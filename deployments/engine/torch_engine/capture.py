@@ -146,6 +146,8 @@ def forward(
     runner: Runner, chunks: SequenceOf[Chunk], batch: ForwardBatch, head: HeadDrafter | None = None
 ) -> tuple[Tensor, StepFeatures]:
     """Run a step, and hold on to the hidden states of the layers that somebody in it wants."""
+    if head is not None and head.is_off:
+        head = None
     captures = (chunk.sequence.capture for chunk in chunks)
     wanted = {layer for c in captures if c is not None for layer in c.layers}
     if head is not None and any(chunk.sequence.is_session_open for chunk in chunks):

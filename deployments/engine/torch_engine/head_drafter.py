@@ -11,6 +11,7 @@ or from the KV tier) hold no rows of it; it does not see them, which can only ma
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.eagle3 import Eagle3Model
     from deployments.engine.torch_engine.models.llama import Model
     from deployments.engine.torch_engine.sequence import Sequence
+
+
+logger = logging.getLogger(__name__)
 
 
 class FinalRows(NamedTuple):
@@ -87,7 +91,11 @@ class _Chain:
 
 
 class HeadDrafter(Drafter):
-    """Belongs to the engine thread."""
+    """Belongs to the engine thread.
+
+    Attributes:
+        is_off: it failed to read; it reads and drafts no more, and the target goes on without it.
+    """
 
     def __init__(self, head: Eagle3Model, target: Model, num_pages: int) -> None:
         """Allocate the head's pool.
@@ -103,12 +111,12 @@ class HeadDrafter(Drafter):
         self._cache = KVCache(head.config.layer, num_pages, dtype=head.dtype, device=head.device)
         self._has_row = torch.zeros(self._cache.num_slots, dtype=torch.bool)
         self._last: dict[int, _Last] = {}
+        self.is_off = False
 
     def forget_page(self, page: int) -> None:
         """The target's page has been given away; the head's rows in it mean nothing any more."""
         self._has_row[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS] = False
 
-    @torch.inference_mode()
     def read(self, features: Mapping[int, Tensor], parts: SequenceOf[FinalRows]) -> None:
         """Write the rows of text that has become final.
 
@@ -116,6 +124,16 @@ class HeadDrafter(Drafter):
             features: per captured layer [N, E], of the whole step.
             parts: at most one per sequence, none empty.
         """
+        try:
+            self._read(features, parts)
+        except Exception:
+            # Whatever a drafter does wrong, the step that it reads from is right.
+            logger.exception("the head cannot read and is switched off")
+            self.is_off = True
+            self._last.clear()
+
+    @torch.inference_mode()
+    def _read(self, features: Mapping[int, Tensor], parts: SequenceOf[FinalRows]) -> None:
         device = self._head.device
         rows = torch.tensor([row for part in parts for row in part.batch_rows], device=device)
         fused = self._head.fuse(

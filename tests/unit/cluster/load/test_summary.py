@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from cluster.load.outcome import Outcome
 from cluster.load.plot import draw
-from cluster.load.summary import Slo, as_json, summarise, timeline
+from cluster.load.summary import Slo, summarise, timeline
 
 
 def answered(index, due_s, first_s, num_tokens=11, token_s=0.1):
@@ -80,7 +82,7 @@ def test_a_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     report = {
         "slo": {"ttft_s": 1.0},
-        "all": as_json(summarise(OUTCOMES, Slo(), seconds=10)),
+        "all": asdict(summarise(OUTCOMES, Slo(), seconds=10)),
         "timeline": timeline(OUTCOMES, Slo(), step_s=1.0),
         "replicas": [{"at_s": 0.0, "replicas": {"Target": 1}}, {"at_s": 1.0, "replicas": {}}],
     }

@@ -266,6 +266,27 @@ def test_a_head_never_changes_a_text(folder, make_head, temperature, at_once):
     assert session.parts.head._last == {}
 
 
+def test_a_head_that_fails_costs_no_request(folder, monkeypatch):
+    asked = requests(1.0)
+    plain = answers(session_of(folder), asked)
+    session = session_of(folder, trained())
+    reader = session.parts.head
+    fuse, num_calls = reader._head.fuse, 0
+
+    def fails_later(features):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 6:
+            raise RuntimeError("out of memory")
+        return fuse(features)
+
+    monkeypatch.setattr(reader._head, "fuse", fails_later)
+    assert answers(session, asked) == plain
+    assert reader.is_off
+    assert num_calls == 7
+    assert reader._last == {}
+
+
 def written_by_the_target():
     """Prompts the head was trained on, cut short: what follows is known to it."""
     return [
