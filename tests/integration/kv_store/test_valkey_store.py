@@ -125,7 +125,9 @@ def test_of_two_stores_that_miss_a_chain_the_second_waits_for_the_first(server, 
         assert load(first) == []
         assert load(first) == [], "it does not wait for itself"
         assert 0 < admin.pttl(page_name(KEYS[0]) + b":claim") <= 60_000
+        num_claims = claims_asked(admin)
         waiting = second.load(KEYS, timeout_s=2 * PATIENT_S)
+        wait_until(lambda: claims_asked(admin) > num_claims)  # it has missed, and waits
         save(first, range(6))
         assert waiting.result(timeout=2 * PATIENT_S).tiers == ("valkey",) * 6
         assert second.stats().num_flights_joined > 0
@@ -168,6 +170,11 @@ def test_dropping_a_page_takes_its_parts_with_it_and_leaves_the_others(server, a
 def kill(server, admin):
     os.kill(int(admin.info("server")["process_id"]), signal.SIGKILL)
     wait_until(lambda: not server.is_running)
+
+
+def claims_asked(admin):
+    """How often pages were claimed, in the server's own count; saving counts as well."""
+    return admin.info("commandstats").get("cmdstat_set", {}).get("calls", 0)
 
 
 def name_of(admin, key):
