@@ -23,7 +23,13 @@ from deployments.engine.torch_engine.kernels.step import (
     run_layers,
 )
 from deployments.engine.torch_engine.kernels.unpacking import unpack_rows
-from deployments.engine.torch_engine.kernels.vectors import BLOCK, DENSE_BF16, DENSE_F32, LANES
+from deployments.engine.torch_engine.kernels.vectors import (
+    BLOCK,
+    DENSE_BF16,
+    DENSE_F32,
+    HAS_AVX512,
+    LANES,
+)
 from deployments.engine.torch_engine.models.llama import DecoderLayer, Weight
 from deployments.engine.torch_engine.precision import multiplies_bfloat16
 from deployments.engine.torch_engine.rotary import RotationRows
@@ -42,8 +48,8 @@ _CHUNKS_STEP = 16
 _MAX_TOKENS = {
     (torch.float32, False): 16,
     (torch.float32, True): 32,
-    (torch.bfloat16, False): 4,
-    (torch.bfloat16, True): 16,
+    (torch.bfloat16, False): 16 if HAS_AVX512 else 4,
+    (torch.bfloat16, True): 24 if HAS_AVX512 else 16,
 }
 """By dtype and whether the weights are packed: beyond, the matrix units win (measured)."""
 _MAX_TOKENS_WIDENED = 32

@@ -18,6 +18,7 @@ from deployments.engine.torch_engine.kernels.vectors import (
     BLOCK,
     DENSE_BF16,
     DENSE_F32,
+    HAS_AVX512,
     I64,
     LANES,
     Q4_1,
@@ -36,14 +37,18 @@ if TYPE_CHECKING:
 _NIBBLE_COLUMNS = [
     [first + column for column in (0, 2, 4, 6, 1, 3, 5, 7)] for first in range(0, BLOCK, 8)
 ]
-_HALF_TILE = LANES // 2
+_SHORT_ROWS = LANES if HAS_AVX512 else LANES // 2
+"""Rows of a tile that are multiplied at once: elsewhere the inputs would leave the registers."""
+_DENSE_TOKENS = 4 if HAS_AVX512 else 2
+_PAIR_ROWS = 4 if HAS_AVX512 else 2
+"""How many tokens meet how many rows at once: AVX2 has sixteen registers, of which four pairs of
+sixteen floats take eight for their sums, and leave enough for weights and inputs. AVX-512 has 32,
+twice as long."""
 _ROW_BYTES = {DENSE_F32: 4, DENSE_BF16: 2}
+_AHEAD_BYTES = 2048
+"""How far ahead tiles are fetched: the more tokens use one, the later the processor would ask."""
 _STRIP_ROWS, _STRIP_TILES = 8, 4
-"""Rows that are multiplied with all tokens before the next come: they stay in the nearest caches.
-
-How many rows meet how many tokens at once is set by AVX2's sixteen registers: four pairs of
-sixteen floats take eight for their sums and leave enough for weights and inputs.
-"""
+"""What is multiplied with all tokens before the next comes: it stays in the nearest caches."""
 
 
 @intrinsic(prefer_literal=True)
@@ -103,6 +108,7 @@ def _tile_products(
         loop = Loop(builder, num_blocks, emit.zeros(num_tokens))
         tile_bytes = Q4_1_TILE_BYTES if form == Q4_1 else Q8_0_TILE_BYTES
         block = builder.add(w, builder.mul(loop.index, ir.Constant(I64, tile_bytes)))
+        emit.prefetch_all(emit.at(block, _AHEAD_BYTES), tile_bytes)
         x_at = builder.mul(loop.index, ir.Constant(I64, 4 * BLOCK))
         columns = [builder.add(row, x_at) for row in x_rows]
         products = emit.zeros(num_tokens)
@@ -150,14 +156,14 @@ def _short_products(
     num_tokens = tokens.literal_value
 
     def generate(context: Any, builder: Value, _signature: Any, args: Sequence[Value]) -> Value:
-        emit = Emitter(builder, _HALF_TILE)
+        emit = Emitter(builder, _SHORT_ROWS)
         _, w, x, x_stride, scales, scales_stride, y, y_stride, num_blocks = args
-        # Eight rows after eight: for sixteen at once the inputs would leave the registers.
-        over_halves = Loop(builder, ir.Constant(I64, LANES // _HALF_TILE), [])
-        header_at = builder.mul(over_halves.index, ir.Constant(I64, 2 * _HALF_TILE))
-        rows_at = builder.mul(over_halves.index, ir.Constant(I64, 4 * _HALF_TILE))
+        over_parts = Loop(builder, ir.Constant(I64, LANES // _SHORT_ROWS), [])
+        header_at = builder.mul(over_parts.index, ir.Constant(I64, 2 * _SHORT_ROWS))
+        rows_at = builder.mul(over_parts.index, ir.Constant(I64, 4 * _SHORT_ROWS))
         loop = Loop(builder, num_blocks, emit.zeros(num_tokens))
         block = builder.add(w, builder.mul(loop.index, ir.Constant(I64, Q4_1_TILE_BYTES)))
+        emit.prefetch_all(emit.at(block, _AHEAD_BYTES), Q4_1_TILE_BYTES)
         x_at = builder.mul(loop.index, ir.Constant(I64, 2 * BLOCK))
         scale_at = builder.mul(loop.index, ir.Constant(I64, 8))
         x_rows = [builder.add(emit.step(x, x_stride, n), x_at) for n in range(num_tokens)]
@@ -182,7 +188,7 @@ def _short_products(
         loop.close(totals)
         for n, total in enumerate(totals):
             emit.store(total, builder.add(emit.step(y, y_stride, n), rows_at))
-        over_halves.close([])
+        over_parts.close([])
         return context.get_dummy_value()
 
     return types.void(tokens, *[types.int64] * 8), generate
@@ -212,16 +218,21 @@ def _dense_rows(kind, w, x, y, y_stride, first, last, num_tokens, size):
     w_stride = size * (4 if kind == DENSE_F32 else 2)
     stride = 4 * size
     for r in range(first, last, _STRIP_ROWS):
-        n, row, out = 0, w + r * w_stride, y + 4 * r
+        row, out = w + r * w_stride, y + 4 * r
         count = min(_STRIP_ROWS, last - r)
-        while n < num_tokens:
-            at, to = x + n * stride, out + n * y_stride
-            if n + 2 <= num_tokens:
-                _dense_strip(kind, 2, 2, row, w_stride, at, stride, to, y_stride, count, size)
-                n += 2
-            else:
+        for n in range(0, num_tokens, _DENSE_TOKENS):
+            at, to, tokens = x + n * stride, out + n * y_stride, min(_DENSE_TOKENS, num_tokens - n)
+            if tokens == 1:
                 _dense_strip(kind, 4, 1, row, w_stride, at, stride, to, y_stride, count, size)
-                n += 1
+            elif tokens == 2:
+                _dense_strip(
+                    kind, _PAIR_ROWS, 2, row, w_stride, at, stride, to, y_stride, count, size
+                )
+            elif HAS_AVX512:
+                if tokens == 3:
+                    _dense_strip(kind, 4, 3, row, w_stride, at, stride, to, y_stride, count, size)
+                else:
+                    _dense_strip(kind, 4, 4, row, w_stride, at, stride, to, y_stride, count, size)
 
 
 @kernel
@@ -246,25 +257,27 @@ def _tile_rows(kind, w, x, sums, y, y_stride, first, last, num_tokens, size):
     is_short = kind == Q4_1_SHORT
     stride, s_stride = (2 * size, 8 * blocks) if is_short else (4 * size, 4 * blocks)
     for t in range(first, last, _STRIP_TILES):
-        n, tile, out = 0, w + t * w_stride, y + 4 * LANES * t
+        tile, out = w + t * w_stride, y + 4 * LANES * t
         count = min(_STRIP_TILES, last - t)
-        while n < num_tokens:
+        for n in range(0, num_tokens, 4):
             at, s_at, to = x + n * stride, sums + n * s_stride, out + n * y_stride
-            if n + 4 <= num_tokens:
+            tokens = min(4, num_tokens - n)
+            if tokens == 4:
                 _tile_strip(
                     kind, 4, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count, blocks
                 )
-                n += 4
-            elif n + 2 <= num_tokens:
+            elif tokens == 3:
+                _tile_strip(
+                    kind, 3, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count, blocks
+                )
+            elif tokens == 2:
                 _tile_strip(
                     kind, 2, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count, blocks
                 )
-                n += 2
             else:
                 _tile_strip(
                     kind, 1, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count, blocks
                 )
-                n += 1
 
 
 @kernel

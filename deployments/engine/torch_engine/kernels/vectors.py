@@ -31,7 +31,11 @@ Q8_0_TILE_BYTES = LANES * (2 + BLOCK)
 """Bytes of one block of sixteen rows."""
 
 
-_HAS_AVX2 = bool(get_host_cpu_features().get("avx2"))
+_FEATURES = get_host_cpu_features()
+_HAS_AVX2 = bool(_FEATURES.get("avx2"))
+HAS_AVX512 = all(map(_FEATURES.get, ("avx512f", "avx512bw")))
+"""Whether a vector of sixteen floats is one register, of which there are 32."""
+_HAS_VNNI = HAS_AVX512 and bool(_FEATURES.get("avx512vnni"))
 
 
 class Emitter:
@@ -74,6 +78,11 @@ class Emitter:
         )
         read, near, data = (ir.Constant(I32, number) for number in (0, 3, 1))
         self.builder.call(function, [self.builder.inttoptr(address, kind), read, near, data])
+
+    def prefetch_all(self, address: Value, size: int) -> None:
+        """The same for so many bytes."""
+        for offset in range(0, size, 64):
+            self.prefetch(self.at(address, offset))
 
     def store(self, value: Value, address: Value) -> None:
         """Write floats."""
@@ -137,10 +146,18 @@ class Emitter:
 
     def add_pair_products(self, a: Value, b: Value, c: Value) -> Value:
         """``c + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`` of int16 in int32."""
-        if _HAS_AVX2 and self.lanes == 8:
-            signature = ir.FunctionType(self._ints, [a.type] * 2)
-            name = "llvm.x86.avx2.pmadd.wd"
+        if _HAS_VNNI and self.lanes == 16:
+            signature = ir.FunctionType(self._ints, [self._ints, a.type, b.type])
+            name = "llvm.x86.avx512.vpdpwssd.512"
             function = cgutils.get_or_insert_function(self.builder.module, signature, name)
+            return self.builder.call(function, [c, a, b])
+        by_lanes = {8: (_HAS_AVX2, "avx2.pmadd.wd"), 16: (HAS_AVX512, "avx512.pmaddw.d.512")}
+        is_there, name = by_lanes.get(self.lanes, (False, ""))
+        if is_there:
+            signature = ir.FunctionType(self._ints, [a.type] * 2)
+            function = cgutils.get_or_insert_function(
+                self.builder.module, signature, f"llvm.x86.{name}"
+            )
             return self.builder.add(c, self.builder.call(function, [a, b]))
         for lanes in (range(0, 2 * self.lanes, 2), range(1, 2 * self.lanes, 2)):
             factors = [
