@@ -24,6 +24,7 @@ from deployments.engine.torch_engine.kernels.vectors import (
     Q4_1,
     Q4_1_SHORT,
     Q8_0,
+    Q8_0_SHORT,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _DENSE_FORMS = {torch.float32: DENSE_F32, torch.bfloat16: DENSE_BF16}
 _HEADER_BYTES = {Q4_1: 4, Q8_0: 2}
+_SHORT = {Q4_1: Q4_1_SHORT, Q8_0: Q8_0_SHORT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def pack_blocks(parts: Sequence[NDArray[np.uint8]], form: int) -> PackedMatrix:
     if form == Q4_1:
         columns = _interleaved(columns).permute(0, 2, 3, 1, 4)
     else:
-        columns = columns.permute(0, 2, 3, 1)
+        columns = columns.unflatten(-1, (-1, 2)).permute(0, 2, 3, 1, 4)
     packed = torch.cat((headers.flatten(2), columns.flatten(2)), dim=2)
     return PackedMatrix(packed.numpy(), form, rows, num_blocks * BLOCK)
 
@@ -95,9 +97,7 @@ def matrix_row(
     """
     bias_at = bias.ctypes.data if bias is not None else 0
     if packed is not None:
-        form = packed.form
-        if form == Q4_1 and weight.dtype == torch.bfloat16:
-            form = Q4_1_SHORT
+        form = _SHORT[packed.form] if weight.dtype == torch.bfloat16 else packed.form
         return [packed.data.ctypes.data, form, packed.rows, packed.columns, bias_at]
     rows, columns = weight.shape
     return [weight.data_ptr(), _DENSE_FORMS[weight.dtype], rows, columns, bias_at]

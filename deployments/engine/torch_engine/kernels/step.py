@@ -28,7 +28,7 @@ from deployments.engine.torch_engine.kernels.memory import (
     wait_for_all,
 )
 from deployments.engine.torch_engine.kernels.products import multiply
-from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, LANES, Q4_1, Q4_1_SHORT
+from deployments.engine.torch_engine.kernels.vectors import DENSE_BF16, LANES, Q4_1, SHORT_FORMS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -135,14 +135,14 @@ def _prepare(matrix, x, first, last, scratch):
     """What ``matrix`` wants of its inputs besides the numbers, for rows ``first`` to ``last``."""
     if matrix[1] == Q4_1:
         sum_blocks(x, first, last, matrix[3], scratch.sums)
-    elif matrix[1] == Q4_1_SHORT:
+    elif matrix[1] in SHORT_FORMS:
         round_blocks(x, first, last, matrix[3], scratch.rounded, scratch.sums)
 
 
 @kernel
 def _apply(matrix, x, num_tokens, scratch, y, items, num_parts):
     """``y = matrix @ x`` together with the other threads; ``x`` is prepared."""
-    x_at = address(scratch.rounded) if matrix[1] == Q4_1_SHORT else address(x)
+    x_at = address(scratch.rounded) if matrix[1] in SHORT_FORMS else address(x)
     num_tiles = (matrix[2] + LANES - 1) // LANES
     size = max(1, num_tiles // (_ITEMS_PER_THREAD * num_parts))
     first = next_item(items) * size

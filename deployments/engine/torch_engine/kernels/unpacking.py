@@ -77,4 +77,5 @@ def _unpack(data, form, rows, num_blocks, out):
                     numbers[i] = np.float32(number) * scale + minimum
             else:
                 for i in range(BLOCK):
-                    numbers[i] = np.float32(np.int8(data[at + LANES * i + lane])) * scale
+                    byte = data[at + 2 * (LANES * (i // 2) + lane) + i % 2]
+                    numbers[i] = np.float32(np.int8(byte)) * scale

@@ -21,8 +21,8 @@ F32 = ir.FloatType()
 
 DENSE_F32, DENSE_BF16, Q4_1, Q8_0 = range(4)
 """How numbers lie in memory; ``packing`` tells the layout of the last two."""
-Q4_1_SHORT = 4
-"""``Q4_1``, multiplied with inputs that are rounded to sixteen bits per block."""
+SHORT_FORMS = Q4_1_SHORT, Q8_0_SHORT = 4, 5
+"""The same, multiplied with inputs that are rounded to sixteen bits per block."""
 
 BLOCK = 32
 """Columns that share a scale."""
@@ -106,17 +106,27 @@ class Emitter:
         """Neighbours in a dense array, as float32."""
         if kind == DENSE_F32:
             return self.load(address, self.floats, 4)
-        bits = self._widen(address, I16, signed=False)
-        return self.builder.bitcast(self.builder.shl(bits, self._every(16)), self.floats)
+        bits = self.load(address, ir.VectorType(I16, self.lanes), 2)
+        bits = self.builder.shl(self.builder.zext(bits, self._ints), self._every(16))
+        return self.builder.bitcast(bits, self.floats)
 
     def load_halves(self, address: Value) -> Value:
         """Neighbours of float16, as float32."""
         halves = ir.VectorType(ir.HalfType(), self.lanes)
         return self.builder.fpext(self.load(address, halves, 2), self.floats)
 
-    def load_signed(self, address: Value) -> Value:
-        """Neighbours of int8, as float32."""
-        return self.builder.sitofp(self._widen(address, I8, signed=True), self.floats)
+    def load_byte_pairs(self, address: Value) -> Value:
+        """Two neighbours of int8 per lane, as int16."""
+        count = 2 * self.lanes
+        numbers = self.load(address, ir.VectorType(I8, count), 1)
+        return self.builder.sext(numbers, ir.VectorType(I16, count))
+
+    def split_pairs(self, pairs: Value) -> list[Value]:
+        """The first and the second int16 of every lane, as float32."""
+        both, half = self.builder.bitcast(pairs, self._ints), self._every(16)
+        first = self.builder.ashr(self.builder.shl(both, half), half)
+        second = self.builder.ashr(both, half)
+        return [self.builder.sitofp(one, self.floats) for one in (first, second)]
 
     def load_nibbles(self, address: Value) -> list[Value]:
         """The eight nibbles of neighbouring int32, the lowest first, as float32."""
@@ -240,11 +250,6 @@ class Emitter:
     def zeros(self, count: int) -> list[Value]:
         """Vectors of zero to start sums with."""
         return [ir.Constant(self.floats, [0.0] * self.lanes) for _ in range(count)]
-
-    def _widen(self, address: Value, kind: Value, *, signed: bool) -> Value:
-        numbers = self.load(address, ir.VectorType(kind, self.lanes), kind.width // 8)
-        extend = self.builder.sext if signed else self.builder.zext
-        return extend(numbers, self._ints)
 
     def _every(self, value: int) -> Value:
         return ir.Constant(self._ints, [value] * self.lanes)

@@ -12,8 +12,15 @@ import torch
 from deployments.engine.torch_engine.kernels.elementwise import round_blocks
 from deployments.engine.torch_engine.kernels.packing import matrix_row, pack_blocks
 from deployments.engine.torch_engine.kernels.products import multiply
-from deployments.engine.torch_engine.kernels.vectors import Q4_1, Q4_1_SHORT, Q8_0
+from deployments.engine.torch_engine.kernels.vectors import (
+    Q4_1,
+    Q4_1_SHORT,
+    Q8_0,
+    Q8_0_SHORT,
+    SHORT_FORMS,
+)
 
+SHORT = {Q4_1: Q4_1_SHORT, Q8_0: Q8_0_SHORT}
 TYPES = {Q4_1: gguf.GGMLQuantizationType.Q4_1, Q8_0: gguf.GGMLQuantizationType.Q8_0}
 
 
@@ -21,7 +28,7 @@ def product(matrix, x, rows, num_parts=1):
     matrix = np.array(matrix, dtype=np.int64)
     x = np.ascontiguousarray(x, dtype=np.float32)
     sums = np.ascontiguousarray(x.reshape(len(x), -1, 32).sum(axis=2))
-    if matrix[1] == Q4_1_SHORT:
+    if matrix[1] in SHORT_FORMS:
         rounded, sums = rounded_blocks(x)
         return multiplied(matrix, rounded, sums, rows, num_parts)
     return multiplied(matrix, x, sums, rows, num_parts)
@@ -62,13 +69,14 @@ def test_blocks_are_multiplied_as_the_file_means_them(form, num_tokens):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 7])
-def test_rounded_inputs_are_multiplied_as_exactly_as_they_are_rounded(num_tokens):
+@pytest.mark.parametrize("form", [Q4_1, Q8_0])
+def test_rounded_inputs_are_multiplied_as_exactly_as_they_are_rounded(form, num_tokens):
     values = np.random.default_rng(1).standard_normal((150, 96)).astype(np.float32)
-    blocks = gguf.quants.quantize(values, TYPES[Q4_1])
-    meant = gguf.quants.dequantize(blocks, TYPES[Q4_1]).astype(np.float64)
+    blocks = gguf.quants.quantize(values, TYPES[form])
+    meant = gguf.quants.dequantize(blocks, TYPES[form]).astype(np.float64)
     weight = torch.empty(0, dtype=torch.bfloat16)
-    matrix = matrix_row(weight, None, packed := pack_blocks([blocks], Q4_1))
-    assert matrix[1] == Q4_1_SHORT
+    matrix = matrix_row(weight, None, packed := pack_blocks([blocks], form))
+    assert matrix[1] == SHORT[form]
     assert packed.rows == 150
     x = inputs(num_tokens, 96) * 10.0 ** np.arange(-2, 1).repeat(32)
     rounded, scales = rounded_blocks(x.astype(np.float32))
