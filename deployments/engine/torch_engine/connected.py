@@ -36,21 +36,25 @@ class DraftHead(nn.Module):
 
     Attributes:
         rows: [D, E].
+        is_spread: whether scores are those of all tokens, or of the draft vocabulary alone.
     """
 
     def __init__(self, weight_VE: Tensor, token_ids: Tensor) -> None:
         super().__init__()
         self.vocab_size = weight_VE.shape[0]
+        self.is_spread = True
         self.register_buffer("token_ids", token_ids.long().to(weight_VE.device), persistent=False)
         self.rows = Weight(len(token_ids), weight_VE.shape[1])
         self.rows.to(dtype=weight_VE.dtype, device=weight_VE.device)
         self.rows.weight.copy_(weight_VE[self.get_buffer("token_ids")])
 
     def forward(self, x_ME: Tensor) -> Tensor:
-        """[M, V]."""
+        """[M, V], or [M, D]."""
         return self.spread(self.rows(x_ME))
 
     def spread(self, scores_MD: Tensor) -> Tensor:
-        """Scores of the draft vocabulary among those of all tokens: [M, V]."""
+        """Scores of the draft vocabulary, if wanted among those of all tokens."""
+        if not self.is_spread:
+            return scores_MD
         scores_MV = scores_MD.new_full((scores_MD.shape[0], self.vocab_size), -torch.inf)
         return scores_MV.index_copy_(1, self.get_buffer("token_ids"), scores_MD)

@@ -25,7 +25,10 @@ noise alone is worth less than the time to look at the whole vocabulary."""
 
 
 def coupled_scores(
-    logits_RV: Tensor, samplings: Sequence[DraftSampling], positions: Sequence[int]
+    logits_RV: Tensor,
+    samplings: Sequence[DraftSampling],
+    positions: Sequence[int],
+    token_ids: Tensor | None = None,
 ) -> Tensor:
     """The scores whose argmax is the guess: processed, with the target's noise where it samples.
 
@@ -33,15 +36,17 @@ def coupled_scores(
         logits_RV: float32.
         samplings: R requests' settings.
         positions: R indices of the tokens being chosen, from the first prompt token.
+        token_ids: [V] of the columns, where these are a draft vocabulary.
 
     Returns:
         [R, V]; tokens that cannot or will hardly win are ``-inf``.
     """
     scores_RV, rows = _processed_scores(logits_RV, samplings)
     if rows:
-        noisy_SC, ids_SC = _noisy_candidates(scores_RV, rows, samplings, positions)
+        noisy_SC, columns_SC = _noisy_candidates(scores_RV, rows, samplings, positions, token_ids)
         scores_RV = scores_RV.to(torch.float64, copy=True)
-        scores_RV[rows] = torch.full_like(scores_RV[rows], -torch.inf).scatter_(1, ids_SC, noisy_SC)
+        nothing_SV = torch.full_like(scores_RV[rows], -torch.inf)
+        scores_RV[rows] = nothing_SV.scatter_(1, columns_SC, noisy_SC)
     return scores_RV
 
 
@@ -57,17 +62,14 @@ def coupled_choices(
         logits_RV: as there.
         samplings: as there.
         positions: as there.
-        token_ids: [V] of the columns, where these are a draft vocabulary; all others count as
-            ``-inf``.
+        token_ids: as there.
     """
     scores_RV, rows = _processed_scores(logits_RV, samplings)
     best_R = scores_RV.argmax(dim=1)
-    choices: list[int] = (best_R if token_ids is None else token_ids[best_R]).tolist()
     if rows:
-        noisy_SC, ids_SC = _noisy_candidates(scores_RV, rows, samplings, positions, token_ids)
-        sampled = ids_SC.gather(1, noisy_SC.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
-        for row, token_id in zip(rows, sampled, strict=True):
-            choices[row] = token_id
+        noisy_SC, columns_SC = _noisy_candidates(scores_RV, rows, samplings, positions, token_ids)
+        best_R[rows] = columns_SC.gather(1, noisy_SC.argmax(dim=1, keepdim=True)).squeeze(1)
+    choices: list[int] = (best_R if token_ids is None else token_ids[best_R]).tolist()
     return choices
 
 
@@ -90,11 +92,11 @@ def _noisy_candidates(
     rows: Sequence[int],
     samplings: Sequence[DraftSampling],
     positions: Sequence[int],
-    token_ids: Tensor | None = None,
+    token_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores with noise, and token ids, of the likeliest tokens of the sampled rows: [S, C]."""
+    """Scores with noise of the likeliest tokens of the sampled rows, and their columns: [S, C]."""
     keys = [row_key(samplings[r].seed, samplings[r].choice_index, positions[r]) for r in rows]
     num_candidates = min(_NOISY_CANDIDATES, scores_RV.shape[1])
     likeliest = scores_RV[rows].topk(num_candidates, dim=1)
     ids_SC = likeliest.indices if token_ids is None else token_ids[likeliest.indices]
-    return likeliest.values + gumbel(keys, ids_SC), ids_SC
+    return likeliest.values + gumbel(keys, ids_SC), likeliest.indices

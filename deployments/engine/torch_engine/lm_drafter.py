@@ -19,6 +19,7 @@ import torch
 
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.types import OutcomeRow
+from deployments.engine.torch_engine.connected import DraftHead
 from deployments.engine.torch_engine.coupling import coupled_choices, coupled_scores
 from deployments.engine.torch_engine.draft_sessions import SessionCaches
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from deployments.engine.speculation.types import DraftQuery, DraftTree
     from deployments.engine.torch_engine.draft_sessions import SessionCache
     from deployments.engine.torch_engine.weights.loader import LoadedModel
+
+_UNKNOWN_LOG_CHANCE = -3.0
+"""Of a token in flight that this model cannot say: another drafter, or the text itself, can."""
 
 
 @dataclass(slots=True)
@@ -105,6 +109,12 @@ class CausalLMDrafter(Drafter):
             device=loaded.model.device,
         )
         self._runner = ModelRunner(loaded.model, loaded.config, cache)
+        self._token_ids: Tensor | None = None
+        self._columns: dict[int, int] | None = None
+        if isinstance(head := loaded.model.lm_head, DraftHead):
+            head.is_spread = False
+            self._token_ids = head.get_buffer("token_ids")
+            self._columns = {token: i for i, token in enumerate(self._token_ids.tolist())}
         self._caches = SessionCaches(num_pages, max_sessions)
         self._first_scratch = num_pages * PAGE_TOKENS
         self._num_scratch = num_scratch_pages * PAGE_TOKENS
@@ -235,20 +245,30 @@ class CausalLMDrafter(Drafter):
         for work, logits_RV in zip(group, logits, strict=True):
             tree, length = work.query.in_flight, len(work.query.token_ids)
             positions = [length + depth for depth in work.depths]
-            scores = coupled_scores(logits_RV, [work.query.sampling] * len(positions), positions)
+            samplings = [work.query.sampling] * len(positions)
+            scores = coupled_scores(logits_RV, samplings, positions, self._token_ids)
             log_probs_RV = scores.log_softmax(dim=1)
             reached = [0.0]
             for parent, token in zip(tree.parents, tree.token_ids, strict=True):
-                reached.append(reached[parent + 1] + float(log_probs_RV[parent + 1, token]))
-                log_probs_RV[parent + 1, token] = -torch.inf
+                column = self._column(token)
+                chance = _UNKNOWN_LOG_CHANCE
+                if column is not None:
+                    chance = float(log_probs_RV[parent + 1, column])
+                    log_probs_RV[parent + 1, column] = -torch.inf
+                reached.append(reached[parent + 1] + chance)
             outcomes = (log_probs_RV + log_probs_RV.new_tensor(reached).unsqueeze(1)).flatten()
             count = min(work.fanout * len(reached), outcomes.shape[0])
-            best, vocab_size = outcomes.topk(count), log_probs_RV.shape[1]
+            best, num_columns = outcomes.topk(count), log_probs_RV.shape[1]
             for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 if value == -torch.inf:
                     break
-                row, token = divmod(place, vocab_size)
+                row, column = divmod(place, num_columns)
+                token = column if self._token_ids is None else int(self._token_ids[column])
                 work.branches.append(_Branch(row - 1, positions[row], value, [token]))
+
+    def _column(self, token_id: int) -> int | None:
+        """Where a token's score is; None if it is outside the draft vocabulary."""
+        return token_id if self._columns is None else self._columns.get(token_id)
 
     def _continue_branches(self, group: Sequence[_Round]) -> None:
         """Extend every branch, all queries together, one token per forward."""
@@ -260,7 +280,7 @@ class CausalLMDrafter(Drafter):
             branches = [(work, branch) for work in active for branch in work.branches]
             samplings = [work.query.sampling for work, _ in branches]
             positions = [branch.position + step + 1 for _, branch in branches]
-            tokens = coupled_choices(logits, samplings, positions)
+            tokens = coupled_choices(logits, samplings, positions, self._token_ids)
             for (_, branch), token in zip(branches, tokens, strict=True):
                 branch.token_ids.append(token)
 

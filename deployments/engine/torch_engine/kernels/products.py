@@ -280,6 +280,14 @@ def _tile_strip(kind, tokens, w, w_stride, x, stride, sums, s_stride, y, y_strid
 
 
 @kernel
+def _num_together(num_tokens):
+    """How many of so many tokens meet a tile at once."""
+    if HAS_AVX512 and num_tokens >= 8:
+        return 8
+    return min(4, num_tokens)
+
+
+@kernel
 def _tile_rows(kind, w, x, sums, y, y_stride, first, last, num_tokens, size):
     """Tiles ``first`` to ``last`` of a quantised matrix; weights leave memory once."""
     literally(kind)
@@ -291,10 +299,17 @@ def _tile_rows(kind, w, x, sums, y, y_stride, first, last, num_tokens, size):
     for t in range(first, last, _STRIP_TILES):
         tile, out = w + t * w_stride, y + 4 * LANES * t
         count = min(_STRIP_TILES, last - t)
-        for n in range(0, num_tokens, 4):
+        n = 0
+        while n < num_tokens:
             at, s_at, to = x + n * stride, sums + n * s_stride, out + n * y_stride
-            tokens = min(4, num_tokens - n)
-            if tokens == 4:
+            tokens = _num_together(num_tokens - n)
+            if tokens == 8:
+                if HAS_AVX512:
+                    _tile_strip(
+                        kind, 8, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count,
+                        blocks,
+                    )  # fmt: skip
+            elif tokens == 4:
                 _tile_strip(
                     kind, 4, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count, blocks
                 )
@@ -310,6 +325,7 @@ def _tile_rows(kind, w, x, sums, y, y_stride, first, last, num_tokens, size):
                 _tile_strip(
                     kind, 1, tile, w_stride, at, stride, s_at, s_stride, to, y_stride, count, blocks
                 )
+            n += tokens
 
 
 @kernel

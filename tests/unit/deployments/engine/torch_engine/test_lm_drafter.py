@@ -11,6 +11,7 @@ from deployments.engine.speculation.types import (
     DraftTree,
     OutcomeRow,
 )
+from deployments.engine.torch_engine.connected import DraftHead
 from deployments.engine.torch_engine.lm_drafter import CausalLMDrafter
 from deployments.engine.torch_engine.sampling_math import process_logits
 from tests.unit.deployments.engine.torch_engine.tiny_models import (
@@ -40,16 +41,18 @@ def query(length, tree=EMPTY, sampling=GREEDY, *, session=1, k=3, fanout=2, shif
 
 
 class Target:
-    """The same model, without cache: chooses as the target's sampler does."""
+    """The same model, without cache: chooses as the target's sampler does, among some tokens."""
 
-    def __init__(self):
+    def __init__(self, vocabulary=None):
         self.runner = runner_of(loaded_model())
+        self.others = torch.ones(97, dtype=torch.bool)
+        self.others[slice(None) if vocabulary is None else vocabulary] = False
 
     def scores(self, text, sampling):
         slots = range(len(text))
         batch = batch_of((list(text), slots, slots, [], None), logit_rows=[len(text) - 1])
         scores = process_logits(
-            self.runner.forward(batch),
+            self.runner.forward(batch).masked_fill(self.others, -torch.inf),
             [sampling.temperature],
             [sampling.top_k],
             [sampling.top_p],
@@ -83,7 +86,9 @@ class Target:
             chances = self.scores(self.path(asked, node), asked.sampling).log_softmax(0)
             for other, parent in enumerate(tree.parents):
                 if parent == node:
-                    reached[other] = reached[node] + float(chances[tree.token_ids[other]])
+                    is_known = not self.others[tree.token_ids[other]]
+                    chance = float(chances[tree.token_ids[other]]) if is_known else -3.0
+                    reached[other] = reached[node] + chance
                     chances[tree.token_ids[other]] = -torch.inf
             found += [
                 (reached[node] + chance, node, bonus)
@@ -110,6 +115,18 @@ def test_the_targets_own_model_foresees_every_outcome(target, tree, sampling):
     drafter = CausalLMDrafter(loaded_model(), num_pages=8)
     asked = query(40, tree, sampling)
     assert as_table(drafter.propose([asked])[0]) == target.expected_rows(asked)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, FILTERED])
+def test_a_draft_vocabulary_is_all_it_chooses_from(sampling):
+    vocabulary = torch.tensor([0, 3, 5, 6, 11, 12, 20, 33, 40, 41, 57, 66, 90])  # 7 is not in it
+    loaded = loaded_model()
+    loaded.model.lm_head = DraftHead(loaded.model.lm_head.get_parameter("weight"), vocabulary)
+    asked = query(40, CHAIN, sampling, fanout=3)
+    got = as_table(CausalLMDrafter(loaded, num_pages=8).propose([asked])[0])
+    assert got == Target(vocabulary).expected_rows(asked)
+    used = {token for key, draft in got.items() for token in (key[1], *draft)}
+    assert used <= set(vocabulary.tolist())
 
 
 def test_a_batch_of_unlike_queries_is_answered_as_if_alone(target):
