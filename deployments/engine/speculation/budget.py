@@ -80,8 +80,7 @@ def choose(
     first, too (AdaServe, arXiv:2501.12162).
 
     Args:
-        chances: per sequence, of its first, second, ... draft token; never rising. One above 1 is
-            what trying is worth: it speaks for the row, but does not help to meet a target.
+        chances: per sequence, of its first, second, ... draft token; never rising.
         num_rows: of the step without drafts.
         num_tokens: what the step gives without drafts.
         seconds_of: what a step of so many rows takes; never falling.
@@ -134,7 +133,7 @@ def _best(step: _Step, rows: Sequence[_Row]) -> _Found:
         expected += chance
         if index in own:
             length, gain = own[index]
-            own[index] = length, gain = length + 1, gain + _gain(chance)
+            own[index] = length, gain = length + 1, gain + chance
             limit = targets_s[index] * gain
             if index in limits or seconds_of(num_rows + length) <= limit:
                 limits[index] = limit
@@ -173,9 +172,5 @@ def _num_needed(step: _Step, own: Sequence[float], target_s: float) -> int:
         if step.seconds_of(step.num_rows + length) <= target_s * gain:
             return length
         if length < len(own):
-            gain += _gain(own[length])
+            gain += own[length]
     return 0
-
-
-def _gain(chance: float) -> float:
-    return chance if chance <= 1 else 0.0

@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING
 from deployments.engine.speculation.draft_source import NOTHING, Guess, Merged, Priors, Trust
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from deployments.engine.speculation.types import SessionSpec
 
-PROBE_INTERVAL_ROUNDS = 16
-"""Rounds without a draft after which one token is verified whatever it costs."""
-_PROBE_WORTH = 2.0
-"""Tokens: what is learned from a draft token that would not pay counts like more than one."""
+_TRIAL_INTERVAL_ROUNDS = 16
+"""Rounds without a draft after which a token is worth a trial."""
 
 
 class RunningSequence:
@@ -34,9 +30,10 @@ class RunningSequence:
         self.merged: Merged = NOTHING
         self.num_withheld_rounds = 0
 
-    @property
-    def chances(self) -> Sequence[float]:
-        """That each draft token at hand is accepted, with all before it."""
-        if self.merged.chances and self.num_withheld_rounds >= PROBE_INTERVAL_ROUNDS:
-            return (_PROBE_WORTH,)
-        return self.merged.chances
+    def is_due(self) -> bool:
+        """Whether nothing was verified for long."""
+        return self.num_withheld_rounds >= _TRIAL_INTERVAL_ROUNDS
+
+    def make_due(self) -> None:
+        """As if nothing had been verified for long."""
+        self.num_withheld_rounds = _TRIAL_INTERVAL_ROUNDS

@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deployments.engine.speculation.budget import choose
 from deployments.engine.speculation.draft_source import (
     HEAD,
     POOL,
@@ -20,13 +19,10 @@ from deployments.engine.speculation.drafters.guarded import GuardedDrafter
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.head_budget import HeadBudget
 from deployments.engine.speculation.pool_client import PoolClient, PoolDraft
-from deployments.engine.speculation.running_sequence import (
-    PROBE_INTERVAL_ROUNDS,
-    RunningSequence,
-)
+from deployments.engine.speculation.running_sequence import RunningSequence
 from deployments.engine.speculation.speculator import NOTHING_ELSE, Speculator, TakenDraft
 from deployments.engine.speculation.speculator_stats import SpeculatorStats
-from deployments.engine.speculation.step_times import StepTimes
+from deployments.engine.speculation.step_planner import AtHand, StepPlanner
 from deployments.engine.speculation.types import Ask, DraftOrigin, DraftQuery, DraftTree
 
 if TYPE_CHECKING:
@@ -87,7 +83,7 @@ class SplitSpeculator(Speculator):
         self._head_budget = HeadBudget()
         self._running: dict[int, RunningSequence] = {}
         self._priors: Priors = {}
-        self._step_times = StepTimes()
+        self._planner = StepPlanner()
         self._step_began_at = 0.0
         self._num_step_rows = 0
         self._pool: PoolClient | None = None
@@ -150,33 +146,18 @@ class SplitSpeculator(Speculator):
         self._step_began_at = self._clock()
         self._num_step_rows = load.num_rows + len(requests)
         num_plain_rows, num_tokens = self._num_step_rows, load.num_tokens + len(requests)
-        taken, times = self._at_hand(requests), self._step_times
-        # What is not known of late is tried: first what drafts must beat, then what they cost.
-        is_plain_tried = times.is_known and not times.is_fresh(num_plain_rows)
-        if self._head.drafter is not None and not is_plain_tried:
+        taken = self._at_hand(requests)
+        if self._head.drafter is not None and not self._planner.is_plain_tried(num_plain_rows):
             taken = self._with_head(requests, taken, num_tokens)
-        if not times.is_known:
-            return taken
-        at_hand = [len(draft.tree) for draft in taken]
-        if is_plain_tried:
-            lengths = [0] * len(taken)
-        elif not times.is_fresh(num_plain_rows + sum(at_hand)):
-            lengths = at_hand
-        else:
-            choice = choose(
-                self._chances(requests),
-                num_plain_rows,
-                num_tokens,
-                times.seconds,
-                _targets_s(requests, load),
-            )
-            lengths = choice.lengths
-            self._num_yielded += choice.num_yielded
-            self._num_targets_met += choice.num_met
-            self._num_targets_missed += choice.num_missed
+        choice = self._planner.plan(
+            self._drafts(requests), num_plain_rows, num_tokens, _targets_s(requests, load)
+        )
+        self._num_yielded += choice.num_yielded
+        self._num_targets_met += choice.num_met
+        self._num_targets_missed += choice.num_missed
         return [
             self._cut(request, draft, length)
-            for request, draft, length in zip(requests, taken, lengths, strict=True)
+            for request, draft, length in zip(requests, taken, choice.lengths, strict=True)
         ]
 
     def _at_hand(self, requests: Sequence[DraftRequest]) -> list[TakenDraft]:
@@ -206,10 +187,12 @@ class SplitSpeculator(Speculator):
     def _most(self, request: DraftRequest) -> int:
         return min(request.max_draft_tokens, self._config.num_draft_tokens)
 
-    def _chances(self, requests: Sequence[DraftRequest]) -> list[Sequence[float]]:
-        """That each draft token at hand is accepted, with all before it."""
+    def _drafts(self, requests: Sequence[DraftRequest]) -> list[AtHand]:
         all_running = [self._running.get(request.session_id) for request in requests]
-        return [running.chances if running is not None else () for running in all_running]
+        return [
+            AtHand(running.merged.chances, running.is_due()) if running is not None else AtHand(())
+            for running in all_running
+        ]
 
     def _cut(self, request: DraftRequest, draft: TakenDraft, length: int) -> TakenDraft:
         running = self._running.get(request.session_id)
@@ -233,7 +216,7 @@ class SplitSpeculator(Speculator):
 
     def verified(self, results: Sequence[RoundResult]) -> None:
         """Learn from the outcome."""
-        self._step_times.observe(self._num_step_rows, self._clock() - self._step_began_at)
+        self._planner.observe(self._num_step_rows, self._clock() - self._step_began_at)
         for result in results:
             self._num_rounds += 1
             running = self._running.get(result.session_id)
@@ -314,9 +297,13 @@ class SplitSpeculator(Speculator):
     ) -> list[TakenDraft]:
         """What is at hand, and what the head adds to it where that is worth its time."""
         its = [self._head_chances(request) for request in requests]
-        seconds_of = self._step_times.seconds if self._step_times.is_known else None
+        times, drafts = self._planner.times, self._drafts(requests)
         ask = self._head_budget.plan(
-            self._chances(requests), its, self._num_step_rows, num_tokens, seconds_of
+            [draft.chances for draft in drafts],
+            its,
+            self._num_step_rows,
+            num_tokens,
+            times.seconds if times.is_known else None,
         )
         if not ask.num_passes:
             return taken
@@ -335,7 +322,8 @@ class SplitSpeculator(Speculator):
             running = self._running[requests[index].session_id]
             if ask.is_probe:
                 # Its token alone is what is put to the test.
-                running.guesses, running.num_withheld_rounds = (), PROBE_INTERVAL_ROUNDS
+                running.guesses = ()
+                running.make_due()
             own = (Guess((row.bonus_token_id, *row.draft_token_ids), HEAD) for row in rows)
             running.guesses = (*running.guesses, *own)
             running.merged = running.trust.merge(running.guesses, self._most(requests[index]))

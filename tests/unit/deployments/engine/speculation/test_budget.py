@@ -110,10 +110,6 @@ def test_a_target_is_not_met_at_the_cost_of_plain_speed():
     assert choose(drafts, 8, 8, steep, {0: 0.0065}) == Choice([0] * 8, 0, 0, 1)
 
 
-def test_a_trial_does_not_help_to_meet_a_target():
-    assert choose([[2.0]], 1, 1, per_row, {0: 0.0115}) == Choice([0], 1, 1, 0)
-
-
 @st.composite
 def steps(draw):
     chances = [sorted(own, reverse=True) for own in draw(st.lists(CHANCES, min_size=1, max_size=4))]

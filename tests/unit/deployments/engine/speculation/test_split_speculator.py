@@ -453,7 +453,7 @@ def test_the_head_s_time_is_not_taken_for_the_target_s():
     timing = {"clock": clock, "seconds_of": lambda rows: 0.03}
     play(speculator, 60, is_right=True, **timing)
     assert len(head.asked) > 40
-    assert speculator._step_times.seconds(5) == pytest.approx(0.03)
+    assert speculator._planner.times.seconds(5) == pytest.approx(0.03)
     assert speculator._head_budget._times.seconds(1) == pytest.approx(0.01)
 
 
