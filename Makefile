@@ -182,7 +182,7 @@ chaos-kv: $(ENVIRONMENT) ## Every fault a tier or its process can have: no wrong
 
 FUZZ_INPUTS ?= 1000000
 
-fuzz-kv: $(ENVIRONMENT) ## Damaged and forged pages, a million of them; about a minute
+fuzz-kv: $(ENVIRONMENT) ## Damaged and forged pages and bytes of page servers, a million each; some minutes
 	$(PY) -m tests.fuzz.kv_pages --inputs $(FUZZ_INPUTS)
 
 fuzz-frames: $(ENVIRONMENT) ## Damaged and forged frames of the draft stream, a million of them; some minutes

@@ -100,6 +100,8 @@ class TargetMetrics:
             self._tier_pages.update(name, "hit", total=tier.num_hits)
             self._tier_pages.update(name, "miss", total=tier.num_misses)
             self._tier_pages.update(name, "put", total=tier.num_puts)
+            self._tier_pages.update(name, "refused", total=tier.num_refused)
+            self._tier_pages.update(name, "served", total=tier.num_served)
             self._tier_pages.update(name, "promoted", total=tier.num_promoted)
             self._tier_pages.update(name, "demoted", total=tier.num_demoted)
             self._tier_pages.update(name, "corrupt", total=tier.num_corrupt)

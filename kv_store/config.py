@@ -108,8 +108,37 @@ class SsdTierConfig(_TierConfig):
         return self
 
 
+class PeersTierConfig(_TierConfig):
+    """Pages in other nodes' SSD folders; and a server that gives them those of this one's.
+
+    Pages are found through the Valkey tier. Whoever may read that may read them; they travel in the
+    clear, unless ``encryption_key`` is set.
+    """
+
+    kind: Literal["peers"] = "peers"
+    """Which tier this is."""
+    host: str = Field(default="", pattern=r"^[0-9A-Za-z.:_-]*$")
+    """This node's address for other nodes; by default that of the route to the Valkey server."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Where this replica's page server listens; 0 takes any free port, as more than one replica of
+    a node must."""
+    connect_timeout_s: float = Field(default=0.2, gt=0)
+    """Limit of one connection attempt; short, as requests wait for it."""
+    max_connections: int = Field(default=2, ge=1, le=16)
+    """Connections of this replica to each page server, each with a thread."""
+    max_clients: int = Field(default=128, ge=1, le=1024)
+    """Connections to this replica's page server, each with a thread; further ones are closed."""
+    record_ttl_s: float = Field(default=600.0, gt=0)
+    """Seconds for which others look here for a page after it was published; renewed three times as
+    often."""
+
+
 TierConfig = Annotated[
-    MemoryTierConfig | ValkeyTierConfig | EmbeddedValkeyTierConfig | SsdTierConfig,
+    MemoryTierConfig
+    | ValkeyTierConfig
+    | EmbeddedValkeyTierConfig
+    | SsdTierConfig
+    | PeersTierConfig,
     Field(discriminator="kind"),
 ]
 
@@ -215,4 +244,13 @@ class KVStoreConfig(_Config):
             raise ValueError("a store has at least one tier")
         if len(set(names)) < len(names):
             raise ValueError(f"tier names must differ: {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_peers(self) -> Self:
+        kinds = [tier.kind for tier in self.tiers]
+        if kinds.count("peers") > 1:
+            raise ValueError("one tier of kind peers reaches all other nodes")
+        if "peers" in kinds and not {"valkey", "embedded_valkey"} & set(kinds):
+            raise ValueError("a tier of kind peers finds pages through a Valkey tier: add one")
         return self

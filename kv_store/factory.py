@@ -15,6 +15,7 @@ from kv_store.config import (
     EmbeddedValkeyTierConfig,
     KVStoreConfig,
     MemoryTierConfig,
+    PeersTierConfig,
     SsdTierConfig,
     TierConfig,
     ValkeyTierConfig,
@@ -33,8 +34,12 @@ if TYPE_CHECKING:
     from kv_store.layout import PageLayout
     from kv_store.page_store import PageStore
     from kv_store.tiers.base import KVTier
+    from kv_store.tiers.ssd import SsdTier
+    from kv_store.tiers.valkey_topology import ValkeyAddress
 
 logger = logging.getLogger(__name__)
+
+_MIB = 1 << 20
 
 
 def build_page_store(
@@ -67,13 +72,14 @@ def build_page_store(
         max_open_s=config.breaker.max_open_s,
     )
     with ExitStack() as owned:
+        builder = _Builder(config, layout, make_breaker, owned)
         tiers = [
             GuardedTier(
-                _sealed(wrap(_build_tier(tier, make_breaker, owned)), tier, config),
-                operation_timeout_s=tier.operation_timeout_s,
+                _sealed(wrap(tier), tier_config, config),
+                operation_timeout_s=tier_config.operation_timeout_s,
                 make_breaker=make_breaker,
             )
-            for tier in config.tiers
+            for tier_config, tier in zip(config.tiers, builder.build_all(), strict=True)
         ]
         names = ", ".join(tier.name for tier in tiers)
         logger.info("KV store: codec %s (%s), tiers %s", codec.name, codec.fidelity, names)
@@ -105,51 +111,116 @@ def _sealed(tier: KVTier, tier_config: TierConfig, config: KVStoreConfig) -> KVT
     return SealedTier(tier, secret, num_threads=config.num_codec_threads)
 
 
-def _build_tier(
-    config: TierConfig, make_breaker: Callable[[], CircuitBreaker], owned: ExitStack
-) -> KVTier:
-    name = config.name or config.kind
-    if isinstance(config, MemoryTierConfig):
-        return MemoryTier(config.budget_bytes, name=name)
-    if isinstance(config, SsdTierConfig):
+class _Builder:
+    """Builds a store's tiers, of which some use others."""
+
+    def __init__(
+        self,
+        config: KVStoreConfig,
+        layout: PageLayout,
+        make_breaker: Callable[[], CircuitBreaker],
+        owned: ExitStack,
+    ) -> None:
+        self._config = config
+        self._layout = layout
+        self._make_breaker = make_breaker
+        self._owned = owned
+        self._hot_tier: ValkeyAddress | None = None
+        self._ssd: SsdTier | None = None
+        self._max_reads = 1
+
+    def build_all(self) -> list[KVTier]:
+        """In the order configured; the one that uses others is built last."""
+        tiers = {
+            place: self._build(tier)
+            for place, tier in enumerate(self._config.tiers)
+            if not isinstance(tier, PeersTierConfig)
+        }
+        tiers |= {
+            place: self._build_peers(tier)
+            for place, tier in enumerate(self._config.tiers)
+            if isinstance(tier, PeersTierConfig)
+        }
+        return [tiers[place] for place in range(len(tiers))]
+
+    def _build(
+        self,
+        config: MemoryTierConfig | ValkeyTierConfig | EmbeddedValkeyTierConfig | SsdTierConfig,
+    ) -> KVTier:
+        name = config.name or config.kind
+        if isinstance(config, MemoryTierConfig):
+            return MemoryTier(config.budget_bytes, name=name)
+        if isinstance(config, SsdTierConfig):
+            return self._build_ssd(config, name)
+        return self._build_valkey(config, name)
+
+    def _build_ssd(self, config: SsdTierConfig, name: str) -> KVTier:
         from kv_store.tiers.ssd import SsdTier
 
-        return SsdTier(
+        tier = SsdTier(
             config.root,
             budget_bytes=config.budget_bytes,
             segment_bytes=config.segment_bytes,
             num_read_threads=config.num_read_threads,
             name=name,
         )
-    return _build_valkey(config, name, make_breaker, owned)
+        if self._ssd is None:
+            self._ssd, self._max_reads = tier, config.num_read_threads
+        return tier
 
+    def _build_valkey(
+        self, config: ValkeyTierConfig | EmbeddedValkeyTierConfig, name: str
+    ) -> KVTier:
+        from kv_store.tiers.valkey import ValkeyTier
+        from kv_store.tiers.valkey_topology import ValkeyAddress, valkey_address
 
-def _build_valkey(
-    config: ValkeyTierConfig | EmbeddedValkeyTierConfig,
-    name: str,
-    make_breaker: Callable[[], CircuitBreaker],
-    owned: ExitStack,
-) -> KVTier:
-    from kv_store.tiers.valkey import ValkeyTier
-    from kv_store.tiers.valkey_topology import ValkeyAddress, valkey_address
+        if isinstance(config, EmbeddedValkeyTierConfig):
+            from kv_store.tiers.embedded_valkey import EmbeddedValkey
 
-    if isinstance(config, EmbeddedValkeyTierConfig):
-        from kv_store.tiers.embedded_valkey import EmbeddedValkey
+            server = EmbeddedValkey(config.max_memory_bytes)
+            server.start()
+            self._owned.callback(server.stop)
+            address = ValkeyAddress(url=server.url)
+        else:
+            address = valkey_address(config)
+        self._hot_tier = self._hot_tier or address
+        return ValkeyTier(
+            address,
+            ttl_s=config.ttl_s,
+            ttl_head_boost=config.ttl_head_boost,
+            connect_timeout_s=config.connect_timeout_s,
+            operation_timeout_s=config.operation_timeout_s,
+            max_connections=config.max_connections,
+            find_cuts=section_offsets,
+            make_breaker=self._make_breaker,
+            name=name,
+        )
 
-        server = EmbeddedValkey(config.max_memory_bytes)
-        server.start()
-        owned.callback(server.stop)
-        address = ValkeyAddress(url=server.url)
-    else:
-        address = valkey_address(config)
-    return ValkeyTier(
-        address,
-        ttl_s=config.ttl_s,
-        ttl_head_boost=config.ttl_head_boost,
-        connect_timeout_s=config.connect_timeout_s,
-        operation_timeout_s=config.operation_timeout_s,
-        max_connections=config.max_connections,
-        find_cuts=section_offsets,
-        make_breaker=make_breaker,
-        name=name,
-    )
+    def _build_peers(self, config: PeersTierConfig) -> KVTier:
+        from kv_store.tiers.page_directory import PageDirectory
+        from kv_store.tiers.peers import PagePublisher, PeerTier
+
+        if self._hot_tier is None:
+            raise ValueError("a tier of kind peers finds pages through a Valkey tier")
+        directory = PageDirectory(
+            self._hot_tier,
+            connect_timeout_s=config.connect_timeout_s,
+            operation_timeout_s=config.operation_timeout_s / 2,  # the rest is for the pages
+        )
+        publisher = None
+        if self._ssd is not None:
+            publisher = PagePublisher(
+                config,
+                directory,
+                hot_tier=self._hot_tier,
+                ssd=self._ssd,
+                max_reads=self._max_reads,
+            )
+        return PeerTier(
+            config,
+            directory,
+            max_page_bytes=2 * self._layout.nbytes + _MIB,  # no codec needs so much
+            make_breaker=self._make_breaker,
+            publisher=publisher,
+            name=config.name or config.kind,
+        )

@@ -64,6 +64,7 @@ class FaultyTier(KVTier):
     def __init__(self, tier: KVTier, plan: FaultPlan) -> None:
         self.name = tier.name
         self.is_shared = tier.is_shared
+        self.takes_pages = tier.takes_pages
         self.plan = plan
         self.num_operations = 0
         self.num_faults = 0
@@ -109,6 +110,10 @@ class FaultyTier(KVTier):
         if self._happens(self.plan.read_only):
             raise TierUnavailableError("a planned fault: read-only")
         return await self._tier.delete_many(keys)
+
+    def start(self) -> None:
+        """See ``KVTier``."""
+        self._tier.start()
 
     async def aclose(self) -> None:
         """Close the wrapped tier."""

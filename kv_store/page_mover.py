@@ -143,6 +143,8 @@ class PageMover:
         """Give a served chain's pages to the tiers that should have them."""
         held = await self._holders(served)
         for place, tier in enumerate(self._tiers):
+            if not tier.takes_pages:
+                continue
             wanted = worth_copying(
                 served.keys,
                 served.counts,
@@ -165,7 +167,9 @@ class PageMover:
         for place, tier in enumerate(self._tiers):
             is_held = [source == place for source in served.sources]
             unknown = [index for index, source in enumerate(served.sources) if source < place]
-            if unknown:  # an empty question would be answered, and close a breaker
+            if (
+                unknown and tier.takes_pages
+            ):  # an empty question would be answered, and close a breaker
                 answers = await tier.contains([served.keys[index] for index in unknown])
                 for index, answer in zip(unknown, answers, strict=True):
                     is_held[index] = answer

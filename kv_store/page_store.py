@@ -35,6 +35,8 @@ class TierStats:
 
     Attributes:
         num_pages: -1 where only the server knows (ask it through ``paceline kv``).
+        num_refused: pages that it would not take: too large, or over a tenant's quota.
+        num_served: pages of this node's folder that other nodes got.
         num_promoted: pages copied here from a lower tier, behind requests' backs.
         num_demoted: likewise, from a tier above.
         is_open: whether the breaker lets requests through.
@@ -46,6 +48,8 @@ class TierStats:
     num_hits: int = 0
     num_misses: int = 0
     num_puts: int = 0
+    num_refused: int = 0
+    num_served: int = 0
     num_promoted: int = 0
     num_demoted: int = 0
     num_corrupt: int = 0

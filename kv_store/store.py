@@ -190,6 +190,8 @@ class TieredPageStore(PageStore):
     def _run_loop(self) -> None:
         """The IO thread."""
         asyncio.set_event_loop(self._loop)
+        for tier in self._tiers:
+            self._loop.call_soon(tier.start)
         self._spawn(self._loop.create_task(self._writer.run(), name="kv-write-back"))
         if self._mover is not None:
             self._spawn(self._loop.create_task(self._mover.run(), name="kv-moves"))

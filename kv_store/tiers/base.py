@@ -15,10 +15,15 @@ Blob = bytes | memoryview
 
 
 class TierUsage(NamedTuple):
-    """What a tier holds now; -1 where only a server knows."""
+    """What a tier holds now; -1 where only a server knows.
+
+    Attributes:
+        num_served: pages given to other nodes since the start.
+    """
 
     num_pages: int = -1
     num_bytes: int = -1
+    num_served: int = 0
 
 
 class KVTier(ABC):
@@ -55,6 +60,9 @@ class KVTier(ABC):
     async def aclose(self) -> None:
         """Release everything. Idempotent; later calls of other methods raise."""
 
+    takes_pages: bool = True
+    """Whether pages can be put here at all; others hold what was put elsewhere."""
+
     is_shared: bool = False
     """Whether other replicas see what is put here, so that ``claim_many`` means something."""
 
@@ -65,6 +73,9 @@ class KVTier(ABC):
             In order, False where another store has taken it and its time is not over.
         """
         return [True] * len(keys)
+
+    def start(self) -> None:  # noqa: B027 - most tiers do nothing of their own accord
+        """Begin what the tier does of its own accord, on the event loop; once, before all else."""
 
     def life_s(self, key: PageKey) -> float | None:
         """Seconds that a page is kept after it was put or read; None if there is no such limit.

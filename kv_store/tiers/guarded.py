@@ -54,13 +54,22 @@ class GuardedTier:
         self._writes = make_breaker()
         self._slots = asyncio.Semaphore(max_inflight)
         self._tasks: set[asyncio.Task[object]] = set()
-        self._num_hits = self._num_misses = self._num_puts = 0
+        self._num_hits = self._num_misses = self._num_puts = self._num_refused = 0
         self._num_corrupt = self._num_errors = self._num_promoted = self._num_demoted = 0
 
     @property
     def is_writable(self) -> bool:
         """Whether a put would be tried now."""
-        return not self._writes.is_blocking
+        return self._tier.takes_pages and not self._writes.is_blocking
+
+    @property
+    def takes_pages(self) -> bool:
+        """See ``KVTier``."""
+        return self._tier.takes_pages
+
+    def start(self) -> None:
+        """See ``KVTier``."""
+        self._tier.start()
 
     def life_s(self, key: PageKey) -> float | None:
         """See ``KVTier``."""
@@ -84,6 +93,7 @@ class GuardedTier:
         if held is None:
             return [False] * len(items)
         self._num_puts += held.count(True)
+        self._num_refused += held.count(False)
         return held
 
     async def claim(self, keys: Sequence[PageKey], duration_s: float) -> list[bool]:
@@ -124,6 +134,8 @@ class GuardedTier:
             num_hits=self._num_hits,
             num_misses=self._num_misses,
             num_puts=self._num_puts,
+            num_refused=self._num_refused,
+            num_served=usage.num_served,
             num_promoted=self._num_promoted,
             num_demoted=self._num_demoted,
             num_corrupt=self._num_corrupt,

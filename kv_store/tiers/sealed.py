@@ -70,6 +70,7 @@ class SealedTier(KVTier):
             raise ValueError(f"an encryption key has {KEY_BYTES} bytes, not {len(secret)}")
         self.name = tier.name
         self.is_shared = tier.is_shared
+        self.takes_pages = tier.takes_pages
         self._tier = tier
         self._secret = secret
         self._namespaces: dict[bytes, _Derived] = {}
@@ -94,6 +95,10 @@ class SealedTier(KVTier):
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
         """See ``KVTier``."""
         return await self._tier.delete_many(self._outer(keys))
+
+    def start(self) -> None:
+        """See ``KVTier``."""
+        self._tier.start()
 
     async def aclose(self) -> None:
         """Close the wrapped tier."""

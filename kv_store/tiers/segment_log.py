@@ -136,6 +136,11 @@ class SegmentLog:
             os.close(fd)
         return True
 
+    def keys(self) -> list[PageKey]:
+        """All that are held; no IO."""
+        with self._lock:
+            return list(self._index)
+
     def usage(self) -> TierUsage:
         """Blobs held, and bytes of all files."""
         with self._lock:

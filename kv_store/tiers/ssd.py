@@ -56,15 +56,34 @@ class SsdTier(KVTier):
         self._log: SegmentLog | None = None
         self._folder: ClaimedFolder | None = None
         self._is_closed = False
+        self.on_put: Callable[[Sequence[PageKey]], object] | None = None
+        """Told, on the event loop, of pages that are held from now on."""
+
+    @property
+    def log(self) -> SegmentLog | None:
+        """The open log, whose reads any thread may use; None before the first operation."""
+        return self._log
+
+    async def opened(self) -> SegmentLog:
+        """The log; claims and scans the folder if this is its first use.
+
+        Raises:
+            TierUnavailableError: the file system refuses, or the tier is closed.
+        """
+        if self._is_closed:
+            raise TierUnavailableError(f"tier {self.name} is closed")
+        if self._log is not None:
+            return self._log
+        return await self._in_thread(self._writer, self._open_log)
 
     async def contains_many(self, keys: Sequence[PageKey]) -> list[bool]:
         """See ``KVTier``; answered from memory."""
-        log = await self._opened()
+        log = await self.opened()
         return [log.contains(key) for key in keys]
 
     async def get_many(self, keys: Sequence[PageKey]) -> list[Blob | None]:
         """See ``KVTier``."""
-        log = await self._opened()
+        log = await self.opened()
         # A share for each thread: handing over page by page costs more than reading small ones.
         size = max(1, -(-len(keys) // self._num_read_threads))
         shares = [keys[start : start + size] for start in range(0, len(keys), size)]
@@ -73,17 +92,18 @@ class SsdTier(KVTier):
 
     async def put_many(self, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
         """See ``KVTier``; refuses a blob larger than a segment."""
-        log = await self._opened()
+        log = await self.opened()
         held = await self._in_thread(
             self._writer, lambda: [log.append(key, blob) for key, blob in items]
         )
-        return [
-            is_held and log.contains(key) for is_held, (key, _) in zip(held, items, strict=True)
-        ]
+        held = [ok and log.contains(key) for ok, (key, _) in zip(held, items, strict=True)]
+        if self.on_put is not None:
+            self.on_put([key for ok, (key, _) in zip(held, items, strict=True) if ok])
+        return held
 
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
         """See ``KVTier``; also forgotten after a restart."""
-        log = await self._opened()
+        log = await self.opened()
         return await self._in_thread(self._writer, lambda: sum(log.delete(key) for key in keys))
 
     async def aclose(self) -> None:
@@ -98,13 +118,6 @@ class SsdTier(KVTier):
     def usage(self) -> TierUsage:
         """Blobs held, and bytes of all files; unknown before the first use."""
         return self._log.usage() if self._log else TierUsage()
-
-    async def _opened(self) -> SegmentLog:
-        if self._is_closed:
-            raise TierUnavailableError(f"tier {self.name} is closed")
-        if self._log is not None:
-            return self._log
-        return await self._in_thread(self._writer, self._open_log)
 
     def _open_log(self) -> SegmentLog:
         """On the writer's only thread, so that it happens once."""

@@ -10,43 +10,20 @@ Blocking IO in threads of its own, one connection each; page bytes are never cop
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-import time
-from collections import defaultdict
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING
 
-from kv_store.errors import TierUnavailableError
 from kv_store.tiers.base import Blob, KVTier
-from kv_store.tiers.breaker import CircuitBreaker
-from kv_store.tiers.buffers import BufferPool
-from kv_store.tiers.valkey_exchange import Exchange, PageRead, PageWrite, Redirect
-from kv_store.tiers.valkey_topology import ValkeyAddress, make_topology
+from kv_store.tiers.valkey_batches import ValkeyBatches, default_breaker, page_name
+from kv_store.tiers.valkey_exchange import Exchange, PageRead, PageWrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kv_store.keys import PageKey
-    from kv_store.tiers.valkey_server import ValkeyServer
-
-T = TypeVar("T")
-U = TypeVar("U")
-
-_MAX_REDIRECTS = 3
-# A shard that hangs must leave time to hand over what the others gave.
-_SHARD_SHARE = 0.9
-
-
-def _default_breaker() -> CircuitBreaker:
-    return CircuitBreaker(max_failures=3, open_s=1.0, max_open_s=30.0)
-
-
-class _Route(NamedTuple):
-    """Where a part of a batch goes."""
-
-    server: ValkeyServer
-    is_asking: bool = False
+    from kv_store.tiers.breaker import CircuitBreaker
+    from kv_store.tiers.valkey_topology import ValkeyAddress
 
 
 class ValkeyTier(KVTier):
@@ -66,7 +43,7 @@ class ValkeyTier(KVTier):
         operation_timeout_s: float,
         max_connections: int,
         find_cuts: Callable[[Blob], Sequence[int]] = lambda _: (),
-        make_breaker: Callable[[], CircuitBreaker] = _default_breaker,
+        make_breaker: Callable[[], CircuitBreaker] = default_breaker,
         name: str = "valkey",
     ) -> None:
         """Prepare; nothing is sent yet.
@@ -90,45 +67,46 @@ class ValkeyTier(KVTier):
         self._owner = secrets.token_hex(8).encode()
         self._ttl_s = ttl_s
         self._ttl_head_boost = ttl_head_boost
-        self._operation_timeout_s = operation_timeout_s
         self._find_cuts = find_cuts
-        self._topology = make_topology(
+        self._batches = ValkeyBatches(
             address,
             connect_timeout_s=connect_timeout_s,
             operation_timeout_s=operation_timeout_s,
-            num_connections=max_connections,
-            buffers=BufferPool(),
+            max_connections=max_connections,
             make_breaker=make_breaker,
         )
-        self._is_closed = False
 
     async def contains_many(self, keys: Sequence[PageKey]) -> list[bool]:
         """See ``KVTier``."""
         names = [page_name(key) for key in keys]
-        return await self._run(Exchange.contains, names, names, miss=False, is_shared=False)
+        return await self._batches.run(Exchange.contains, names, names, miss=False, is_shared=False)
 
     async def get_many(self, keys: Sequence[PageKey]) -> list[Blob | None]:
         """See ``KVTier``; starts each page's time to live anew."""
         reads = [PageRead(page_name(key), self._ttl_ms(key)) for key in keys]
-        return await self._run(Exchange.get, reads, [read.name for read in reads], miss=None)
+        return await self._batches.run(
+            Exchange.get, reads, [read.name for read in reads], miss=None
+        )
 
     async def put_many(self, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
         """See ``KVTier``. A page that exists is left alone, and is held."""
         writes = [PageWrite(page_name(key), blob, self._ttl_ms(key)) for key, blob in items]
         put = partial(Exchange.put, find_cuts=self._find_cuts)
-        return await self._run(put, writes, [write.name for write in writes], miss=False)
+        return await self._batches.run(put, writes, [write.name for write in writes], miss=False)
 
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
         """See ``KVTier``; the server frees the memory in its own time."""
         names = [page_name(key) for key in keys]
-        existed = await self._run(Exchange.delete, names, names, miss=False, is_shared=False)
+        existed = await self._batches.run(
+            Exchange.delete, names, names, miss=False, is_shared=False
+        )
         return existed.count(True)
 
     async def claim_many(self, keys: Sequence[PageKey], duration_s: float) -> list[bool]:
         """See ``KVTier``."""
         names = [page_name(key) for key in keys]
         claim = partial(Exchange.claim, owner=self._owner, duration_ms=int(1000 * duration_s) or 1)
-        return await self._run(claim, names, names, miss=True, is_shared=False)
+        return await self._batches.run(claim, names, names, miss=True, is_shared=False)
 
     def life_s(self, key: PageKey) -> float:
         """See ``KVTier``; longer at the head of a chain."""
@@ -136,95 +114,7 @@ class ValkeyTier(KVTier):
 
     async def aclose(self) -> None:
         """Close the connections; operations under way fail."""
-        self._is_closed = True
-        self._topology.close()
-
-    async def _run(
-        self,
-        operation: Callable[[Exchange, Sequence[T]], Sequence[U | Redirect]],
-        items: Sequence[T],
-        names: Sequence[bytes],
-        *,
-        miss: U,
-        is_shared: bool = True,
-    ) -> list[U]:
-        """An operation on many items, on the servers that have them.
-
-        Args:
-            operation: on the items of one server.
-            items: what to operate on.
-            names: their keys.
-            miss: the result of an item whose server failed while another did not.
-            is_shared: whether one server's items are divided among its connections.
-        """
-        if self._is_closed:
-            raise TierUnavailableError(f"tier {self.name} is closed")
-        if not items:
-            return []
-        deadline = time.monotonic() + self._operation_timeout_s * _SHARD_SHARE
-        await self._topology.ready()
-        results = [miss] * len(items)
-        waiting: dict[_Route, Sequence[int]] = {
-            _Route(server): indices for server, indices in self._topology.divide(names).items()
-        }
-        failures: list[TierUnavailableError] = []
-        has_answer = False
-        for _ in range(1 + _MAX_REDIRECTS):
-            shares = [
-                (route, share)
-                for route, indices in waiting.items()
-                for share in _divided(indices, route.server.num_connections if is_shared else 1)
-            ]
-            outcomes = await asyncio.gather(
-                *(
-                    _ask(route, operation, [items[index] for index in share], deadline)
-                    for route, share in shares
-                ),
-                return_exceptions=True,
-            )
-            redirected: dict[_Route, list[int]] = defaultdict(list)
-            for (route, share), outcome in zip(shares, outcomes, strict=True):
-                if isinstance(outcome, TierUnavailableError):
-                    failures.append(outcome)
-                    continue
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                for index, result in zip(share, outcome, strict=True):
-                    if isinstance(result, Redirect):
-                        target = self._topology.follow(result, route.server)
-                        redirected[_Route(target, result.is_ask)].append(index)
-                    else:
-                        results[index] = result
-                        has_answer = True
-            if not redirected:
-                break
-            waiting = dict(redirected)
-        if failures:
-            self._topology.refresh_soon()
-            if not has_answer:
-                raise failures[0]
-        return results
+        self._batches.close()
 
     def _ttl_ms(self, key: PageKey) -> int:
         return int(1000 * self.life_s(key))
-
-
-def page_name(key: PageKey) -> bytes:
-    """The server's name of a page; ``kv:{<namespace>:*`` is an ACL pattern for one namespace."""
-    return b"kv:{%b:%b}" % (key.namespace_id.hex().encode(), key.page_hash.hex().encode())
-
-
-async def _ask(
-    route: _Route,
-    operation: Callable[[Exchange, Sequence[T]], Sequence[U | Redirect]],
-    items: Sequence[T],
-    deadline: float,
-) -> Sequence[U | Redirect]:
-    return await route.server.run(
-        lambda exchange: operation(exchange, items), deadline, is_asking=route.is_asking
-    )
-
-
-def _divided(indices: Sequence[int], num_shares: int) -> list[Sequence[int]]:
-    size = max(1, -(-len(indices) // num_shares))
-    return [indices[start : start + size] for start in range(0, len(indices), size)]

@@ -15,7 +15,7 @@ from redis.retry import Retry
 
 from kv_store.errors import PageCorruptError, TierUnavailableError
 from kv_store.tiers.parts import MAGIC, read_manifest
-from kv_store.tiers.valkey_exchange import CLAIM_SUFFIX
+from kv_store.tiers.valkey_exchange import CLAIM_SUFFIX, NOTE_SUFFIX
 from kv_store.tiers.valkey_topology import DEFAULT_PORT, sentinel_pool, split_url
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def page_sizes(client: Redis) -> dict[bytes, int]:
     sizes: dict[bytes, int] = {}
     # SCAN may show a key twice while the server moves its table.
     for name in set(client.scan_iter(match="kv:{*", count=_SCAN_COUNT)):
-        if (match := _NAME.match(name)) and not name.endswith(CLAIM_SUFFIX):
+        if (match := _NAME.match(name)) and not name.endswith((CLAIM_SUFFIX, NOTE_SUFFIX)):
             sizes[match[0]] = sizes.get(match[0], 0) + client.strlen(name)
     return sizes
 

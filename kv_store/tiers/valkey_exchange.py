@@ -14,7 +14,13 @@ from redis.exceptions import AskError, MovedError
 from kv_store.errors import TierUnavailableError
 from kv_store.tiers.base import Blob
 from kv_store.tiers.parts import Manifest, is_split, read_manifest, split
-from kv_store.tiers.resp import ErrorReply, ReplyReader, command, command_with_payload
+from kv_store.tiers.resp import (
+    ErrorReply,
+    ProtocolError,
+    ReplyReader,
+    command,
+    command_with_payload,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 
 MAX_VALUE_BYTES = 2 << 20
 CLAIM_SUFFIX = b":claim"
+NOTE_SUFFIX = b":at"
 
 T = TypeVar("T")
 
@@ -163,6 +170,42 @@ class Exchange:
             reply if isinstance(reply, Redirect) else reply is None or reply == owner
             for reply in replies[1::2]
         ]
+
+    def note(self, names: Sequence[bytes], value: bytes, duration_ms: int) -> list[bool | Redirect]:
+        """Leave one word beside each page's name, in place of what is there; it ends by itself."""
+        options = (b"PX", b"%d" % duration_ms)
+        commands: list[list[Blob]] = [
+            [command(b"SET", name + NOTE_SUFFIX, value, *options)] for name in names
+        ]
+        return [reply if isinstance(reply, Redirect) else True for reply in self._send(commands)]
+
+    def notes(self, names: Sequence[bytes]) -> list[bytes | Redirect | None]:
+        """The word beside each page's name; None if there is none."""
+        replies = self._send([[command(b"GET", name + NOTE_SUFFIX)] for name in names])
+        return [
+            bytes(reply) if isinstance(reply, bytes | memoryview) else _blob(reply)
+            for reply in replies
+        ]
+
+    def forget_notes(self, names: Sequence[bytes]) -> list[bool | Redirect]:
+        """Whether there was a word beside each name."""
+        return self.delete([name + NOTE_SUFFIX for name in names])
+
+    def fetch(self, names: Sequence[bytes], max_bytes: int) -> list[Blob | None]:
+        """Each value as it is, from a server that has whole pages; None for whatever else it says.
+
+        Args:
+            names: what the server calls them.
+            max_bytes: of one value; a server that announces more is not listened to.
+        """
+
+        def allocate(size: int) -> memoryview:
+            if size > max_bytes:
+                raise ProtocolError(f"a value of {size} bytes, where {max_bytes} are the limit")
+            return self._buffers.take(size)
+
+        replies = self._send([[command(b"GET", name)] for name in names], [allocate] * len(names))
+        return [reply if isinstance(reply, bytes | memoryview) else None for reply in replies]
 
     def _contains(self, names: Sequence[bytes]) -> list[bool | Redirect]:
         """As ``contains``, without a look at each reply where all are plain answers."""

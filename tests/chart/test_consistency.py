@@ -242,6 +242,8 @@ def test_pages_go_where_the_values_say(rendering: Rendering) -> None:
         folders = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert tiers["ssd"]["root"] in folders
         assert tiers["ssd"]["budget_bytes"] == values["ssd"]["budgetBytesPerReplica"]
+    may_share = values["ssd"]["shared"] and values["pools"]["target"]["maxPods"] > 1
+    assert ("peers" in tiers) == (may_share and {"ssd", "valkey"} <= tiers.keys())
     if values["valkey"]["enabled"]:
         (service,) = (
             item["metadata"]["name"]

@@ -1,5 +1,7 @@
 """``make fuzz-kv``: damaged and forged page bytes never crash a reader and never become a page.
 
+The bytes that page servers and their readers exchange come after that (``page_server``).
+
 Each input starts from a sound blob of some codec and layout and is damaged in one of many ways.
 Half of them get right checksums afterwards, as only a forger could give them, so that the checks
 behind the checksums are reached: those may be served with other values, but must not crash. All
@@ -25,6 +27,7 @@ from kv_store import KVStoreError, PageKey, PageLayout
 from kv_store.codecs.registry import BUILTIN_CODECS, load_codec
 from kv_store.page_format import HEADER_BYTES, decode_page, encode_page, section_offsets
 from kv_store.tiers.parts import read_manifest
+from tests.fuzz import page_server
 from tests.kv_pages import make_chain, make_layout, make_page
 
 if TYPE_CHECKING:
@@ -158,9 +161,10 @@ def main() -> int:
     arguments = parser.parse_args()
     start = time.monotonic()
     outcomes = run(arguments.inputs, arguments.seed)
+    outcomes |= page_server.run(arguments.inputs, arguments.seed)
     for outcome, count in outcomes.items():
         sys.stdout.write(f"{count:10} {outcome}\n")
-    sys.stdout.write(f"{arguments.inputs} inputs in {time.monotonic() - start:.0f} s\n")
+    sys.stdout.write(f"2 x {arguments.inputs} inputs in {time.monotonic() - start:.0f} s\n")
     return 0
 
 

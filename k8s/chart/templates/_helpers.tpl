@@ -118,6 +118,10 @@ controller, proxy or replica happens to run.
 {{- if .Values.ssd.enabled -}}
 {{- $tiers = append $tiers (dict "kind" "ssd" "root" "/var/lib/paceline/kv" "budget_bytes" (int64 .Values.ssd.budgetBytesPerReplica)) -}}
 {{- end -}}
+{{- /* Pods find each other's folders through the hot tier. */ -}}
+{{- if and .Values.ssd.shared (eq (len $tiers) 2) (gt (int .Values.pools.target.maxPods) 1) -}}
+{{- $tiers = append $tiers (dict "kind" "peers") -}}
+{{- end -}}
 {{- if not $tiers -}}
 {{- $tiers = append $tiers (dict "kind" "memory") -}}
 {{- end -}}

@@ -12,7 +12,8 @@ from redis.crc import key_slot
 from kv_store import KVStoreConfig, TierUnavailableError, ValkeyTierConfig, build_page_store
 from kv_store.codecs.raw import RawCodec
 from kv_store.page_format import encode_page, section_offsets
-from kv_store.tiers.valkey import ValkeyTier, page_name
+from kv_store.tiers.valkey import ValkeyTier
+from kv_store.tiers.valkey_batches import page_name
 from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES
 from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.kv_pages import make_chain, make_layout, make_page, wait_until

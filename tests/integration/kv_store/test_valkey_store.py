@@ -25,7 +25,7 @@ from kv_store import (
 )
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.parts import split
-from kv_store.tiers.valkey import page_name
+from kv_store.tiers.valkey_batches import page_name
 from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES
 from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.kv_pages import make_chain, make_layout, make_page, tier_counts, wait_until

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kv_store.tiers.base import TierUsage
 from kv_store.tiers.folder_lock import claim_folder
 from kv_store.tiers.segment_log import SegmentLog
 from kv_store.tiers.segment_records import ALIGNMENT, RECORD_HEADER_BYTES, erase, read_pages
@@ -48,7 +49,7 @@ def test_pages_survive_a_restart(tmp_path):
     log.close()
     again = open_log(tmp_path)
     assert held(again) == list(range(10))
-    assert again.usage() == usage == (10, 10 * ALIGNMENT)
+    assert again.usage() == usage == TierUsage(10, 10 * ALIGNMENT)
     assert len(segments(tmp_path)) == 3
 
 

@@ -1,0 +1,174 @@
+"""Gives the pages of this process's folder to other nodes, over TCP, one thread a client.
+
+Whoever connects must first send the server's token, which is found where pages are found: in the
+hot tier. So those who may read the hot tier may read these pages, and nobody else. Clients are
+bounded, and so is the time each may take for a command, for an answer, or for nothing at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+from kv_store.tiers.page_session import PageSession
+from kv_store.tiers.resp import ProtocolError
+
+if TYPE_CHECKING:
+    from kv_store.keys import PageKey
+    from kv_store.tiers.base import Blob
+    from kv_store.tiers.page_session import PageSource
+
+logger = logging.getLogger(__name__)
+
+_AUTH_S = 5.0
+_IDLE_S = 120.0
+_ANSWER_S = 10.0
+_JOIN_S = 5.0
+_RECEIVE_BYTES = 16 << 10
+_FLUSH_BYTES = 16 << 10
+
+
+class PageServer:
+    """Listens from ``start`` to ``close``."""
+
+    def __init__(
+        self, source: PageSource, *, token: bytes, max_clients: int, max_reads: int
+    ) -> None:
+        """Prepare; nothing listens yet.
+
+        Args:
+            source: of the pages.
+            token: what clients must know.
+            max_clients: connections at once; one more is closed at once.
+            max_reads: pages read at once.
+        """
+        self._source = _BoundedSource(source, max_reads)
+        self._token = token
+        self._max_clients = max_clients
+        self._lock = threading.Lock()  # guards the three below
+        self._clients: dict[socket.socket, threading.Thread] = {}
+        self._num_served = 0
+        self._is_closed = False
+        self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+
+    @property
+    def num_served(self) -> int:
+        """Pages given so far."""
+        return self._num_served
+
+    def start(self, host: str, port: int = 0) -> int:
+        """Listen; the port.
+
+        Raises:
+            OSError: the address is not this node's, or the port is taken.
+        """
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=64)
+        self._listener = listener
+        self._acceptor = threading.Thread(
+            target=self._accept, args=(listener,), name="kv-page-server", daemon=True
+        )
+        self._acceptor.start()
+        return int(listener.getsockname()[1])
+
+    def close(self) -> None:
+        """Hang up on everybody. Idempotent."""
+        with self._lock:
+            self._is_closed = True
+            clients = list(self._clients.items())
+        if self._listener is not None:
+            _hang_up(self._listener)
+        for client, _ in clients:
+            _hang_up(client)
+        for thread in (self._acceptor, *(thread for _, thread in clients)):
+            if thread is not None:
+                thread.join(_JOIN_S)
+        if self._listener is not None:
+            self._listener.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        """The acceptor's thread."""
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                if self._is_closed:
+                    return
+                continue  # the client has gone, or files are scarce
+            with self._lock:
+                if self._is_closed or len(self._clients) >= self._max_clients:
+                    client.close()
+                    continue
+                thread = threading.Thread(
+                    target=self._serve, args=(client,), name="kv-page-client", daemon=True
+                )
+                self._clients[client] = thread
+            thread.start()
+
+    def _serve(self, client: socket.socket) -> None:
+        """A client's thread."""
+        session = PageSession(self._source, self._token)
+        try:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while True:
+                client.settimeout(_IDLE_S if session.is_authenticated else _AUTH_S)
+                data = client.recv(_RECEIVE_BYTES)
+                if not data:
+                    return
+                self._answer(client, session, data)
+        except ProtocolError as exc:
+            logger.info("hung up on a client of the page server: %s", exc)
+        except OSError as exc:
+            logger.debug("a client of the page server has gone: %s", exc)
+        finally:
+            with self._lock:
+                self._clients.pop(client, None)
+            client.close()
+
+    def _answer(self, client: socket.socket, session: PageSession, data: bytes) -> None:
+        """Send what small replies there are together, and pages from where they lie."""
+        client.settimeout(_ANSWER_S)
+        small = bytearray()
+        try:
+            for reply in session.receive(data):
+                if len(reply) < _FLUSH_BYTES:
+                    small += reply
+                if len(small) >= _FLUSH_BYTES or len(reply) >= _FLUSH_BYTES:
+                    client.sendall(small)
+                    small.clear()
+                if len(reply) >= _FLUSH_BYTES:
+                    client.sendall(reply)
+        finally:
+            with self._lock:
+                self._num_served += session.num_served
+            session.num_served = 0
+            client.sendall(small)
+
+
+class _BoundedSource:
+    """Reads a few pages at once; what the disk refuses is a miss."""
+
+    def __init__(self, source: PageSource, max_reads: int) -> None:
+        self._source = source
+        self._slots = threading.BoundedSemaphore(max_reads)
+
+    def contains(self, key: PageKey) -> bool:
+        return self._source.contains(key)
+
+    def read(self, key: PageKey) -> Blob | None:
+        with self._slots:
+            try:
+                return self._source.read(key)
+            except OSError as exc:
+                logger.warning("a page for another node cannot be read: %s", exc)
+                return None
+
+
+def _hang_up(client: socket.socket) -> None:
+    try:
+        client.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # it has gone already
