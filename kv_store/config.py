@@ -37,6 +37,9 @@ class _ValkeyClientConfig(_TierConfig):
     """Seconds a page lives after it was written or last read."""
     ttl_head_boost: float = Field(default=1.0, ge=0)
     """The page at index i of its chain lives ``1 + boost / (1 + i)`` times as long."""
+    tenant_quota_bytes: int | None = Field(default=None, ge=1)
+    """Bytes in the server of one tenant's pages, of one model and fidelity; beyond it new ones are
+    refused and counted. Pages that the server has evicted count for a while."""
     connect_timeout_s: float = Field(default=0.2, gt=0)
     """Limit of one connection attempt; short, as requests wait for it."""
     max_connections: int = Field(default=2, ge=1, le=64)

@@ -188,6 +188,7 @@ class _Builder:
             address,
             ttl_s=config.ttl_s,
             ttl_head_boost=config.ttl_head_boost,
+            tenant_quota_bytes=config.tenant_quota_bytes,
             connect_timeout_s=config.connect_timeout_s,
             operation_timeout_s=config.operation_timeout_s,
             max_connections=config.max_connections,

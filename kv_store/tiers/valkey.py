@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from kv_store.tiers.base import Blob, KVTier
 from kv_store.tiers.valkey_batches import ValkeyBatches, default_breaker, page_name
 from kv_store.tiers.valkey_exchange import Exchange, PageRead, PageWrite
+from kv_store.tiers.valkey_quota import NewPage, TenantQuota
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ class ValkeyTier(KVTier):
         connect_timeout_s: float,
         operation_timeout_s: float,
         max_connections: int,
+        tenant_quota_bytes: int | None = None,
         find_cuts: Callable[[Blob], Sequence[int]] = lambda _: (),
         make_breaker: Callable[[], CircuitBreaker] = default_breaker,
         name: str = "valkey",
@@ -55,6 +57,7 @@ class ValkeyTier(KVTier):
             connect_timeout_s: limit of one connection attempt.
             operation_timeout_s: limit of one operation, its wait for a connection included.
             max_connections: connections of this process to each server; more operations queue.
+            tenant_quota_bytes: beyond it, a namespace's new pages are refused; None for no bound.
             find_cuts: offsets where a blob is best cut if it has to be.
             make_breaker: called for each server of a cluster.
             name: see ``KVTier``.
@@ -76,6 +79,10 @@ class ValkeyTier(KVTier):
             make_breaker=make_breaker,
         )
 
+        self._quota: TenantQuota | None = None
+        if tenant_quota_bytes is not None:
+            self._quota = TenantQuota(self._batches, limit_bytes=tenant_quota_bytes, ttl_s=ttl_s)
+
     async def contains_many(self, keys: Sequence[PageKey]) -> list[bool]:
         """See ``KVTier``."""
         names = [page_name(key) for key in keys]
@@ -90,9 +97,18 @@ class ValkeyTier(KVTier):
 
     async def put_many(self, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
         """See ``KVTier``. A page that exists is left alone, and is held."""
-        writes = [PageWrite(page_name(key), blob, self._ttl_ms(key)) for key, blob in items]
+        admitted = [True] * len(items)
+        if self._quota is not None:
+            admitted = await self._quota.admit([NewPage(key, len(blob)) for key, blob in items])
+        writes = [
+            PageWrite(page_name(key), blob, self._ttl_ms(key))
+            for (key, blob), is_admitted in zip(items, admitted, strict=True)
+            if is_admitted
+        ]
         put = partial(Exchange.put, find_cuts=self._find_cuts)
-        return await self._batches.run(put, writes, [write.name for write in writes], miss=False)
+        names = [write.name for write in writes]
+        held = iter(await self._batches.run(put, writes, names, miss=False))
+        return [is_admitted and next(held) for is_admitted in admitted]
 
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
         """See ``KVTier``; the server frees the memory in its own time."""

@@ -74,6 +74,14 @@ class PageRead(NamedTuple):
     ttl_ms: int
 
 
+class Evaluation(NamedTuple):
+    """A script to be run on one key; it returns a string."""
+
+    script: bytes
+    name: bytes
+    arguments: tuple[bytes, ...]
+
+
 class Exchange:
     """One operation's talk with one server, in one thread."""
 
@@ -169,6 +177,16 @@ class Exchange:
         return [
             reply if isinstance(reply, Redirect) else reply is None or reply == owner
             for reply in replies[1::2]
+        ]
+
+    def evaluate(self, calls: Sequence[Evaluation]) -> list[bytes | Redirect]:
+        """What each script returns."""
+        commands: list[list[Blob]] = [
+            [command(b"EVAL", call.script, b"1", call.name, *call.arguments)] for call in calls
+        ]
+        return [
+            reply if isinstance(reply, Redirect) else bytes(_bytes(reply))
+            for reply in self._send(commands)
         ]
 
     def note(self, names: Sequence[bytes], value: bytes, duration_ms: int) -> list[bool | Redirect]:
@@ -297,6 +315,10 @@ def _set(name: bytes, value: Blob, ttl_ms: int) -> list[Blob]:
 
 def _blob(value: int | Redirect | None) -> Redirect | None:
     return value if isinstance(value, Redirect) else None
+
+
+def _bytes(value: Blob | int | None) -> Blob:
+    return value if isinstance(value, bytes | memoryview) else b""
 
 
 def _places(manifest: Manifest, blob: memoryview) -> list[memoryview]:
