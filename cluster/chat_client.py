@@ -96,6 +96,26 @@ class ChatClient:
         except (httpx.HTTPError, ValueError, LookupError) as error:
             raise RequestError(f"{self._http.base_url}: {error or type(error).__name__}") from error
 
+    def usage(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Have a request answered at once, and say what it took.
+
+        Args:
+            path: of the surface.
+            body: of the request, OpenAI's form.
+
+        Returns:
+            OpenAI's token counts.
+
+        Raises:
+            RequestError: the server refuses or cannot be reached.
+        """
+        try:
+            response = self._http.post(path, json=body)
+            _check(response)
+            return dict(response.json()["usage"])
+        except (httpx.HTTPError, ValueError, LookupError) as error:
+            raise RequestError(f"{self._http.base_url}: {error or type(error).__name__}") from error
+
 
 def _part(event: dict[str, Any]) -> ChatPart:
     if "error" in event:

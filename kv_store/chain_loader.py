@@ -11,6 +11,7 @@ import numpy as np
 from kv_store.codecs.registry import readable_codecs
 from kv_store.errors import KVStoreError, PageUnsupportedError
 from kv_store.page_format import decode_page
+from kv_store.spans import describe, kv_span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,7 +128,9 @@ class ChainLoader:
                 break
             # Half of what is left, so that a silent tier leaves time for the ones below it.
             patience_s = max(0.0, deadline - asyncio.get_running_loop().time()) / 2
-            present = await tier.contains([keys[hole] for hole in holes], patience_s=patience_s)
+            with kv_span("find", tier=tier.name, pages_asked=len(holes)) as span:
+                present = await tier.contains([keys[hole] for hole in holes], patience_s=patience_s)
+                describe(span, pages_found=present.count(True))
             tier.count_misses(present.count(False))
             for hole, is_present in zip(holes, present, strict=True):
                 if is_present:
@@ -145,10 +148,14 @@ class ChainLoader:
 
         async def fetch_from(tier: GuardedTier) -> None:
             indices = [index for index, item in enumerate(batch) if item.tier is tier]
-            if indices:
+            if not indices:
+                return
+            with kv_span("get", tier=tier.name, pages_asked=len(indices)) as span:
                 answers = await tier.get([batch[index].key for index in indices])
-                for index, blob in zip(indices, answers, strict=True):
-                    blobs[index] = blob
+                sizes = [len(blob) for blob in answers if blob is not None]
+                describe(span, pages_found=len(sizes), bytes=sum(sizes))
+            for index, blob in zip(indices, answers, strict=True):
+                blobs[index] = blob
 
         await asyncio.gather(*map(fetch_from, self._tiers))
         return blobs

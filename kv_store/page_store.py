@@ -104,8 +104,15 @@ class PageStore(ABC):
         """
 
     @abstractmethod
-    def save(self, key: PageKey, page: NDArray[np.uint8]) -> bool:
+    def save(
+        self, key: PageKey, page: NDArray[np.uint8], *, traceparent: str | None = None
+    ) -> bool:
         """Queue one page for writing; the store owns ``page`` from here on.
+
+        Args:
+            key: the page's name.
+            page: [layout.nbytes] uint8.
+            traceparent: W3C trace context of the request that computed it.
 
         Returns:
             False if the queue was full and the page was dropped (and counted).

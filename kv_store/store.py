@@ -10,13 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
-from opentelemetry import trace
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from kv_store.chain_loader import ChainLoader, LoadedPage
 from kv_store.page_mover import PageMover
 from kv_store.page_store import LoadedPages, PageStore, PageStoreStats
 from kv_store.single_flight import SingleFlight
+from kv_store.spans import describe, kv_span
 from kv_store.write_back import PageWriter, PendingWrite, WriteBackQueue
 
 if TYPE_CHECKING:
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from kv_store.tiers.guarded import GuardedTier
 
 logger = logging.getLogger(__name__)
-
-_tracer = trace.get_tracer(__name__)
-_propagator = TraceContextTextMapPropagator()
 
 _NOTHING = LoadedPages((), ())
 _SHUTDOWN_S = 5.0
@@ -137,7 +133,9 @@ class TieredPageStore(PageStore):
             )
         return future
 
-    def save(self, key: PageKey, page: NDArray[np.uint8]) -> bool:
+    def save(
+        self, key: PageKey, page: NDArray[np.uint8], *, traceparent: str | None = None
+    ) -> bool:
         """See ``PageStore``."""
         if page.dtype != np.uint8 or page.shape != (self._layout.nbytes,):
             logger.error(
@@ -148,7 +146,7 @@ class TieredPageStore(PageStore):
             )
             return False
         with self._lock:
-            if self._is_closed or not self._queue.put(PendingWrite(key, page)):
+            if self._is_closed or not self._queue.put(PendingWrite(key, page, traceparent)):
                 return False
             self._loop.call_soon_threadsafe(self._writer.wake)
         return True
@@ -232,17 +230,15 @@ class TieredPageStore(PageStore):
     ) -> None:
         """One load's task; resolves its future whatever happens."""
         loaded: list[LoadedPage] = []
-        context = _propagator.extract({"traceparent": traceparent}) if traceparent else None
         try:
-            with _tracer.start_as_current_span("kv.load", context=context) as span:
+            with kv_span("load", (traceparent,), pages_asked=len(keys)) as span:
                 try:
                     async with asyncio.timeout_at(deadline):
                         await self._loader.load(keys, loaded, deadline)
                 except TimeoutError:
-                    span.set_attribute("paceline.kv.is_late", True)
-                span.set_attribute("paceline.kv.pages_asked", len(keys))
-                span.set_attribute("paceline.kv.pages_loaded", len(loaded))
-                span.set_attribute("paceline.kv.tiers", sorted({page.tier for page in loaded}))
+                    describe(span, is_late=True)
+                tiers = sorted({page.tier for page in loaded})
+                describe(span, pages_loaded=len(loaded), tiers=tiers)
         except Exception:
             logger.exception("a load of %d pages failed after %d", len(keys), len(loaded))
         finally:

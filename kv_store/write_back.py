@@ -10,6 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from kv_store.page_format import encode_page
+from kv_store.spans import describe, kv_span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,10 +29,15 @@ logger = logging.getLogger(__name__)
 
 
 class PendingWrite(NamedTuple):
-    """A page to be written."""
+    """A page to be written.
+
+    Attributes:
+        traceparent: of the request that computed it, if that is traced.
+    """
 
     key: PageKey
     page: NDArray[np.uint8]
+    traceparent: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -145,7 +151,9 @@ class PageWriter:
             self._wake.clear()
             while batch := self._queue.take(self._batch_pages):
                 try:
-                    await self._write(batch)
+                    with kv_span("save", [write.traceparent for write in batch]) as span:
+                        describe(span, pages=len(batch))
+                        await self._write(batch)
                 except Exception:
                     self.num_failed += len(batch)
                     logger.exception("%d pages were not written", len(batch))
@@ -178,7 +186,13 @@ class PageWriter:
             ]
             if not items:
                 return set()
-            accepted = await tier.put(items)
+            with kv_span("put", tier=tier.name, pages=len(items)) as span:
+                accepted = await tier.put(items)
+                describe(
+                    span,
+                    pages_taken=accepted.count(True),
+                    bytes=sum(len(blob) for _, blob in items),
+                )
             return {key for (key, _), ok in zip(items, accepted, strict=True) if ok}
 
         accepted = await asyncio.gather(*map(put, tiers, present))

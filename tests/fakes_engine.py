@@ -392,7 +392,7 @@ class FakePageStore(PageStore):
                 future.set_result(loaded)
         self.pending.clear()
 
-    def save(self, key, page):
+    def save(self, key, page, *, traceparent=None):
         assert page.nbytes == self.page_nbytes
         self.pages[key] = page
         self.num_saves += 1

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from cluster.calibration import calibrate as measure
 from cluster.calibration import draw
+from cluster.commands.kv_top import top
+from cluster.commands.kv_warm import warm
 from cluster.commands.options import (  # noqa: TC001 - typer reads them at run time
     ClusterOption,
     ConfigOption,
@@ -45,6 +47,8 @@ _MIB = 1 << 20
 _REPORT = Path("build/reports/kv_calibration.json")
 
 app = typer.Typer(help="Look at the shared KV pages, and drop them.", invoke_without_command=True)
+app.command("warm")(warm)
+app.command("top")(top)
 
 
 @app.callback()

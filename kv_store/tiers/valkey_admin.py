@@ -71,11 +71,21 @@ def public_address(url: str) -> str:
 
 def page_sizes(client: Redis) -> dict[bytes, int]:
     """Bytes of each page a server holds, the parts of large ones counted, by the page's name."""
-    sizes: dict[bytes, int] = {}
     # SCAN may show a key twice while the server moves its table.
-    for name in set(client.scan_iter(match="kv:{*", count=_SCAN_COUNT)):
-        if (match := _NAME.match(name)) and not name.endswith((CLAIM_SUFFIX, NOTE_SUFFIX)):
-            sizes[match[0]] = sizes.get(match[0], 0) + client.strlen(name)
+    found = [
+        (match[0], name)
+        for name in set(client.scan_iter(match="kv:{*", count=_SCAN_COUNT))
+        if (match := _NAME.match(name)) and not name.endswith((CLAIM_SUFFIX, NOTE_SUFFIX))
+    ]
+    sizes: dict[bytes, int] = {}
+    for start in range(0, len(found), _SCAN_COUNT):
+        batch = found[start : start + _SCAN_COUNT]
+        with client.pipeline(transaction=False) as pipeline:
+            for _, name in batch:
+                pipeline.strlen(name)
+            lengths = pipeline.execute()
+        for (page, _), length in zip(batch, lengths, strict=True):
+            sizes[page] = sizes.get(page, 0) + int(length)
     return sizes
 
 

@@ -174,7 +174,11 @@ class KVTransfer:
             page, key = sequence.page_table[index], sequence.page_keys[index]
             is_new = self._pool.publish(page, key)
             if is_new and self._store is not None:
-                self._store.save(key, self._memory.read_page(page))
+                self._store.save(
+                    key,
+                    self._memory.read_page(page),
+                    traceparent=sequence.request.traceparent,
+                )
         sequence.num_published_pages = num_full
 
     def _take_in(self, load: _Load) -> int:

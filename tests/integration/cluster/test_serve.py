@@ -13,6 +13,7 @@ from cluster.config import default_cache_dir
 from cluster.local_cluster import STOP_TIMEOUT_S
 from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from tests.integration.cluster.cluster_process import ROOT, ClusterProcess
+from tests.kv_pages import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -77,7 +78,7 @@ def complete(url: str, prompt: str = "One, two, three, four, five, six,") -> str
     return response.json()["choices"][0]["text"]
 
 
-def test_a_cluster_outlives_its_valkey_and_sigterm_leaves_nothing(serve, paceline):
+def test_a_cluster_outlives_its_valkey_and_sigterm_leaves_nothing(serve, paceline, tmp_path):
     cluster = serve(EMBEDDED)
     state = cluster.state
     text = complete(state.http_url)
@@ -92,6 +93,15 @@ def test_a_cluster_outlives_its_valkey_and_sigterm_leaves_nothing(serve, pacelin
     [valkey, ssd] = json.loads(paceline("kv", "--json").stdout)
     assert valkey["address"] == state.kv_address
     assert ssd["path"] == state.ssd_roots[0]
+
+    text_file = tmp_path / "system.txt"
+    text_file.write_text("You answer questions about trains and their timetables. " * 30)
+    [warmed] = json.loads(paceline("kv", "warm", str(text_file), "--json").stdout)
+    assert (warmed["error"], warmed["prompt_tokens"] > 192) == ("", True)
+    wait_until(lambda: json.loads(paceline("kv", "--json").stdout)[0]["num_pages"] >= 3, 60)
+    [look] = map(json.loads, paceline("kv", "top", "--count", "1", "--json").stdout.splitlines())
+    assert look["usage"][0]["num_pages"] >= 3
+    assert sum(row["num_pages"] for row in look["namespaces"]) >= 3
 
     processes = cluster.processes()
     [server] = [process for process in processes if process.name() == "valkey-server"]

@@ -19,7 +19,7 @@ from kv_store import (
     TierUnavailableError,
     build_page_store,
 )
-from kv_store import store as store_module
+from kv_store import spans as spans_module
 from kv_store.faults import FaultPlan, FaultyTier
 from kv_store.tiers.memory import MemoryTier
 from tests.kv_pages import make_chain, make_layout, make_page, tier_counts, wait_until
@@ -565,24 +565,63 @@ def test_a_folder_that_cannot_be_used_is_no_error_at_start_and_is_tried_again(tm
         wait_until(recovers)
 
 
-def test_a_load_is_a_span_of_the_request_it_is_for(monkeypatch):
+@pytest.fixture
+def spans(monkeypatch):
+    """All that ended, by name."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(store_module, "_tracer", provider.get_tracer("test"))
-    trace_id, parent_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    with opened() as store:
+    monkeypatch.setattr(spans_module, "_tracer", provider.get_tracer("test"))
+
+    def ended(name):
+        return [span for span in exporter.get_finished_spans() if span.name == name]
+
+    yield ended
+    provider.shutdown()
+
+
+def traced(number):
+    return f"00-{number:032x}-{number:016x}-01"
+
+
+def test_a_load_is_a_span_of_the_request_it_is_for(spans, tmp_path):
+    with opened(tiers=(MemoryTierConfig(), ssd(tmp_path))) as store:
         save(store, range(2))
-        store.load(
-            KEYS[:3], timeout_s=PATIENT_S, traceparent=f"00-{trace_id}-{parent_id}-01"
-        ).result()
+        store.load(KEYS[:3], timeout_s=PATIENT_S, traceparent=traced(7)).result()
         store.load(KEYS[:3], timeout_s=PATIENT_S, traceparent="nonsense").result()
-    child, orphan = exporter.get_finished_spans()
-    assert child.name == "kv.load"
-    assert f"{child.context.trace_id:032x}" == trace_id
-    assert f"{child.parent.span_id:016x}" == parent_id
+    child, orphan = spans("kv.load")
+    assert (child.context.trace_id, child.parent.span_id) == (7, 7)
     assert child.attributes["paceline.kv.pages_asked"] == 3
     assert child.attributes["paceline.kv.pages_loaded"] == 2
     assert child.attributes["paceline.kv.tiers"] == ("memory",)
     assert orphan.parent is None
-    provider.shutdown()
+    asked = [
+        (span.attributes["paceline.kv.tier"], span.attributes["paceline.kv.pages_found"])
+        for span in spans("kv.find")
+        if span.parent.span_id == child.context.span_id
+    ]
+    assert asked == [("memory", 2), ("ssd", 0)]
+    got, _ = spans("kv.get")
+    assert got.parent.span_id == child.context.span_id
+    assert got.attributes["paceline.kv.pages_found"] == 2
+    assert got.attributes["paceline.kv.bytes"] > 2 * LAYOUT.nbytes
+
+
+def test_a_save_is_a_span_of_the_requests_whose_pages_it_writes(spans, tmp_path):
+    with opened(tiers=(MemoryTierConfig(), ssd(tmp_path))) as store:
+        for index in range(4):
+            store.save(KEYS[index], PAGES[index].copy(), traceparent=traced(1 + index // 2))
+        store.save(KEYS[4], PAGES[4].copy())
+        assert store.flush(PATIENT_S)
+    saves = spans("kv.save")
+    assert sum(span.attributes["paceline.kv.pages"] for span in saves) == 5
+    # How many batches there were is a matter of time; every request has its spans or links to them.
+    parents = {span.parent.span_id for span in saves if span.parent}
+    links = {link.context.span_id for span in saves for link in span.links}
+    assert parents | links == {1, 2}
+    puts = spans("kv.put")
+    assert {span.parent.span_id for span in puts} == {span.context.span_id for span in saves}
+    taken = {"memory": 0, "ssd": 0}
+    for span in puts:
+        taken[span.attributes["paceline.kv.tier"]] += span.attributes["paceline.kv.pages_taken"]
+    assert taken == {"memory": 5, "ssd": 5}
