@@ -34,7 +34,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu test-sglang protos reference chart \
-        demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity bench-drafts bench-train bench-kv bench-kv-trace chaos-kv fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
+        demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity bench-drafts bench-train bench-kv bench-kv-trace bench-ttft chaos-kv fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -160,6 +160,9 @@ bench-kv: plotting ## Codecs, Valkey and SSD beside their peers and limits; abou
 
 bench-kv-trace: plotting ## What an SSD tier of each size would give on a public trace, beside LRU; a minute
 	$(PY) -m tests.bench.kv.trace
+
+bench-ttft: plotting ## Time to the first token by hits, from Valkey, SSD and another node; some 20 minutes (QUICK=1: one)
+	$(PY) -m tests.bench.ttft $(if $(QUICK),--quick)
 
 SOAK_MINUTES ?= 20
 
