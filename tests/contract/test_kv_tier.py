@@ -129,7 +129,8 @@ async def test_concurrent_operations_do_not_mix(any_tier):
 
 async def test_usage_counts_or_says_unknown(any_tier):
     await any_tier.put_many(ITEMS[:4])
-    num_pages, num_bytes = any_tier.usage()
+    num_pages, num_bytes, num_served = any_tier.usage()
+    assert num_served == 0
     assert num_pages in (-1, 4)
     assert num_bytes == -1 or num_bytes >= sum(map(len, BLOBS[:4]))
 

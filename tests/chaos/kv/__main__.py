@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.kv.table import print_table
+from tests.chaos.kv.other_nodes import break_other_nodes
 from tests.chaos.kv.pages import be_quiet
 from tests.chaos.kv.processes import freeze_valkey, kill_valkey, kill_writers
 from tests.chaos.kv.tier_faults import DISKS, PLANS, run_fault
@@ -43,7 +44,8 @@ def main() -> int:
             faults = [row.result() for row in rows]
         print_table("Faults of tiers and disks", _without_errors(faults))
         events = [
-            drill(root / drill.__name__) for drill in (kill_valkey, freeze_valkey, kill_writers)
+            drill(root / drill.__name__)
+            for drill in (kill_valkey, freeze_valkey, kill_writers, break_other_nodes)
         ]
         print_table("Processes that die or stop", _without_errors(events))
     seconds = time.monotonic() - started

@@ -109,7 +109,7 @@ def _under_load(
     finally:
         is_over.set()
         server.stop()
-    return _row(name, _NUM_EVENTS, verdict, has_recovered, started)
+    return event_row(name, _NUM_EVENTS, verdict, has_recovered, started)
 
 
 def _serves_from(store: PageStore, tier: str, keys: list[PageKey], verdict: Verdict) -> bool:
@@ -144,7 +144,7 @@ def kill_writers(root: Path) -> dict[str, Any]:
     folders = [path.name for path in root.iterdir()]
     # Each crash may tear what was being written; all before it is found again.
     is_kept = all(later > 0 for later in num_found) and num_found == sorted(num_found)
-    row = _row(
+    row = event_row(
         "kill -9 of a writer in mid-write",
         _NUM_CRASHES,
         verdict,
@@ -192,9 +192,10 @@ def _write(root: Path, crash: int) -> None:
         time.sleep(PATIENT_S)
 
 
-def _row(
+def event_row(
     name: str, num_events: int, verdict: Verdict, has_recovered: bool, started: float
 ) -> dict[str, Any]:
+    """Of the report."""
     return {
         "event": name,
         "events": num_events,
