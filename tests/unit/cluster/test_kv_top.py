@@ -1,8 +1,14 @@
 """Two scrapes to what the tiers did between them."""
 
-from prometheus_client.parser import text_string_to_metric_families
+import io
 
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from cluster.commands.kv_top import _draw, _Sample
+from cluster.kv_pages import NamespaceSum
 from cluster.kv_top import activity
+from cluster.kv_usage import SsdUsage, ValkeyUsage
 from cluster.metrics_reader import MetricsSnapshot
 
 SCRAPE = """
@@ -55,3 +61,25 @@ def test_a_replica_that_has_gone_takes_nothing_back():
     seen = activity(BEFORE, NOW, 2.0)
     assert all(tier.hits >= 0 and tier.hit_rate is None for tier in seen.tiers)
     assert seen.from_tier is None
+
+
+def test_a_look_is_drawn_with_what_is_known():
+    usages = [
+        ValkeyUsage(
+            address="10.0.0.1:6379",
+            num_pages=7,
+            used_bytes=3 << 20,
+            max_bytes=0,
+            num_evicted=2,
+        ),
+        SsdUsage(path="/pages", num_bytes=5 << 20, num_replicas=1),
+    ]
+    namespace = NamespaceSum(
+        tier="valkey", where="10.0.0.1:6379", namespace="ab" * 16, num_pages=7, num_bytes=1 << 20
+    )
+    console = Console(record=True, width=160, file=io.StringIO())
+    for seen in (activity(NOW), activity(NOW, BEFORE, 2.0), activity(BEFORE, NOW, 2.0)):
+        console.print(_draw(_Sample(seen, usages, [namespace])))
+    text = console.export_text()
+    for part in ("since the start", "pages/s of 2.0 s", "75%", "88%", "10.0.0.1", "ab" * 16, "5.0"):
+        assert part in text
