@@ -16,8 +16,16 @@ from deployments.engine.torch_engine.model_runner import ModelRunner
 from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from deployments.engine.torch_engine.weights.loader import default_cache_dir, load_model
 from deployments.engine.types import GenerationRequest, SamplingParams
-from kv_store import KVStoreConfig, SsdTierConfig, ValkeyTierConfig, build_page_store
+from kv_store import (
+    KVStoreConfig,
+    PeersTierConfig,
+    SsdTierConfig,
+    ValkeyTierConfig,
+    build_page_store,
+)
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
+from kv_store.tiers.valkey_admin import page_sizes
+from tests.kv_pages import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,10 +55,10 @@ def valkey():
 
 
 class Replica:
-    """An engine with a page store of its own, for the length of one request."""
+    """An engine with a page store of its own, mostly for the length of one request."""
 
-    def __init__(self, loaded, tier: TierConfig, codec: str = "raw") -> None:
-        config = KVStoreConfig(codec=codec, tiers=(tier,))
+    def __init__(self, loaded, *tiers: TierConfig, codec: str = "raw") -> None:
+        config = KVStoreConfig(codec=codec, tiers=tiers)
         self._store = build_page_store(config, loaded.page_layout())
         memory = KVCache(loaded.config, CONFIG.num_pages, dtype=loaded.model.dtype)
         self._engine = start_engine(
@@ -68,7 +76,9 @@ class Replica:
             ),
         )
 
-    async def answer(self, *, tenant_key: bytes = bytes(32)) -> tuple[list[int], int, int]:
+    async def answer(
+        self, *, tenant_key: bytes = bytes(32), is_last: bool = True
+    ) -> tuple[list[int], int, int]:
         """Output, prompt tokens that came from the tier, corrupt pages seen."""
         request = GenerationRequest(
             request_id="r",
@@ -84,8 +94,12 @@ class Replica:
                 num_from_tier = delta.usage.num_tier_cached_tokens
         assert self._store.flush(20)
         num_corrupt = sum(tier.num_corrupt for tier in self._store.stats().tiers.values())
-        await self._engine.close()
+        if is_last:
+            await self.close()
         return output, num_from_tier, num_corrupt
+
+    async def close(self) -> None:
+        await self._engine.close()
 
 
 def damage_valkey(client: redis.Redis) -> None:
@@ -130,6 +144,26 @@ async def test_ssd(loaded, tmp_path):
         root=tmp_path, budget_bytes=64 * MIB, segment_bytes=16 * MIB, operation_timeout_s=10
     )
     await check(loaded, tier, lambda: damage_files(tmp_path))
+
+
+async def test_another_nodes_folder(loaded, valkey, tmp_path):
+    hot = ValkeyTierConfig(url=SecretStr(valkey.url), operation_timeout_s=10)
+    others = PeersTierConfig(connect_timeout_s=5, operation_timeout_s=15)
+
+    def node(name: str) -> Replica:
+        folder = SsdTierConfig(root=tmp_path / name, budget_bytes=64 * MIB, segment_bytes=16 * MIB)
+        return Replica(loaded, hot, folder, others)
+
+    owner = node("a")
+    text, from_tier, _ = await owner.answer(is_last=False)
+    assert from_tier == 0
+    with redis.Redis.from_url(valkey.url) as client:
+        num_pages = len(page_sizes(client))
+        assert num_pages >= NUM_PAGES
+        wait_until(lambda: len(list(client.scan_iter(match="*:at"))) == num_pages, 60)
+        client.unlink(*page_sizes(client))
+    assert await node("b").answer() == (text, NUM_PAGES * 64, 0)
+    await owner.close()
 
 
 async def test_an_exact_reader_never_gets_a_lossy_page(loaded, valkey):
