@@ -77,6 +77,7 @@ def break_other_nodes(root: Path) -> dict[str, Any]:
                     if number == 0:
                         for thread in threads:
                             thread.start()
+                    time.sleep(_PAUSE_S)
                     node.send_signal(signal.SIGSTOP)
                     time.sleep(3 * _PAUSE_S)
                     node.send_signal(signal.SIGCONT)

@@ -99,7 +99,15 @@ def test_a_cluster_outlives_its_valkey_and_sigterm_leaves_nothing(serve, pacelin
     [warmed] = json.loads(paceline("kv", "warm", str(text_file), "--json").stdout)
     assert (warmed["error"], warmed["prompt_tokens"] > 192) == ("", True)
     wait_until(lambda: json.loads(paceline("kv", "--json").stdout)[0]["num_pages"] >= 3, 60)
-    [look] = map(json.loads, paceline("kv", "top", "--count", "1", "--json").stdout.splitlines())
+    looks = []
+
+    def has_looked() -> bool:
+        answer = paceline("kv", "top", "--count", "1", "--json")
+        looks.extend(map(json.loads, answer.stdout.splitlines()))
+        return answer.returncode == 0
+
+    wait_until(has_looked, 60)  # the endpoint of the metrics comes up in its own time
+    [look] = looks
     assert look["usage"][0]["num_pages"] >= 3
     assert sum(row["num_pages"] for row in look["namespaces"]) >= 3
 
