@@ -26,6 +26,7 @@ _AUTH_S = 5.0
 _IDLE_S = 120.0
 _ANSWER_S = 10.0
 _JOIN_S = 5.0
+_SCARCE_S = 0.1
 _RECEIVE_BYTES = 16 << 10
 _FLUSH_BYTES = 16 << 10
 
@@ -47,10 +48,10 @@ class PageServer:
         self._source = _BoundedSource(source, max_reads)
         self._token = token
         self._max_clients = max_clients
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the two below
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._num_served = 0
-        self._is_closed = False
+        self._is_closed = threading.Event()
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
 
@@ -77,7 +78,7 @@ class PageServer:
     def close(self) -> None:
         """Hang up on everybody. Idempotent."""
         with self._lock:
-            self._is_closed = True
+            self._is_closed.set()
             clients = list(self._clients.items())
         if self._listener is not None:
             _hang_up(self._listener)
@@ -95,11 +96,12 @@ class PageServer:
             try:
                 client, _ = listener.accept()
             except OSError:
-                if self._is_closed:
+                # The client has gone, or files are scarce, and then it helps to wait.
+                if self._is_closed.wait(_SCARCE_S):
                     return
-                continue  # the client has gone, or files are scarce
+                continue
             with self._lock:
-                if self._is_closed or len(self._clients) >= self._max_clients:
+                if self._is_closed.is_set() or len(self._clients) >= self._max_clients:
                     client.close()
                     continue
                 thread = threading.Thread(

@@ -256,17 +256,20 @@ class PagePublisher:
 
     async def _run(self) -> None:
         """Publish everything now and then, and what is new at once; until cancelled."""
+        level = logging.WARNING
         while True:
             try:
                 server = self.address or await self._listen()
                 log = await self._ssd.opened()
                 due = time.monotonic() + self._config.record_ttl_s / 3
                 await self._publish(log.keys(), server)
+                level = logging.WARNING
                 while time.monotonic() < due:
                     await self._publish(list(self._new), server)
                     await self._sleep(due - time.monotonic())
             except (TierUnavailableError, OSError) as exc:
-                logger.debug("pages of this node are not published: %s", exc)
+                logger.log(level, "pages of this node are not published: %s", exc)
+                level = logging.DEBUG  # once is enough
                 await asyncio.sleep(_RETRY_S)
 
     async def _listen(self) -> ServerAddress:
