@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cluster.training_prompts import PromptSource
     from deployments.engine.training.config import DraftTrainingConfig
-    from deployments.engine.training.job import JobReport
+    from deployments.engine.training.report import JobReport
     from deployments.engine.training.run import CurvePoint
 
 _CARD = "README.md"

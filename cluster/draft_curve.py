@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from deployments.engine.training.job import JobReport
+    from deployments.engine.training.report import JobReport
 
 _CHAIN = 3
 """Draft tokens of the extrapolated rounds, where so many were measured."""

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from deployments.engine.config import EngineConfig
     from deployments.engine.torch_engine.weights.loader import LoadedModel
     from deployments.engine.training.config import DraftTrainingConfig
-    from deployments.engine.training.job import DraftJob, JobReport
+    from deployments.engine.training.job import DraftJob
     from deployments.engine.training.prompt_split import PromptSplit
+    from deployments.engine.training.report import JobReport
     from deployments.engine.training.self_chat import ChatFrame
 
 _NEEDED_BY_RAY_TRAIN = ("pyarrow", "pandas")
@@ -46,8 +47,15 @@ def check_processes(training: DraftTrainingConfig) -> None:
         )
 
 
-def open_job(plan: JobPlan, on_progress: Callable[[str], None]) -> DraftJob:
+def open_job(
+    plan: JobPlan, on_progress: Callable[[str], None], *, is_answering: bool = True
+) -> DraftJob:
     """The job of a plan, as its folder holds it.
+
+    Args:
+        plan: see there.
+        on_progress: told what happens.
+        is_answering: this process has the prompts answered, not another one.
 
     Raises:
         WeightsMissingError: the model is not here.
@@ -70,6 +78,7 @@ def open_job(plan: JobPlan, on_progress: Callable[[str], None]) -> DraftJob:
         target_digest=f"{weights_digest(model)} {engine.dtype} {engine.weights}",
         progress=on_progress,
         chat=plan.chat,
+        is_answering=is_answering,
     )
 
 
@@ -87,8 +96,19 @@ def load_target(plan: JobPlan, device: str) -> LoadedModel:
     )
 
 
-def capture_and_fit(plan: JobPlan, job: DraftJob, on_progress: Callable[[str], None]) -> JobReport:
+def capture_and_fit(
+    plan: JobPlan,
+    job: DraftJob,
+    on_progress: Callable[[str], None],
+    check_answers: Callable[[], None],
+) -> JobReport:
     """Capture what is missing here, then train in as many processes as the plan wants.
+
+    Args:
+        plan: of the job.
+        job: as ``open_job`` opened it.
+        on_progress: told what happens.
+        check_answers: raises what went wrong where answers are still being written.
 
     Raises:
         RunMismatchError: the folder's checkpoint is of other settings or texts.
@@ -110,4 +130,4 @@ def capture_and_fit(plan: JobPlan, job: DraftJob, on_progress: Callable[[str], N
         # Not before: it imports Ray, which reads its environment then.
         from cluster.ray_training import fit_on_ray
 
-        return fit_on_ray(plan, on_progress)
+        return fit_on_ray(plan, on_progress, check_answers)

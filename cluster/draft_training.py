@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.draft_answers import Answering
 from cluster.draft_card import DraftCard, write_card
 from cluster.draft_curve import draw_curve, points_of
 from cluster.draft_fit import JobPlan, capture_and_fit, check_processes, open_job
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cluster.config import ClusterConfig
-    from deployments.engine.training.job import DraftJob, JobReport
+    from deployments.engine.training.report import JobReport
     from deployments.tokenizer import Tokenizer
 
 
@@ -72,6 +72,8 @@ def train_draft(
     tokenizer = Tokenizer.load(model)
     if self_chat and (prompt_files or licences):
         raise ConfigError(("--self-chat: takes no --prompts and no --licence, it writes its own",))
+    if self_chat and config.training.features.group_texts:
+        raise ConfigError(("training.features.group_texts: not with --self-chat",))
     chat = chat_frame(tokenizer) if self_chat else None
     sources = [] if chat else _sources(prompt_files, licences, tokenizer)
     held_out = [read_prompts(path, NO_LICENCE, tokenizer, "--held-out") for path in held_out_files]
@@ -116,9 +118,8 @@ def train_draft(
             f"{prompts.num_dropped} repeated or too long"
         )
     try:
-        if not job.is_answered:
-            _answer(config, tokenizer, job, on_progress)
-        report = capture_and_fit(plan, job, on_progress)
+        with Answering(config, tokenizer.decode, job, on_progress) as answering:
+            report = capture_and_fit(plan, job, on_progress, answering.check)
     except RunMismatchError as error:
         raise ConfigError((f"--out: {error}",)) from error
     except (UnsupportedModelError, WeightsMismatchError) as error:
@@ -155,34 +156,3 @@ def _sources(
         read_prompts(path, licence, tokenizer, "--prompts")
         for path, licence in zip(prompt_files, stated, strict=True)
     ]
-
-
-def _answer(
-    config: ClusterConfig,
-    tokenizer: Tokenizer,
-    job: DraftJob,
-    on_progress: Callable[[str], None],
-) -> None:
-    """Run the target on what has no answer yet, and let go of its memory."""
-    from deployments.engine.factory import build_engine
-    from deployments.engine.speculation.speculator import NoSpeculation
-
-    on_progress(f"starting {config.engine.model}")
-    engine = build_engine(
-        config.engine,
-        cache_dir=config.cache_dir,
-        page_store_factory=None,
-        speculator=NoSpeculation(),
-        detokenize=tokenizer.decode,
-    )
-
-    # Twice as many as run, so that none waits for the next to arrive; all may have to wait at once.
-    num_concurrent = min(2 * config.engine.max_num_seqs, config.engine.max_waiting)
-
-    async def answer() -> None:
-        try:
-            await job.answer(engine, num_concurrent)
-        finally:
-            await engine.close()
-
-    asyncio.run(answer())

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cluster.draft_fit import JobPlan
-    from deployments.engine.training.job import JobReport
+    from deployments.engine.training.report import JobReport
 
 _POLL_S = 0.5
 _ASK_TIMEOUT_S = 60.0
@@ -40,12 +40,15 @@ _RAY_FOLDER = "ray"
 _GO_ON = "the same command goes on from the last checkpoint"
 
 
-def fit_on_ray(plan: JobPlan, on_progress: Callable[[str], None]) -> JobReport:
+def fit_on_ray(
+    plan: JobPlan, on_progress: Callable[[str], None], check_answers: Callable[[], None]
+) -> JobReport:
     """Train in as many processes as the plan wants and the cluster has room for.
 
     Args:
-        plan: its folder, cache and model are absolute paths; all is answered and captured.
+        plan: its folder, cache and model are absolute paths; what must be stored is captured.
         on_progress: told what the first process says, and of losses.
+        check_answers: raises what went wrong where answers are still being written.
 
     Raises:
         RunMismatchError: the folder's checkpoint is of other settings or texts.
@@ -79,7 +82,10 @@ def fit_on_ray(plan: JobPlan, on_progress: Callable[[str], None]) -> JobReport:
         ),
     )
     try:
-        result = _watch(trainer.fit, board, on_progress, training.start_timeout_s).return_value
+        watched = _watch(
+            trainer.fit, board, on_progress, training.start_timeout_s, check=check_answers
+        )
+        result = watched.return_value
     except RayError as error:
         raise TrainingError(f"the Ray cluster was lost: {_first_line(error)}; {_GO_ON}") from error
     except ray.train.TrainingFailedError as error:
@@ -135,6 +141,7 @@ def _watch(
     board: Any,  # noqa: ANN401 - a handle
     on_progress: Callable[[str], None],
     start_timeout_s: float,
+    check: Callable[[], None] = lambda: None,
 ) -> Any:  # noqa: ANN401 - Ray Train's result
     """Wait for the end and pass on what is said until then."""
     # Off the main thread, where Ray Train would turn an interrupt into an exit without any error.
@@ -147,6 +154,7 @@ def _watch(
             on_progress(line)
         if is_over:
             return ending.result()
+        check()
         if is_training:
             deadline = time.monotonic() + start_timeout_s
         elif time.monotonic() > deadline:
@@ -201,7 +209,7 @@ def _work(parts: dict[str, Any]) -> JobReport | Exception:
                 "Ray cluster sees under the same path"
             )
         loaded = load_target(plan, str(get_device()))
-        job = open_job(plan, tell)
+        job = open_job(plan, tell, is_answering=False)
     except (EngineError, OSError, ValueError) as error:
         problem = TrainingError(f"on {socket.gethostname()}: {error}")
     problems: list[TrainingError | None] = [None] * size

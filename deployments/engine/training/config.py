@@ -119,12 +119,22 @@ class FeaturesConfig(_Config):
     both."""
     queue_bytes: int = Field(default=256 << 20, ge=1 << 20)
     """Of features that wait for the training, with ``online``; a longer text passes alone."""
+    group_texts: int = Field(default=0, ge=0)
+    """With ``online`` and given prompts: the training begins as soon as so many texts are answered,
+    while the target answers the others. Its first epoch goes over groups of as many, and vocabulary
+    and start are those of the first. 0 has all answered before."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of what is kept: a text token takes eight (float32: sixteen) bytes per unit of the target's
     hidden size."""
     max_bytes: int = Field(default=8 << 30, ge=1 << 20)
     """Of the training texts' folder, with ``offline``; texts that no longer fit are left out, and
     that is said."""
+
+    @model_validator(mode="after")
+    def _group_online_only(self) -> FeaturesConfig:
+        if self.group_texts and self.mode != "online":
+            raise ValueError("group_texts is for mode: online")
+        return self
 
 
 class CostsConfig(_Config):

@@ -12,7 +12,6 @@ even by SIGKILL, goes on where it was when it is started again in the same folde
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -23,11 +22,14 @@ from deployments.engine.training.answers import AnswerLog, Question, regenerate
 from deployments.engine.training.capture import AnsweredPrompt, FeatureCapture
 from deployments.engine.training.feature_store import FeatureStore, fingerprint
 from deployments.engine.training.initial import draft_vocabulary
+from deployments.engine.training.logged_texts import LoggedTexts
 from deployments.engine.training.methods import method_of
 from deployments.engine.training.objective import DraftObjective
-from deployments.engine.training.online import OnlineTexts, QueueStats
+from deployments.engine.training.online import OnlineTexts
 from deployments.engine.training.pace import Pace
-from deployments.engine.training.run import DRAFT_FOLDER, CurvePoint, DraftRun, num_steps
+from deployments.engine.training.plan import GroupedPlan, WholePlan
+from deployments.engine.training.report import JobReport, StageReport
+from deployments.engine.training.run import DRAFT_FOLDER, DraftRun
 from deployments.engine.training.self_chat import SelfChat
 from deployments.engine.training.sharding import ProcessMesh
 from deployments.engine.training.step_costs import (
@@ -48,55 +50,14 @@ if TYPE_CHECKING:
     from deployments.engine.torch_engine.weights.loader import LoadedModel
     from deployments.engine.training.batches import FeatureText
     from deployments.engine.training.config import DraftTrainingConfig
+    from deployments.engine.training.plan import Plan
     from deployments.engine.training.prompt_split import PromptSplit
+    from deployments.engine.training.run import CurvePoint
     from deployments.engine.training.self_chat import ChatFrame
 
 _TEXTS_PER_SHARD = 32
 _START_TOKENS = 20_000
 """The closed-form start is fitted on so many; more change little."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageReport:
-    """What a stage has made so far.
-
-    Attributes:
-        seconds: in all processes that worked on it.
-    """
-
-    num_texts: int
-    num_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobReport:
-    """A finished job.
-
-    Attributes:
-        is_self_chat: the target wrote the prompts to train on itself.
-        answers: to given prompts, which are not counted; an answer's end is a token.
-        features: of training and held-out texts, prompts included. In a self-chat they come with
-            the texts, and the seconds are those of both.
-        num_features_bytes: of both, on disk.
-        queue: what went through memory instead, to the first process; only online.
-        num_left_out: training texts for which there was no room left on disk.
-        num_weights: of the draft that are trained.
-        curve: first the draft before its first gradient step.
-        best: the point whose draft was kept.
-        costs: from which speed-ups are predicted.
-    """
-
-    is_self_chat: bool
-    answers: StageReport
-    features: StageReport
-    num_features_bytes: int
-    queue: QueueStats | None
-    num_left_out: int
-    num_weights: int
-    curve: tuple[CurvePoint, ...]
-    best: CurvePoint
-    costs: StepCosts
 
 
 class DraftJob:
@@ -112,6 +73,7 @@ class DraftJob:
         target_digest: str,
         progress: Callable[[str], None],
         chat: ChatFrame | None = None,
+        is_answering: bool = True,
     ) -> None:
         """Begin a job, or go on with the one that the folder holds.
 
@@ -124,6 +86,7 @@ class DraftJob:
             progress: gets short lines for a person to read.
             chat: the target writes the prompts to train on itself, in this frame, and those held
                 out where there are none; ``prompts`` has none to train on.
+            is_answering: this process writes the answers.
 
         Raises:
             RunMismatchError: the folder keeps another job.
@@ -151,7 +114,7 @@ class DraftJob:
             questions=blake2b(repr(self._questions).encode()).hexdigest(),
             answers=config.answers.model_dump(),
         )
-        self._log = AnswerLog(folder / "answers.jsonl", fingerprint=answers)
+        self._log = AnswerLog(folder / "answers.jsonl", fingerprint=answers, is_mine=is_answering)
         self._features = fingerprint(
             answers=answers,
             dtype=config.features.dtype,
@@ -163,6 +126,23 @@ class DraftJob:
         name = "texts" if self._is_online else "training"
         self._training = FeatureStore(folder / "features" / name, fingerprint=self._features)
         self._held_out = FeatureStore(folder / "features" / "held-out", fingerprint=self._features)
+        self._logged: LoggedTexts | None = None
+        if config.features.group_texts and not chat:
+            self._logged = LoggedTexts(
+                self._questions[: self._num_asked],
+                self._log,
+                max_length=run.max_length,
+                seed=run.seed,
+            )
+
+    @property
+    def trains_while_answering(self) -> bool:
+        """Whether the other stages may begin beside ``answer``."""
+        return self._logged is not None
+
+    def end_answers(self, error: BaseException) -> None:
+        """No more answers come: raise this in a stage that waits for one."""
+        self._log.end(error)
 
     @property
     def is_answered(self) -> bool:
@@ -179,6 +159,7 @@ class DraftJob:
             seed=self._config.answers.seed,
             num_concurrent=num_concurrent,
             progress=self._progress,
+            order=[*self._asked_to_hold_out, *self._logged.order] if self._logged else None,
         )
 
     def capture(self, loaded: LoadedModel) -> None:
@@ -187,6 +168,8 @@ class DraftJob:
         if self._chat:
             self._talk(loaded, self._chat)
         capture = self._capture_of(loaded)
+        if self._logged:
+            self._log.wait_for(self._asked_to_hold_out)
         stores = [(self._held_out, self._held_out_texts())]
         if not self._is_online:
             stores.append((self._training, self._texts()))
@@ -252,28 +235,31 @@ class DraftJob:
         """
         config = self._config.run
         texts = self._training_texts(loaded)
+        known = self._known_texts(loaded, texts)
         self._progress("solving for the start")
-        vocabulary = self._draft_vocabulary(texts)
-        draft, scale = self._method.start(loaded, vocabulary, lambda: _first_texts(texts))
+        vocabulary = self._draft_vocabulary(known)
+        draft, scale = self._method.start(loaded, vocabulary, lambda: _first_texts(known))
         num_weights = sum(weight.numel() for weight in draft.parameters())
         device = loaded.model.device
         unrolled = config.objective.model_copy(update={"num_unrolls": self._method.num_unrolls})
         objective = DraftObjective(draft, loaded.model, unrolled, scale).to(device)
         mesh = ProcessMesh.of_default_group(self._config.tensor_parallel, device.type)
         mesh.shard(objective)
-        steps = num_steps(texts.lengths, config)
+        plan = self._plan(texts)
         run = DraftRun(
             self._folder,
-            DraftTrainer(objective, config, steps, str(device), mesh),
+            DraftTrainer(objective, config, plan.end, str(device), mesh),
             config,
             texts,
+            plan,
             self._held_out,
             self._progress,
             fingerprint=fingerprint(
                 features=self._features,
-                num_texts=len(texts.lengths),
+                num_texts=len(self._logged or texts.lengths),
                 method=self._config.method,
                 student=self._config.student.model_dump(),
+                **({"group_texts": self._config.features.group_texts} if self._logged else {}),
             ),
             costs=StepCosts.read(self._costs_path),
         )
@@ -317,28 +303,47 @@ class DraftJob:
         if not self._is_online:
             return self._training
         capture, bound = self._capture_of(loaded), self._config.features.queue_bytes
-        return OnlineTexts(capture, self._streamed(), bound)
+        if self._logged:
+            return OnlineTexts(capture, self._logged, bound, self._logged.closed)
+        own_chats = map(AnsweredPrompt.of, self._training) if self._chat else None
+        return OnlineTexts(capture, list(own_chats or self._texts()), bound)
 
-    def _streamed(self) -> list[AnsweredPrompt]:
-        """What the target reads beside the training."""
-        return list(map(AnsweredPrompt.of, self._training)) if self._chat else self._texts()
+    def _known_texts(
+        self, loaded: LoadedModel, texts: FeatureStore | OnlineTexts
+    ) -> FeatureStore | OnlineTexts:
+        """Those that are there when the training begins."""
+        if not self._logged:
+            return texts
+        run, features = self._config.run, self._config.features
+        first = [text for text in self._logged[: features.group_texts] if text.fits(run.max_length)]
+        return OnlineTexts(self._capture_of(loaded), first, features.queue_bytes)
+
+    def _plan(self, texts: FeatureStore | OnlineTexts) -> Plan:
+        run, features = self._config.run, self._config.features
+        if not self._logged:
+            return WholePlan(texts.lengths, run)
+        count = len(self._logged)
+        return GroupedPlan(count, features.group_texts, self._logged.lengths_of, run)
 
     @property
     def _num_left_out(self) -> int:
-        is_streamed = self._is_online and not self._chat
-        num_texts = len(self._texts()) if is_streamed else self._training.num_texts
-        return self._num_training - num_texts
+        if not self._is_online or self._chat:
+            return self._num_training - self._training.num_texts
+        # Others may not be answered yet.
+        num_answered = sum(index in self._log.answers for index in range(self._num_asked))
+        return num_answered - len(self._texts())
 
     def _report(
         self, run: DraftRun, best: CurvePoint, num_weights: int, texts: FeatureStore | OnlineTexts
     ) -> JobReport:
         stores = (self._training, self._held_out)
+        answers = list(self._log.answers.values())
         queue = texts.stats if isinstance(texts, OnlineTexts) else None
         return JobReport(
             is_self_chat=self._chat is not None,
             answers=StageReport(
-                num_texts=len(self._log.answers),
-                num_tokens=sum(map(len, self._log.answers.values())),
+                num_texts=len(answers),
+                num_tokens=sum(map(len, answers)),
                 seconds=self._log.seconds,
             ),
             features=StageReport(
@@ -356,9 +361,11 @@ class DraftJob:
         )
 
     def _answered(self, indices: range) -> list[AnsweredPrompt]:
-        """The texts among these questions that can be used, in order."""
+        """The texts among these questions that are answered and can be used, in order."""
         texts = []
         for index in indices:
+            if index not in self._log.answers:
+                continue
             prompt = self._questions[index].prompt_token_ids
             texts.append(AnsweredPrompt((*prompt, *self._log.answers[index]), len(prompt)))
         return [text for text in texts if text.fits(self._config.run.max_length)]
@@ -367,7 +374,11 @@ class DraftJob:
         return self._answered(range(self._num_asked))
 
     def _held_out_texts(self) -> list[AnsweredPrompt]:
-        return self._answered(range(self._num_asked, len(self._questions)))
+        return self._answered(self._asked_to_hold_out)
+
+    @property
+    def _asked_to_hold_out(self) -> range:
+        return range(self._num_asked, len(self._questions))
 
     def _draft_vocabulary(self, texts: FeatureStore | OnlineTexts) -> torch.Tensor:
         written = (token for answer in texts.answers() for token in answer.tolist())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from threading import Condition, Thread
+from threading import Condition, Event, Thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -137,17 +137,23 @@ class OnlineTexts:
     """
 
     def __init__(
-        self, capture: FeatureCapture, answered: Sequence[AnsweredPrompt], max_bytes: int
+        self,
+        capture: FeatureCapture,
+        answered: Sequence[AnsweredPrompt],
+        max_bytes: int,
+        closed: Event | None = None,
     ) -> None:
         """Nothing is computed yet.
 
         Args:
             capture: of the target; used by one thread at a time.
-            answered: every one has an answer within the capture's length.
+            answered: every one that is asked for has an answer within the capture's length.
             max_bytes: of features that wait.
+            closed: is set when a stream ends, for whoever waits on its behalf.
         """
         self._capture = capture
         self._answered = answered
+        self._closed = closed or Event()
         self.stats = QueueStats(max_bytes)
 
     @property
@@ -170,6 +176,7 @@ class OnlineTexts:
         One stream at a time.
         """
         queue = TextQueue(self.stats)
+        self._closed.clear()
         thread = Thread(
             target=self._compute, args=(indices, queue), name="online-features", daemon=True
         )
@@ -177,6 +184,7 @@ class OnlineTexts:
         try:
             yield from queue
         finally:
+            self._closed.set()
             queue.close()
             thread.join()
 

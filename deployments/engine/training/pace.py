@@ -17,7 +17,7 @@ class Pace:
     def __init__(
         self,
         stage: str,
-        total: int,
+        total: int | None,
         progress: Callable[[str], None],
         *,
         done: int = 0,
@@ -27,7 +27,7 @@ class Pace:
 
         Args:
             stage: what is counted, such as ``answers``.
-            total: of the whole stage.
+            total: of the whole stage; None where that is not known.
             progress: gets a short line every ten seconds at most, and one at the end.
             done: before this process began.
             clock: in seconds.
@@ -58,11 +58,12 @@ class Pace:
             return
         self._told = now
         elapsed = max(now - self._started, 1e-9)
-        parts = [f"{self._stage}: {self._done} of {self._total}"]
+        known = "" if self._total is None else f" of {self._total}"
+        parts = [f"{self._stage}: {self._done}{known}"]
         if note:
             parts.append(note)
         parts.append(f"{self._num_tokens / elapsed:.0f} tokens/s")
-        if not is_last:
+        if self._total is not None and not is_last:
             left = elapsed / self._num_new * (self._total - self._done)
             parts.append(f"about {_duration(left)} left")
         self._progress(", ".join(parts))

@@ -18,17 +18,17 @@ import torch
 from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.training.evaluation import DraftQuality, evaluate
 from deployments.engine.training.pace import Pace
-from deployments.engine.training.plan import plan_epoch
 from deployments.engine.training.step_costs import SpeedUps
 from deployments.engine.training.tree_shape import TreeShape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from pathlib import Path
 
     from deployments.engine.training.batches import FeatureText
     from deployments.engine.training.config import TrainingConfig
     from deployments.engine.training.draft_module import DraftModule
+    from deployments.engine.training.plan import Plan
     from deployments.engine.training.step_costs import StepCosts
     from deployments.engine.training.trainer import DraftTrainer
 
@@ -39,10 +39,6 @@ _CHECKPOINT_FILE = "checkpoint.pt"
 
 class Texts(Protocol):
     """Texts by index, on disk or computed when they are wanted."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each text."""
 
     def stream(self, indices: Iterable[int]) -> Generator[FeatureText, None, None]:
         """Texts in this order; may prepare some ahead, and is closed when no more are wanted."""
@@ -82,6 +78,7 @@ class DraftRun:
         trainer: DraftTrainer,
         config: TrainingConfig,
         texts: Texts,
+        plan: Plan,
         held_out: Iterable[FeatureText],
         progress: Callable[[str], None],
         *,
@@ -95,6 +92,7 @@ class DraftRun:
             trainer: with nothing done yet.
             config: the same as when the run began.
             texts: likewise.
+            plan: of the run's steps over them.
             held_out: for evaluations; gone through anew for each.
             progress: gets short lines for a person to read.
             fingerprint: of target and texts; a folder continues with the same only.
@@ -108,6 +106,7 @@ class DraftRun:
         self._trainer = trainer
         self._config = config
         self._texts = texts
+        self._plan = plan
         self._held_out = held_out
         self._progress = progress
         self._fingerprint = fingerprint
@@ -129,18 +128,18 @@ class DraftRun:
         started = time.monotonic() - self._seconds
         pace = Pace(
             "steps",
-            num_steps(self._texts.lengths, self._config),
+            self._plan.num_steps,
             self._progress,
             done=self._trainer.num_steps_done,
         )
         if not self.curve:
             self._evaluate(0.0)
-        for batches in self._steps_ahead():
+        for batches, end in self._steps_ahead():
             # Asked before a step, so that a run that stopped does not go on when it is repeated.
             if self._is_idle():
                 self._progress("no better draft for a while: stopping early")
                 break
-            report = self._trainer.step(batches)
+            report = self._trainer.step(batches, end)
             self._losses.append(report.loss)
             num_tokens = self._mesh.total(report.num_tokens)
             self._num_tokens += num_tokens
@@ -161,21 +160,22 @@ class DraftRun:
         """The best evaluation so far."""
         return max(self.curve, key=lambda point: point.score)
 
-    def _steps_ahead(self) -> Iterator[list[list[FeatureText]]]:
-        lengths = self._texts.lengths
-        steps = [
-            [(self._mesh.share(batch), batch[:1]) for batch in step]
-            for epoch in range(self._config.epochs)
-            for step in epoch_steps(lengths, self._config, epoch)
-        ][self._trainer.num_steps_done :]
+    def _steps_ahead(self) -> Iterator[tuple[list[list[FeatureText]], float]]:
+        num_done = self._trainer.num_steps_done
         # Every forward gathers weights from all processes: who has nothing to learn from runs too.
-        indices = (i for step in steps for mine, other in step for i in mine or other)
+        indices = (
+            index
+            for step in self._plan.steps(num_done)
+            for batch in step.batches
+            for index in self._mesh.share(batch) or batch[:1]
+        )
         with closing(self._texts.stream(indices)) as texts:
-            for step in steps:
-                yield [
-                    list(islice(texts, len(mine))) if mine else [_without_answer(next(texts))]
-                    for mine, _ in step
-                ]
+            for step in self._plan.steps(num_done):
+                yield [self._filled(texts, batch) for batch in step.batches], step.end
+
+    def _filled(self, texts: Iterator[FeatureText], batch: list[int]) -> list[FeatureText]:
+        mine = self._mesh.share(batch)
+        return list(islice(texts, len(mine))) if mine else [_without_answer(next(texts))]
 
     def _evaluate(self, seconds: float) -> None:
         draft = _whole_draft(self._trainer)
@@ -256,24 +256,6 @@ class DraftRun:
         self._losses = state["losses"]
         self.curve = [_point(raw) for raw in state["curve"]]
         self._progress(f"going on behind step {self._trainer.num_steps_done}")
-
-
-def epoch_steps(
-    lengths: Sequence[int], config: TrainingConfig, epoch: int
-) -> list[list[list[int]]]:
-    """The optimiser steps of one pass; see ``plan_epoch``."""
-    return plan_epoch(
-        lengths,
-        batch_tokens=config.batch_tokens,
-        accumulate=config.accumulate,
-        seed=config.seed,
-        epoch=epoch,
-    )
-
-
-def num_steps(lengths: Sequence[int], config: TrainingConfig) -> int:
-    """Optimiser steps of the whole run."""
-    return sum(len(epoch_steps(lengths, config, epoch)) for epoch in range(config.epochs))
 
 
 def _whole_draft(trainer: DraftTrainer) -> DraftModule | None:

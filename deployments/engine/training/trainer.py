@@ -58,7 +58,7 @@ class DraftTrainer:
         self,
         objective: DraftObjective,
         config: TrainingConfig,
-        num_steps: int,
+        end: float,
         device: str,
         mesh: ProcessMesh = ALONE,
     ) -> None:
@@ -67,7 +67,7 @@ class DraftTrainer:
         Args:
             objective: on ``device``; sharded over ``mesh`` already.
             config: of the run.
-            num_steps: of the whole run; the learning rate follows it.
+            end: where the last step of the run ends; the learning rate follows the way there.
             device: where it is trained.
             mesh: who else trains it.
         """
@@ -75,7 +75,7 @@ class DraftTrainer:
         self.mesh = mesh
         self.num_steps_done = 0
         self._config = config
-        self._num_steps = num_steps
+        self._end = end
         self._device = torch.device(device)
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
@@ -85,19 +85,22 @@ class DraftTrainer:
             weight_decay=config.weight_decay,
         )
 
-    def step(self, batches: Sequence[Sequence[FeatureText]]) -> StepReport:
+    def step(
+        self, batches: Sequence[Sequence[FeatureText]], end: float | None = None
+    ) -> StepReport:
         """One optimiser step.
 
         Args:
             batches: this process's texts of each batch of the step, at least one each; one without
                 any answer counts for nothing.
+            end: where on the way it ends; by default a way of steps.
         """
         filled = [collate(batch, self._device, torch.float32) for batch in batches]
         count = torch.zeros(self.objective.num_steps, device=self._device)
         for batch in filled:
             count += self.objective.count(batch)
         self.mesh.sum(count)
-        rate = self._rate()
+        rate = self._rate(self.num_steps_done + 1 if end is None else end)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
@@ -144,13 +147,13 @@ class DraftTrainer:
         )
         self.num_steps_done = int(state["num_steps_done"])
 
-    def _rate(self) -> float:
+    def _rate(self, done: float) -> float:
         """Linear warm-up, a plateau, and a cosine down to a hundredth."""
-        config, done = self._config, self.num_steps_done + 1
-        warmup = config.warmup_share * self._num_steps
-        decay = max(1.0, config.decay_share * self._num_steps)
+        config = self._config
+        warmup = config.warmup_share * self._end
+        decay = max(1.0, config.decay_share * self._end)
         rise = min(1.0, done / warmup) if warmup else 1.0
-        progress = min(1.0, max(0.0, (done - (self._num_steps - decay)) / decay))
+        progress = min(1.0, max(0.0, (done - (self._end - decay)) / decay))
         fall = 0.5 * (1 + math.cos(math.pi * progress))
         return config.learning_rate * rise * (_LAST_RATE_SHARE + (1 - _LAST_RATE_SHARE) * fall)
 

@@ -9,7 +9,7 @@ import time
 from contextlib import closing
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -25,7 +25,8 @@ from deployments.engine.training.initial import draft_vocabulary
 from deployments.engine.training.methods import method_of
 from deployments.engine.training.objective import DraftObjective
 from deployments.engine.training.online import OnlineTexts
-from deployments.engine.training.run import epoch_steps, num_steps
+from deployments.engine.training.plan import WholePlan
+from deployments.engine.training.run import Texts
 from deployments.engine.training.trainer import DraftTrainer
 from deployments.engine.types import GenerationRequest, SamplingParams
 from deployments.model_files import model_folder
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from deployments.engine.base import Engine
     from deployments.engine.training.batches import FeatureText
     from deployments.engine.training.methods import Start
-    from deployments.engine.training.run import Texts
 
 _TEXTS_PER_SHARD = 8
 _MAX_BYTES = 1 << 40
@@ -84,6 +84,12 @@ class Trained(NamedTuple):
     peak_bytes: int
     grown_bytes: int
     weights: dict[str, Tensor]
+
+
+class _Texts(Texts, Protocol):
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
 
 
 class _Kept:
@@ -296,24 +302,21 @@ class Work:
         ]
         times.append(own)
 
-    def _trainer(self, texts: Texts) -> DraftTrainer:
+    def _trainer(self, texts: _Texts) -> DraftTrainer:
         draft, scale = copy.deepcopy(self._start)
         run = self.config.run
         unrolled = run.objective.model_copy(update={"num_unrolls": self._method.num_unrolls})
         objective = DraftObjective(draft, self._loaded.model, unrolled, scale)
-        return DraftTrainer(objective, run, num_steps(texts.lengths, run), "cpu")
+        return DraftTrainer(objective, run, WholePlan(texts.lengths, run).end, "cpu")
 
-    def _steps(self, texts: Texts, trainer: DraftTrainer) -> int:
-        steps = [
-            step
-            for epoch in range(self.config.run.epochs)
-            for step in epoch_steps(texts.lengths, self.config.run, epoch)
-        ]
-        indices = (index for step in steps for batch in step for index in batch)
+    def _steps(self, texts: _Texts, trainer: DraftTrainer) -> int:
+        plan = WholePlan(texts.lengths, self.config.run)
+        indices = (index for step in plan.steps(0) for batch in step.batches for index in batch)
         num_tokens = 0
         with closing(texts.stream(indices)) as stream:
-            for step in steps:
-                report = trainer.step([list(islice(stream, len(batch))) for batch in step])
+            for step in plan.steps(0):
+                batches = [list(islice(stream, len(batch))) for batch in step.batches]
+                report = trainer.step(batches, step.end)
                 num_tokens += report.num_tokens
         return num_tokens
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster import cli
 from cluster.config_loader import load_config
@@ -21,7 +20,7 @@ from deployments.engine.torch_engine.student_shelf import Decision, stamp_of
 from deployments.engine.torch_engine.weights.loader import load_model
 from deployments.tokenizer import ChatTurn
 from deployments.traffic_log import TrafficLog
-from tests.fakes_tokenizer import write_tokenizer
+from tests.tiny_jobs import write_job, write_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,43 +30,21 @@ PROMOTED = Decision(outcome="promoted", reason="better: by far", decided_at=0.0)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = write_tokenizer(tmp_path_factory.mktemp("model"))
-    torch.manual_seed(3)
-    shape = LlamaConfig(
-        vocab_size=264,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def work(tmp_path, model):
-    settings = {
-        "cache_dir": str(tmp_path / "cache"),
-        "engine": {"model": str(model), "num_pages": 64, "max_num_seqs": 4, "num_threads": 1},
-        "ingress": {"traffic_log": {"tenants": ["default"], "folder": str(tmp_path / "traffic")}},
-        "training": {
+    write_job(
+        tmp_path,
+        model,
+        ingress={"traffic_log": {"tenants": ["default"], "folder": str(tmp_path / "traffic")}},
+        training={
             "student": {"first_layers": 2, "last_layers": 2},
             "answers": {"max_tokens": 16, "held_out_prompts": 2},
-            "run": {
-                "draft_vocab_size": 64,
-                "batch_tokens": 256,
-                "max_length": 128,
-                "epochs": 1,
-                "num_draft_tokens": 2,
-            },
+            "run": {"num_draft_tokens": 2},
         },
-    }
-    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    )
     return tmp_path
 
 

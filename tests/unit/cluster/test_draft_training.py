@@ -1,71 +1,43 @@
 """``paceline train draft`` from end to end, on a model of six tiny layers."""
 
 import json
+import shutil
 import sys
+import threading
+from threading import Event
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster import cli
 from cluster.config_loader import load_config
 from cluster.draft_training import train_draft
 from cluster.errors import ConfigError
 from deployments.engine.torch_engine.student import load_student, read_student, save_student
+from deployments.engine.training.answers import AnswerLog
 from deployments.engine.training.checkpoint import load_head
 from deployments.tokenizer import Tokenizer
-from tests.fakes_tokenizer import write_tokenizer
+from tests.tiny_jobs import write_job, write_model
 
-SETTINGS = {
-    "engine": {"num_pages": 64, "max_num_seqs": 4, "deterministic": True, "num_threads": 1},
+CHANGES = {
+    "engine": {"deterministic": True},
     "training": {
-        "answers": {"max_tokens": 24, "held_out_prompts": 4, "per_prompt": 2},
-        "run": {
-            "draft_vocab_size": 64,
-            "objective": {"num_unrolls": 2},
-            "batch_tokens": 256,
-            "max_length": 128,
-            "epochs": 3,
-            "learning_rate": 3e-3,
-            "checkpoint_steps": 2,
-            "evaluate_steps": 4,
-            "num_draft_tokens": 3,
-        },
+        "answers": {"per_prompt": 2},
+        "run": {"epochs": 3, "learning_rate": 3e-3, "checkpoint_steps": 2, "evaluate_steps": 4},
     },
 }
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Six layers and the byte tokenizer."""
-    folder = write_tokenizer(tmp_path_factory.mktemp("model"))
-    torch.manual_seed(3)
-    shape = LlamaConfig(
-        vocab_size=264,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def work(tmp_path, model):
     """A config file and prompts in an empty folder."""
-    settings = SETTINGS | {
-        "cache_dir": str(tmp_path / "cache"),
-        "engine": SETTINGS["engine"] | {"model": str(model)},
-    }
-    (tmp_path / "c.yaml").write_text(json.dumps(settings))
-    (tmp_path / "p.txt").write_text("".join(f"question {i} of some\n" for i in range(16)))
+    write_job(tmp_path, model, **CHANGES)
     return tmp_path
 
 
@@ -216,13 +188,9 @@ def test_what_cannot_be_is_one_line(paceline, work, monkeypatch, arguments, prob
     assert "Traceback" not in said
 
 
-def test_a_model_too_small_for_a_draft_is_refused_before_the_work(work, model, tmp_path_factory):
-    small = write_tokenizer(tmp_path_factory.mktemp("small"))
-    shape = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 4}
-    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(small)
-    settings = json.loads((work / "c.yaml").read_text())
-    settings["engine"]["model"] = str(small)
-    (work / "c.yaml").write_text(json.dumps(settings))
+def test_a_model_too_small_for_a_draft_is_refused_before_the_work(work):
+    small = write_model(work / "small", num_hidden_layers=4)
+    write_job(work, small, **CHANGES)
     with pytest.raises(ConfigError, match="4 layers"):
         train(work)
     assert not (work / "out" / "answers.jsonl").exists()
@@ -327,6 +295,84 @@ def test_an_online_training_that_was_cut_off_ends_with_the_same_weights(work, mo
     assert report.queue.num_put < 3 * 24
     whole, other = (load_file(of / "model.safetensors") for of in (folder, cut))
     assert all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def grouped(monkeypatch):
+    online(monkeypatch)
+    monkeypatch.setenv("PACELINE_TRAINING__FEATURES__GROUP_TEXTS", "8")
+    monkeypatch.setenv("PACELINE_TRAINING__RUN__EVALUATE_STEPS", "1")
+
+
+def test_training_begins_before_the_last_answer_is_written(work, monkeypatch):
+    grouped(monkeypatch)
+    has_trained = Event()
+    append = AnswerLog.append
+
+    def held(log, index, token_ids):
+        # 4 to hold out and 8 of the first group are answered by then; 28 are wanted.
+        assert len(log.answers) < 20 or has_trained.wait(120)
+        append(log, index, token_ids)
+
+    def tell(line: str) -> None:
+        if line.startswith("step 1,"):
+            has_trained.set()
+
+    monkeypatch.setattr(AnswerLog, "append", held)
+    report, folder = train(work, "beside", tell)
+    assert report.answers.num_texts == 28
+    assert report.num_left_out == 0
+    # What was answered before makes the same draft.
+    (work / "behind").mkdir()
+    shutil.copy(work / "beside" / "answers.jsonl", work / "behind")
+    lines: list[str] = []
+    again, other = train(work, "behind", lines.append)
+    assert not any(line.startswith("starting") for line in lines)
+    assert [point.quality for point in again.curve] == [point.quality for point in report.curve]
+    weights = [load_file(of / "model.safetensors") for of in (folder, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_cut_off_while_answers_are_written_it_ends_with_the_same_weights(work, monkeypatch):
+    grouped(monkeypatch)
+    monkeypatch.setenv("PACELINE_TRAINING__RUN__CHECKPOINT_STEPS", "1")
+    train(work, "whole")
+    for stage in ("starting", "step 0,", "step 2,"):
+
+        def tell(line: str, stage: str = stage) -> None:
+            if line.startswith(stage):
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            train(work, "cut", tell)
+    lines: list[str] = []
+    train(work, "cut", lines.append)
+    assert any(line.startswith("going on behind step") for line in lines)
+    states = [torch.load(work / name / "checkpoint.pt")["model"] for name in ("whole", "cut")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_an_answer_that_cannot_be_kept_ends_the_training_that_waits_for_it(work, monkeypatch):
+    grouped(monkeypatch)
+    append = AnswerLog.append
+
+    def full(log, index, token_ids):
+        if len(log.answers) == 14:
+            raise OSError("no space left")
+        append(log, index, token_ids)
+
+    monkeypatch.setattr(AnswerLog, "append", full)
+    with pytest.raises(OSError, match="no space left"):
+        train(work)
+    assert not any(thread.name == "answers" for thread in threading.enumerate())
+
+
+def test_a_chat_with_oneself_goes_in_no_groups(work, monkeypatch):
+    grouped(monkeypatch)
+    with pytest.raises(ConfigError, match="group_texts: not with --self-chat"):
+        train(work, prompt_files=[], licences=[], self_chat=True)
+    monkeypatch.setenv("PACELINE_TRAINING__FEATURES__MODE", "offline")
+    with pytest.raises(ConfigError, match="group_texts is for mode: online"):
+        load_config(work / "c.yaml")
 
 
 def test_the_targets_own_chats_are_streamed_too(work, monkeypatch):

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+from threading import Event, Thread
 
 import pytest
 
 from deployments.engine.base import Engine
 from deployments.engine.errors import EngineDeadError
-from deployments.engine.training.answers import AnswerLog, Question, regenerate
+from deployments.engine.training.answers import AnswerLog, AnswersEndedError, Question, regenerate
 from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.types import EngineStats, FinishReason, TokenDelta
 
@@ -139,3 +140,45 @@ def test_answers_to_something_else_are_refused(tmp_path):
     opened(tmp_path)
     with pytest.raises(RunMismatchError, match="another target"):
         opened(tmp_path, fingerprint="two")
+
+
+def test_whoever_waits_for_an_answer_gets_it_when_it_is_written(tmp_path):
+    log = opened(tmp_path)
+    waiter = Thread(target=lambda: log.wait_for([3, 5]))
+    waiter.start()
+    log.append(3, [1, 2])
+    log.append(4, [1])
+    assert waiter.is_alive()
+    log.append(5, [])
+    waiter.join(30)
+    assert not waiter.is_alive()
+
+
+def test_whoever_waits_hears_that_no_answers_come(tmp_path):
+    log, closed = opened(tmp_path), Event()
+    closed.set()
+    with pytest.raises(AnswersEndedError):
+        log.wait_for([0], closed=closed)
+    log.end(EngineDeadError("gone"))
+    with pytest.raises(EngineDeadError, match="gone"):
+        log.wait_for([0])
+
+
+def test_a_log_of_another_process_is_read_on_by_whole_lines(tmp_path):
+    log = opened(tmp_path)
+    log.append(0, [7, 8])
+    path = tmp_path / "work" / "answers.jsonl"
+    with path.open("ab") as file:
+        file.write(b'{"index": 1, "token_')
+    other = AnswerLog(path, fingerprint="one", is_mine=False)
+    assert other.answers == {0: (7, 8)}
+    assert path.read_bytes().endswith(b'"token_')
+    with path.open("ab") as file:
+        file.write(b'ids": [9], "seconds": 0.5}\n')
+    other.wait_for([1])
+    assert other.answers == {0: (7, 8), 1: (9,)}
+    # Its own writer cuts a half line off.
+    with path.open("ab") as file:
+        file.write(b"{")
+    assert AnswerLog(path, fingerprint="one").answers == other.answers
+    assert path.read_bytes().endswith(b"}\n")

@@ -13,7 +13,8 @@ import torch
 from deployments.engine.training.checkpoint import load_head
 from deployments.engine.training.errors import RunMismatchError
 from deployments.engine.training.initial import start_from_target
-from deployments.engine.training.run import DraftRun, num_steps
+from deployments.engine.training.plan import WholePlan
+from deployments.engine.training.run import DraftRun
 from deployments.engine.training.step_costs import StepCosts
 from deployments.engine.training.trainer import DraftTrainer
 from tests.unit.deployments.engine.training.tiny_training import (
@@ -51,13 +52,15 @@ def draft_run(folder, config=RUN, progress=lambda _: None, held_out=None, finger
     a_head = head()
     start_from_target(a_head, target().model, texts(), scale())
     trained = objective(a_head)
-    trainer = DraftTrainer(trained, config, num_steps(kept.lengths, config), "cpu")
+    plan = WholePlan(kept.lengths, config)
+    trainer = DraftTrainer(trained, config, plan.end, "cpu")
     held_out = held_out or texts(4, seed=9)
     run = DraftRun(
         folder,
         trainer,
         config,
         kept,
+        plan,
         held_out,
         progress,
         fingerprint=fingerprint,

@@ -17,7 +17,8 @@ from deployments.engine.training.config import DraftTrainingConfig, StudentConfi
 from deployments.engine.training.initial import start_from_target
 from deployments.engine.training.methods import StudentMethod, method_of
 from deployments.engine.training.objective import DraftObjective
-from deployments.engine.training.run import DraftRun, num_steps
+from deployments.engine.training.plan import WholePlan
+from deployments.engine.training.run import DraftRun
 from deployments.engine.training.sharding import ProcessMesh
 from deployments.engine.training.trainer import DraftTrainer
 from tests.unit.deployments.engine.torch_engine.tiny_models import loaded_model
@@ -76,9 +77,10 @@ def run_in(folder, kind, tensor_parallel=1):
     store = InMemory(kept)
     mesh = ProcessMesh.of_default_group(tensor_parallel, "cpu")
     mesh.shard(trained)
-    trainer = DraftTrainer(trained, RUN, num_steps(store.lengths, RUN), "cpu", mesh)
+    plan = WholePlan(store.lengths, RUN)
+    trainer = DraftTrainer(trained, RUN, plan.end, "cpu", mesh)
     say = lambda _: None  # noqa: E731
-    return DraftRun(folder, trainer, RUN, store, held_out, say, fingerprint=kind, costs=COSTS)
+    return DraftRun(folder, trainer, RUN, store, plan, held_out, say, fingerprint=kind, costs=COSTS)
 
 
 @pytest.fixture(scope="module")
