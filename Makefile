@@ -173,7 +173,7 @@ exactness: $(ENVIRONMENT) ## Speculative text against plain text on MT-bench, fr
 	$(PY) -m tests.smoke.exactness
 
 train-smoke: $(ENVIRONMENT) ## Train a draft, kill it in every stage, check what is claimed; some minutes
-	$(PY) -m tests.smoke.training
+	SGLANG_PYTHON=$(if $(wildcard $(SGLANG_STAMP)),$(CURDIR)/$(SGLANG_VENV)/bin/python) $(PY) -m tests.smoke.training
 
 demo-refresh: $(ENVIRONMENT) ## A better draft takes over a serving cluster, a worse one is rolled back; some minutes
 	$(PY) -m tests.smoke.refresh

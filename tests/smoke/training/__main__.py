@@ -2,7 +2,8 @@
 
 A job on 48 prompts shows that training helps; a smaller one is killed in each of its stages and
 must end with the bits of the same job left alone. Trained by several processes of a Ray cluster it
-must end with its weights, also if one of them is killed.
+must end with its weights, also if one of them is killed. Where ``make test-sglang`` has built its
+environment, SGLang drafts with the export.
 Fails if anything does not hold. Everything lies
 in ``build/train-smoke``, which is made anew; the figures are in ``build/reports/train_smoke.json``.
 """
@@ -17,7 +18,7 @@ import sys
 import time
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +26,9 @@ from rich.table import Table
 from deployments.engine.config import DEFAULT_MODEL
 from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from deployments.engine.torch_engine.weights.loader import default_cache_dir, load_model
+from deployments.tokenizer import ChatTurn, Tokenizer
+from tests.sglang.dense_model import write_dense_model
+from tests.sglang.eagle import HeadInSGLang, head_in_sglang
 from tests.smoke.training.checks import (
     export_is_exact,
     largest_difference,
@@ -35,11 +39,16 @@ from tests.smoke.training.checks import (
 )
 from tests.smoke.training.jobs import Command, answered, killed_in_every_stage, processes
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 _FOLDER = Path("build/train-smoke")
 _REPORT = Path("build/reports/train_smoke.json")
 _NUM_DRAFT_TOKENS = 3
 _MAX_DIFFERENCE = 1e-4
 _MAX_WEIGHT_DIFFERENCE = 1e-5
+_MAX_SGLANG_DIFFERENCE = 1e-3
+"""Of logits up to 30, in float32."""
 
 
 def settings(max_tokens: int, held_out: int, epochs: int) -> dict[str, Any]:
@@ -88,6 +97,8 @@ def main() -> int:
     # The default model has nine heads and three key-value heads.
     cut = answered(alone, _FOLDER / "small" / "cut")
     small.run(cut, processes(3, tensor_parallel=3))
+    console.rule("the trained head in SGLang")
+    served = _in_sglang(console, out, prompts[60:63])
     console.rule("checks")
     loaded = load_model(DEFAULT_MODEL, dtype="float32", cache_dir=default_cache_dir())
     embedding = loaded.model.embed_tokens.weight.detach()
@@ -135,6 +146,8 @@ def main() -> int:
         f"< {_MAX_DIFFERENCE:.0e}",
         difference < _MAX_DIFFERENCE,
     )
+    if served:
+        _sglang_bars(served, bar)
     _show(console, lengths, report, bars)
     _REPORT.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cpu_count": os.cpu_count(), "platform": platform.platform()}
@@ -149,6 +162,41 @@ def main() -> int:
     _REPORT.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     console.print(f"written: {_REPORT}, after {seconds:.0f} s")
     return 0 if all(row["holds"] for row in bars.values()) else 1
+
+
+def _in_sglang(console: Console, out: Path, prompts: Sequence[str]) -> HeadInSGLang | None:
+    """What SGLang makes of the export, where it is installed."""
+    python = os.environ.get("SGLANG_PYTHON")
+    if not python:
+        console.print("left out: make test-sglang builds the environment that this needs")
+        return None
+    scratch = _FOLDER / "sglang"
+    model = write_dense_model(scratch / "model")
+    tokenizer = Tokenizer.load(model)
+    return head_in_sglang(
+        python,
+        model,
+        out / "draft",
+        [tokenizer.encode_chat([ChatTurn("user", prompt)]) for prompt in prompts],
+        max_tokens=32,
+        num_steps=_NUM_DRAFT_TOKENS,
+        scratch=scratch / "run",
+    )
+
+
+def _sglang_bars(served: HeadInSGLang, bar: Callable[[str, object, str, bool], None]) -> None:
+    largest = served.largest_difference
+    bar(
+        f"in SGLang: largest difference of a logit, of {sum(served.num_rows)} rows",
+        f"{largest:.1e}",
+        f"< {_MAX_SGLANG_DIFFERENCE:.0e}",
+        largest < _MAX_SGLANG_DIFFERENCE,
+    )
+    for name, value, wanted in (
+        ("rounds of verification, against ours", served.num_rounds, served.num_own_rounds),
+        ("tokens that plain decoding would not give", served.num_other_tokens, 0),
+    ):
+        bar(f"in SGLang: {name}", str(value), str(wanted), value == wanted)
 
 
 def _went_on(said: str) -> bool:
