@@ -10,6 +10,7 @@ from cluster.draft_card import DraftCard, write_card
 from cluster.draft_curve import draw_curve, points_of
 from cluster.draft_fit import JobPlan, capture_and_fit, check_processes, open_job
 from cluster.errors import ConfigError
+from cluster.live_curve import LiveCurve
 from cluster.training_prompts import (
     NO_LICENCE,
     PromptSource,
@@ -103,6 +104,7 @@ def train_draft(
             prompts,
             chat,
         )
+        on_progress = LiveCurve(plan.folder, on_progress)
         job = open_job(plan, on_progress)
     except ValueError as error:
         raise ConfigError((str(error),)) from error

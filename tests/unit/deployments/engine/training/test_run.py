@@ -126,3 +126,19 @@ def test_patience_ends_a_run_that_does_not_improve(tmp_path):
 
 if __name__ == "__main__":
     draft_run(Path(sys.argv[1]), progress=lambda line: sys.stdout.write(f"{line}\n"))[0].run()
+
+
+def test_mixed_precision_multiplies_in_bfloat16_and_keeps_float32():
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        trained = objective(head())
+        config = RUN.model_copy(update={"precision": precision})
+        trainer = DraftTrainer(trained, config, 10, "cpu")
+        losses.append([trainer.step([texts()[:6]]).loss for _ in range(10)])
+        assert all(weight.dtype == torch.float32 for weight in trained.parameters())
+        moments = [state["exp_avg"] for state in trainer._optimizer.state.values()]
+        assert all(moment.dtype == torch.float32 for moment in moments)
+    exact, mixed = losses
+    assert mixed != exact
+    assert mixed == pytest.approx(exact, rel=0.02)
+    assert mixed[-1] < mixed[0]
