@@ -54,6 +54,7 @@ _FORMAT = "paceline-student-1"
 _FILE = "student.safetensors"
 _SHIPPED = Path(__file__).parent / "data" / "students"
 _WEIGHT, _BIAS, _VOCABULARY = "connector.weight", "connector.bias", "draft_token_ids"
+_NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +159,8 @@ def read_student(path: Path) -> StudentWeights:
     """Read a student's file.
 
     Raises:
-        WeightsMismatchError: it is missing, damaged, or of another format.
+        WeightsMismatchError: it is missing, damaged, or of another format, or lacks a tensor that
+            the target could stand in for; what else is missing or unknown a loader finds.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -170,20 +172,22 @@ def read_student(path: Path) -> StudentWeights:
             draft_token_ids = file.get_tensor(_VOCABULARY)
             others = set(file.keys()) - {_WEIGHT, _BIAS, _VOCABULARY}
             trained = {name: file.get_tensor(name) for name in sorted(others)}
-    except (OSError, SafetensorError) as error:
-        raise WeightsMismatchError(f"{path} cannot be read: {error}") from error
-    return StudentWeights(
-        connector_weight=weight,
-        connector_bias=bias,
-        draft_token_ids=draft_token_ids,
-        logit_scale=card["logit_scale"],
-        kept_layers=tuple(card["kept_layers"]),
-        joint=card["joint"],
-        target_digest=card["target_digest"],
-        num_positions=card["num_positions"],
-        agreement=card["agreement"],
-        trained=trained,
-    )
+        if trained and _NORM not in trained:
+            raise WeightsMismatchError(f"{path} lacks {_NORM}")
+        return StudentWeights(
+            connector_weight=weight,
+            connector_bias=bias,
+            draft_token_ids=draft_token_ids,
+            logit_scale=card["logit_scale"],
+            kept_layers=tuple(card["kept_layers"]),
+            joint=card["joint"],
+            target_digest=card["target_digest"],
+            num_positions=card["num_positions"],
+            agreement=card["agreement"],
+            trained=trained,
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise WeightsMismatchError(f"{path} cannot be read: {error!r}") from error
 
 
 def load_student(

@@ -126,14 +126,10 @@ class DraftJob:
         name = "texts" if self._is_online else "training"
         self._training = FeatureStore(folder / "features" / name, fingerprint=self._features)
         self._held_out = FeatureStore(folder / "features" / "held-out", fingerprint=self._features)
+        asked, seed = self._questions[: self._num_asked], run.seed
         self._logged: LoggedTexts | None = None
         if config.features.group_texts and not chat:
-            self._logged = LoggedTexts(
-                self._questions[: self._num_asked],
-                self._log,
-                max_length=run.max_length,
-                seed=run.seed,
-            )
+            self._logged = LoggedTexts(asked, self._log, max_length=run.max_length, seed=seed)
 
     @property
     def trains_while_answering(self) -> bool:
@@ -330,8 +326,8 @@ class DraftJob:
         if not self._is_online or self._chat:
             return self._num_training - self._training.num_texts
         # Others may not be answered yet.
-        num_answered = sum(index in self._log.answers for index in range(self._num_asked))
-        return num_answered - len(self._texts())
+        answered = [index for index in range(self._num_asked) if index in self._log.answers]
+        return len(answered) - len(self._answered(answered))
 
     def _report(
         self, run: DraftRun, best: CurvePoint, num_weights: int, texts: FeatureStore | OnlineTexts
@@ -360,12 +356,10 @@ class DraftJob:
             costs=StepCosts.read(self._costs_path),
         )
 
-    def _answered(self, indices: range) -> list[AnsweredPrompt]:
-        """The texts among these questions that are answered and can be used, in order."""
+    def _answered(self, indices: Iterable[int]) -> list[AnsweredPrompt]:
+        """The texts among these questions that can be used, in order."""
         texts = []
         for index in indices:
-            if index not in self._log.answers:
-                continue
             prompt = self._questions[index].prompt_token_ids
             texts.append(AnsweredPrompt((*prompt, *self._log.answers[index]), len(prompt)))
         return [text for text in texts if text.fits(self._config.run.max_length)]

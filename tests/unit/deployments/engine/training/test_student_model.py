@@ -6,11 +6,20 @@ import functools
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from deployments.engine.errors import UnsupportedModelError
+from deployments.engine.errors import UnsupportedModelError, WeightsMismatchError
 from deployments.engine.torch_engine.models.llama import Attention
-from deployments.engine.torch_engine.student import cut_student, load_student, read_student
+from deployments.engine.torch_engine.student import (
+    cut_student,
+    load_student,
+    read_student,
+    save_student,
+)
 from deployments.engine.torch_engine.student_fitting import answer_logits
+from deployments.engine.torch_engine.weights.loader import load_model
 from deployments.engine.training.batches import collate
 from deployments.engine.training.capture import AnsweredPrompt, FeatureCapture
 from deployments.engine.training.config import DraftTrainingConfig, StudentConfig
@@ -21,7 +30,7 @@ from deployments.engine.training.objective import DraftObjective
 from deployments.engine.training.student_model import StudentModel
 from deployments.engine.training.trainer import DraftTrainer
 from deployments.engine.training.training_time_test import unroll
-from tests.unit.deployments.engine.torch_engine.tiny_models import loaded_model
+from tests.unit.deployments.engine.torch_engine.tiny_models import SHAPE, loaded_model
 from tests.unit.deployments.engine.training.tiny_training import CONFIG, target, texts
 
 METHOD = StudentConfig(first_layers=2, last_layers=1)
@@ -107,22 +116,27 @@ def test_what_is_saved_drafts_as_it_did_but_for_eight_bits(tmp_path):
     assert not torch.allclose(found, untrained[:, draft.draft_token_ids], atol=0.1)
 
 
-def test_engines_load_it_where_the_target_lies(tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from deployments.engine.torch_engine.student import save_student
-    from deployments.engine.torch_engine.weights.loader import load_model
-    from tests.unit.deployments.engine.torch_engine.tiny_models import SHAPE
-
+def target_and_student(folder):
+    """A target in a folder, and a student of it that counts as trained."""
     torch.manual_seed(3)
     shape = {**SHAPE, "num_hidden_layers": 6, "intermediate_size": 64}
-    LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).save_pretrained(tmp_path)
-    loaded = load_model(str(tmp_path), dtype="float32", cache_dir=tmp_path)
+    LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).save_pretrained(folder)
+    loaded = load_model(str(folder), dtype="float32", cache_dir=folder)
     method = StudentMethod(METHOD, loaded.config)
     capture = FeatureCapture(loaded, method.aux_layers, max_length=64)
     kept = list(capture.texts([AnsweredPrompt(list(range(3, 40)), 4)] * 4))
-    draft = method.start(loaded, torch.arange(3, 43), lambda: kept).draft
-    student = draft.weights()
+    return loaded, method.start(loaded, torch.arange(3, 43), lambda: kept).draft.weights()
+
+
+@pytest.fixture(scope="module")
+def trained_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    _, student = target_and_student(folder)
+    return folder, save_student(student, folder)
+
+
+def test_engines_load_it_where_the_target_lies(tmp_path):
+    loaded, student = target_and_student(tmp_path)
     save_student(student, tmp_path)
     text = list(range(5, 30))
     cut = cut_student(loaded, student)
@@ -137,6 +151,38 @@ def test_engines_load_it_where_the_target_lies(tmp_path):
         load_student(str(tmp_path), dtype="float32", cache_dir=tmp_path).weights_digest
         == cut.weights_digest
     )
+
+
+def without(name):
+    return lambda tensors, _: tensors.pop(name)
+
+
+def with_another(tensors, _):
+    tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (without("model.layers.1.mlp.up_proj.weight"), r"missing.*layers\.1\.mlp\.up_proj"),
+        (without("model.norm.weight"), r"lacks model\.norm"),
+        (without("connector.bias"), r"connector\.bias"),
+        (without("draft_token_ids"), "draft_token_ids"),
+        (with_another, "q_norm.* has no place"),
+        (lambda _, metadata: metadata.update(card='{"joint": 1}'), "logit_scale"),
+        (lambda _, metadata: metadata.pop("card"), "card"),
+    ],
+)
+def test_a_file_with_a_missing_or_unknown_part_is_refused(trained_file, tmp_path, change, problem):
+    folder, path = trained_file
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    change(tensors, metadata)
+    changed = tmp_path / "changed.safetensors"
+    save_file(tensors, changed, metadata=metadata)
+    with pytest.raises(WeightsMismatchError, match=problem):
+        load_student(str(folder), dtype="float32", cache_dir=folder, student_file=changed)
 
 
 def test_the_method_is_configured():
