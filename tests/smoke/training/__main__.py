@@ -1,11 +1,11 @@
 """``make train-smoke``: trains a draft for the default model and checks what its docs claim.
 
 A job on 48 prompts shows that training helps; a smaller one is killed in each of its stages and
-must end with the bits of the same job left alone. Trained by several processes of a Ray cluster it
-must end with its weights, also if one of them is killed. Where ``make test-sglang`` has built its
-environment, SGLang drafts with the export.
-Fails if anything does not hold. Everything lies
-in ``build/train-smoke``, which is made anew; the figures are in ``build/reports/train_smoke.json``.
+must end with the bits of the same job left alone, and so must one that trains while its target
+answers. Trained by several processes of a Ray cluster it must end with its weights, also if one of
+them is killed. Where ``make test-sglang`` has built its environment, SGLang drafts with the export.
+Fails if anything does not hold. Everything lies in ``build/train-smoke``, which is made anew; the
+figures are in ``build/reports/train_smoke.json``.
 """
 
 from __future__ import annotations
@@ -51,13 +51,15 @@ _MAX_SGLANG_DIFFERENCE = 1e-3
 """Of logits up to 30, in float32."""
 
 
-def settings(max_tokens: int, held_out: int, epochs: int) -> dict[str, Any]:
+def settings(max_tokens: int, held_out: int, epochs: int, group_texts: int = 0) -> dict[str, Any]:
     """Of a job small enough for two cores."""
+    online = {"mode": "online", "group_texts": group_texts}
     return {
         # Deterministic, so that what is answered again after a kill is answered alike.
         "engine": {"deterministic": True},
         "training": {
             "answers": {"max_tokens": max_tokens, "held_out_prompts": held_out},
+            "features": online if group_texts else {},
             "run": {
                 "draft_vocab_size": 4096,
                 "objective": {"num_unrolls": _NUM_DRAFT_TOKENS},
@@ -89,6 +91,12 @@ def main() -> int:
     small.run(alone)
     console.rule("the same, killed in each stage")
     killed_in_every_stage(small, killed)
+    console.rule("the same online, while the target answers; alone, and killed")
+    online = Command(_FOLDER / "online", prompts[48:60], settings(16, 2, 4, group_texts=4))
+    beside, cut_off = _FOLDER / "online" / "alone", _FOLDER / "online" / "killed"
+    online.run(beside)
+    online.kill_when(cut_off, (cut_off / "checkpoint.pt").is_file)
+    online.run(cut_off)
     console.rule("the same, trained by two processes, one of which is killed")
     together = answered(alone, _FOLDER / "small" / "together")
     ended = small.run_and_kill_one(together, processes(2))
@@ -123,6 +131,8 @@ def main() -> int:
             trained > lengths[name],
         )
     bar("killed in each stage: bits of the weights", *_claim(same_weights(alone, killed)))
+    same = same_weights(beside, cut_off)
+    bar("killed in a training beside the answers: bits of the weights", *_claim(same))
     bar("killed among two processes: the run", *_claim(_went_on(ended.said), "goes on"))
     bar("processes left behind", str(len(ended.left)), "0", not ended.left)
     for name, several in (
