@@ -19,7 +19,10 @@ pytestmark = pytest.mark.integration
 def command(tmp_path):
     """The command for a model of six tiny layers, without a folder."""
     run = {"epochs": 60, "checkpoint_steps": 20, "evaluate_steps": 40}
-    write_job(tmp_path, write_model(tmp_path / "model"), training={"run": run})
+    # The command answers while the processes train on what is in its log already.
+    features = {"mode": "online", "group_texts": 4}
+    training = {"run": run, "features": features}
+    write_job(tmp_path, write_model(tmp_path / "model"), training=training)
     return [
         *(sys.executable, "-m", "cluster", "train", "draft", "--json"),
         *("--config", str(tmp_path / "c.yaml"), "--prompts", str(tmp_path / "p.txt")),
