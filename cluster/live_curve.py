@@ -60,10 +60,13 @@ class LiveCurve:
         if not whole or whole == self._drawn:
             return
         self._drawn, self._drawn_at = whole, self._clock()
-        points = [json.loads(row) for row in whole.splitlines()]
-        draw_curve(
-            [_point(row) for row in points], self._picture, points[-1]["quality"]["coverage"]
-        )
+        try:
+            rows = [json.loads(row) for row in whole.splitlines()]
+            ceiling = rows[-1]["quality"]["coverage"]
+            draw_curve([_point(row) for row in rows], self._picture, ceiling)
+        except (OSError, ValueError, KeyError) as error:
+            # A training of hours does not end for want of a picture.
+            self._on_progress(f"warning: {self._picture.name} is not drawn: {error!r}")
 
 
 def _point(row: dict[str, Any]) -> CurvePoint:

@@ -62,3 +62,15 @@ def test_pictures_are_rare(tmp_path, drawn):
     assert not drawn
     curve("later")
     assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("content", ['{"num_tokens": 4}\n', "no json\n"])
+def test_a_curve_that_cannot_be_drawn_is_told_and_nothing_ends(tmp_path, drawn, content):
+    seconds, told = count(0, 60), []
+    curve = LiveCurve(tmp_path, told.append, lambda: float(next(seconds)))
+    (tmp_path / "curve.jsonl").write_text(content)
+    curve("step 4")
+    curve("step 8")
+    assert told[0].startswith("warning: curve.png is not drawn: ")
+    assert told[1:] == ["step 4", "step 8"]
+    assert not drawn
