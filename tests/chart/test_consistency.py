@@ -53,6 +53,7 @@ def test_every_ci_file_says_what_it_is_for() -> None:
         "default-values.yaml",
         "gpu-values.yaml",
         "external-valkey-values.yaml",
+        "large-gpu-values.yaml",
     }
     for path in CI_VALUES:
         assert path.read_text(encoding="utf-8").startswith("# "), path
@@ -78,6 +79,69 @@ def test_services_reach_a_port_of_the_pods_they_select(rendering: Rendering) -> 
         assert (component, ports) in (("ingress", {"http", "grpc"}), ("valkey", {"valkey"}))
         for port in service["spec"]["ports"]:
             assert _named_ports(selected[0])[port["targetPort"]] == port["port"]
+
+
+def _client_service(rendering: Rendering) -> dict[str, Any]:
+    (service,) = (
+        item
+        for item in rendering.of_kind("Service")
+        if item["spec"]["selector"]["app.kubernetes.io/component"] == "ingress"
+    )
+    return service
+
+
+def test_ways_in_lead_to_a_port_of_the_service(rendering: Rendering) -> None:
+    values, service = rendering.values["ingress"], _client_service(rendering)
+    ways = rendering.of_kind("Ingress")
+    hosts = [values["httpHost"], values["grpcHost"]] if values["enabled"] else []
+    assert {way["spec"]["rules"][0]["host"] for way in ways} == {host for host in hosts if host}
+    ports = {port["name"] for port in service["spec"]["ports"]}
+    for way in ways:
+        (rule,) = way["spec"]["rules"]
+        (path,) = rule["http"]["paths"]
+        backend = path["backend"]["service"]
+        assert backend["name"] == service["metadata"]["name"]
+        assert backend["port"]["name"] in ports
+        assert rule["host"] == values[f"{backend['port']['name']}Host"]
+        covered = [host for entry in way["spec"].get("tls", []) for host in entry["hosts"]]
+        assert covered == ([rule["host"]] if values["tlsSecret"] else [])
+
+
+def test_the_monitor_finds_a_metrics_port_on_every_ray_pod(rendering: Rendering) -> None:
+    monitors = rendering.of_kind("PodMonitor")
+    assert bool(monitors) == rendering.values["podMonitor"]["enabled"]
+    for monitor in monitors:
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        selected = {
+            component: _named_ports(template)
+            for component, template in rendering.pod_templates()
+            if _selects(monitor["spec"]["selector"], template["metadata"]["labels"])
+        }
+        assert selected.keys() == {name for name, _ in rendering.pod_templates()} - {"valkey"}
+        assert all(endpoint["port"] in ports for ports in selected.values())
+
+
+def test_helm_test_asks_the_service_and_is_let_in(rendering: Rendering) -> None:
+    (pod,) = rendering.of_kind("Pod")
+    service = _client_service(rendering)
+    name = service["metadata"]["name"]
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    (container,) = pod["spec"]["containers"]
+    assert container["args"] == [f"http://{name}:{ports['http']}", f"{name}:{ports['grpc']}"]
+    for policy in rendering.of_kind("NetworkPolicy"):
+        if policy["metadata"]["name"].endswith("-clients"):
+            (rule,) = policy["spec"]["ingress"]
+            assert "from" not in rule or any(
+                _selects(peer["podSelector"], pod["metadata"]["labels"])
+                for peer in rule["from"]
+                if "podSelector" in peer
+            )
+
+
+def test_only_an_incremental_upgrade_has_steps(rendering: Rendering) -> None:
+    strategy = rendering.ray_service["spec"]["upgradeStrategy"]
+    is_incremental = strategy["type"] == "NewClusterWithIncrementalUpgrade"
+    assert ("clusterUpgradeOptions" in strategy) == is_incremental
 
 
 def test_serve_listens_where_the_pods_say(rendering: Rendering) -> None:
