@@ -8,7 +8,6 @@ import signal
 import sys
 from dataclasses import asdict
 from enum import StrEnum
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,14 +28,19 @@ from cluster.load.plot import draw
 from cluster.load.run import LoadTest, Progress
 from cluster.load.summary import Slo
 from cluster.load.surfaces import surfaces
-from cluster.load.workload import of_lengths, of_questions, of_trace, read_questions
+from cluster.load.workload import (
+    builtin_questions,
+    of_lengths,
+    of_questions,
+    of_trace,
+    read_questions,
+)
 from cluster.state import default_state_dir, find_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _REPORT = Path("build/reports/serve.json")
-_QUESTIONS = "student_prompts.txt"
 _INTERRUPTED = 130
 _STOPPED = (
     "stopped after {at_s:.0f} s: {num_broken_off} requests in flight were broken off, "
@@ -133,7 +137,7 @@ def serve(
         _refuse(
             context, ("rate", "burstiness", "max_tokens"), "not with --trace, which says it itself"
         )
-    questions = read_questions(prompts) if prompts else _builtin_questions()
+    questions = read_questions(prompts) if prompts else builtin_questions()
     times = arrival_times(parse_profile(rate), burstiness=burstiness, seed=seed)
     if sum(given is not None for given in (prompts, prompt_tokens, trace)) > 1:
         raise ConfigError(("--prompts, --prompt-tokens and --trace: give one of them",))
@@ -213,11 +217,6 @@ def _refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
     ]
     if given:
         raise ConfigError((f"{', '.join(given)}: {reason}",))
-
-
-def _builtin_questions() -> list[str]:
-    source = files("deployments.engine.torch_engine") / "data" / _QUESTIONS
-    return [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _run(test: LoadTest) -> tuple[dict[str, Any], list[Any]]:
