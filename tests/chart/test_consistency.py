@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +121,34 @@ def test_the_monitor_finds_a_metrics_port_on_every_ray_pod(rendering: Rendering)
         }
         assert selected.keys() == {name for name, _ in rendering.pod_templates()} - {"valkey"}
         assert all(endpoint["port"] in ports for ports in selected.values())
+
+
+def test_dashboards_show_metrics_that_exist(rendering: Rendering) -> None:
+    # Not at the module's head: it imports Ray Serve, which then reads its switches.
+    from deployments.metrics import ALL_METRICS
+
+    boards = [
+        json.loads(text)
+        for item in rendering.of_kind("ConfigMap")
+        for name, text in item["data"].items()
+        if name.endswith(".json")
+    ]
+    assert bool(boards) == rendering.values["dashboards"]["enabled"]
+    histograms = {metric.name for metric in ALL_METRICS if metric.boundaries}
+    labels = {metric.name: set(metric.labels) for metric in ALL_METRICS}
+    for board in boards:
+        panels = board["panels"]
+        assert len({panel["id"] for panel in panels}) == len(panels)
+        for target in (target for panel in panels for target in panel["targets"]):
+            shown = set(re.findall(r"ray_(\w+)", target["expr"]))
+            assert shown, target["expr"]
+            for name in shown - {"serve_deployment_replica_healthy"}:
+                metric = name.removesuffix("_bucket")
+                assert (metric in histograms) == name.endswith("_bucket"), name
+                told = re.findall(r"{{(\w+)}}", target["legendFormat"])
+                if f"({name}" in target["expr"] and len(shown) == 1:
+                    assert labels[metric] >= set(told), target["expr"]
+                assert metric in labels, name
 
 
 def test_helm_test_asks_the_service_and_is_let_in(rendering: Rendering) -> None:
@@ -327,7 +357,7 @@ def test_valkey_evicts_and_forgets(rendering: Rendering) -> None:
     if not rendering.values["valkey"]["enabled"]:
         assert not rendering.of_kind("Deployment")
         return
-    (config,) = rendering.of_kind("ConfigMap")
+    (config,) = (item for item in rendering.of_kind("ConfigMap") if "valkey.conf" in item["data"])
     lines = config["data"]["valkey.conf"].splitlines()
     assert "maxmemory-policy allkeys-lfu" in lines
     assert 'save ""' in lines

@@ -41,6 +41,7 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("ingress.enabled", True, "Host"),
         ("ingress.httpHost", "https://llm.example", "httpHost"),
         ("podMonitor.interval", "often", "interval"),
+        ("dashboards.labels", {"grafana_dashboard": 1}, "grafana_dashboard"),
         ("serve.httpPort", 70000, "httpPort"),
         ("serve.grpcPort", "9000", "grpcPort"),
         ("service.type", "Headless", "type"),
