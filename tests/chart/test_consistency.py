@@ -392,3 +392,15 @@ def test_every_top_level_value_is_explained(name: str) -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
     text = (CHART / name).read_text(encoding="utf-8")
     assert [key for key in values if key not in text] == []
+
+
+def test_the_image_with_sglang_installs_what_its_page_says() -> None:
+    def packages(text: str) -> set[str]:
+        joined = text.replace("\\\n", " ")
+        commands = re.findall(r"sglang-venv/bin/pip install ([^&\n]*)", joined)
+        words = " ".join(commands).split()
+        return {word.strip('"') for word in words if not word.startswith("-")}
+
+    page = packages(Path("docs/sglang.md").read_text(encoding="utf-8"))
+    assert len(page) > 10
+    assert packages(Path("Dockerfile").read_text(encoding="utf-8")) == page
