@@ -48,7 +48,7 @@ async def test_a_closed_loop_keeps_its_clients_busy():
     found = await find_capacity(server, [REQUEST], num_clients=3, warm_s=0.05, seconds=0.5)
     assert server.most_open == 3
     assert server.num_open == 0
-    assert 0 < found.requests_per_s <= 3 / 0.01
+    assert 0 < found.requests_per_s < 1.2 * 3 / 0.01
     assert found.output_tokens_per_s == pytest.approx(5 * found.requests_per_s)
 
 
