@@ -66,7 +66,10 @@ def _values(ports: ClusterPorts) -> dict[str, Any]:
         "engine": {"max_model_len": 512, "num_pages": 32},
         "draft": {"drafter": "suffix"},
     }
-    values["auth"]["tenants"] = [{"name": "acme", "api_keys": [KEY]}]
+    values["auth"]["tenants"] = [
+        # Requests of an update wait for its only target replica, however long that takes to start.
+        {"name": "acme", "api_keys": [KEY], "max_concurrent_requests": 1000}
+    ]
     values["valkey"] = {"enabled": False}
     values["externalValkey"] = {"existingSecret": "page-tier"}
     values["ssd"] = {"enabled": False}
@@ -266,9 +269,9 @@ def test_a_changed_config_replaces_every_replica_without_a_lost_request(served: 
     async def load() -> list[Outcome]:
         schedule = [
             LoadRequest(
-                at_s=number / 2, prompt=f"Count to {number}.", max_tokens=16, ignore_eos=True
+                at_s=float(number), prompt=f"Count to {number}.", max_tokens=16, ignore_eos=True
             )
-            for number in range(round(2 * UPDATE_S))
+            for number in range(round(UPDATE_S))
         ]
         through = surfaces(
             ("http", "grpc"),
