@@ -1,5 +1,6 @@
-# One image for every pod and for a single machine. Build it from the repository's root.
-FROM python:3.11-slim
+# One image for every pod and for a single machine. Build it from the repository's root; with
+# --target sglang it also holds SGLang's own Python environment for target replicas on GPUs.
+FROM python:3.11-slim AS paceline
 
 # KubeRay's probes call wget; Ray's tools look at processes with ps.
 RUN apt-get update \
@@ -32,3 +33,16 @@ RUN paceline fetch
 ENV RAY_USAGE_STATS_ENABLED=0
 EXPOSE 8000 9000
 CMD ["paceline", "serve"]
+
+# engine.sglang.python: /opt/sglang-venv/bin/python. Ray and Python are of the cluster's own versions.
+FROM paceline AS sglang
+USER root
+RUN python -m venv /opt/sglang-venv \
+    && /opt/sglang-venv/bin/pip install --no-cache-dir sglang==0.5.23 \
+    && /opt/sglang-venv/bin/pip install --no-cache-dir "ray[serve]==2.60.0" blake3 cryptography grpcio \
+        grpcio-health-checking grpcio-reflection opentelemetry-api opentelemetry-sdk \
+        opentelemetry-exporter-otlp-proto-grpc redis gguf
+USER paceline
+
+# What is built without --target.
+FROM paceline

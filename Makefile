@@ -32,9 +32,7 @@ TEST_WORKERS ?= 2
 INTEGRATION_WORKERS ?= 1
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
-.PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
-        check-docs check-spelling check-repository test test-unit test-integration test-gpu test-sglang protos reference chart \
-        demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity bench-drafts bench-train bench-kv bench-kv-trace bench-ttft chaos-kv fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
+.PHONY: plotting $(shell awk -F: '/^[a-z-]+:.*## /{print $$1}' $(MAKEFILE_LIST))
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -163,6 +161,12 @@ bench-kv-trace: plotting ## What an SSD tier of each size would give on a public
 
 bench-ttft: plotting ## Time to the first token by hits, from Valkey, SSD and another node; some 20 minutes (QUICK=1: one)
 	$(PY) -m tests.bench.ttft $(if $(QUICK),--quick)
+
+bench-gateway: plotting ## What the ingress adds to a call of the engine, beside Ray Serve's own proxy; eight minutes
+	$(PY) -m tests.bench.gateway $(if $(QUICK),--quick)
+
+loadtest: plotting ## The default model at this machine's capacity, HTTP and gRPC, beside aiperf; about 20 minutes
+	$(PY) -m tests.bench.loadtest $(if $(QUICK),--quick)
 
 SOAK_MINUTES ?= 20
 

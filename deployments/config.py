@@ -100,7 +100,7 @@ class IngressConfig(_Config):
     max_resumes: int = Field(default=3, ge=0)
     """Times a request moves to another target replica after its replica died."""
     tokenizer_threads: int = Field(default=2, ge=1)
-    """Threads that render templates and tokenise, so that the event loop never does."""
+    """Threads that render templates and tokenise texts which would hold up the event loop."""
     traffic_log: TrafficLogConfig = TrafficLogConfig()
     """Whose prompts are kept for training drafts, and where."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from dataclasses import asdict
 from enum import StrEnum
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,14 +28,24 @@ from cluster.load.plot import draw
 from cluster.load.run import LoadTest, Progress
 from cluster.load.summary import Slo
 from cluster.load.surfaces import surfaces
-from cluster.load.workload import of_lengths, of_questions, of_trace, read_questions
+from cluster.load.workload import (
+    builtin_questions,
+    of_lengths,
+    of_questions,
+    of_trace,
+    read_questions,
+)
 from cluster.state import default_state_dir, find_cluster
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _REPORT = Path("build/reports/serve.json")
-_QUESTIONS = "student_prompts.txt"
+_INTERRUPTED = 130
+_STOPPED = (
+    "stopped after {at_s:.0f} s: {num_broken_off} requests in flight were broken off, "
+    "{num_never_due} were not due yet"
+)
 
 app = typer.Typer(help="Put load on a running cluster.", no_args_is_help=True)
 
@@ -60,6 +70,7 @@ def _bench() -> None:
 
 @app.command("serve")
 def serve(
+    context: typer.Context,
     rate: Annotated[
         str,
         typer.Option(
@@ -117,9 +128,16 @@ def serve(
 ) -> None:
     """Send requests at their times, however the server fares, and report what became of them.
 
-    Waiting is counted from when a request was due. Rejected requests are failures.
+    Waiting is counted from when a request was due. Rejected requests are failures. Ctrl-C ends the
+    run and reports what has ended so far.
     """
-    questions = read_questions(prompts) if prompts else _builtin_questions()
+    if trace is None:
+        _refuse(context, ("speed", "scale", "seconds"), "only with --trace")
+    else:
+        _refuse(
+            context, ("rate", "burstiness", "max_tokens"), "not with --trace, which says it itself"
+        )
+    questions = read_questions(prompts) if prompts else builtin_questions()
     times = arrival_times(parse_profile(rate), burstiness=burstiness, seed=seed)
     if sum(given is not None for given in (prompts, prompt_tokens, trace)) > 1:
         raise ConfigError(("--prompts, --prompt-tokens and --trace: give one of them",))
@@ -175,17 +193,30 @@ def serve(
         requests_path.write_text("".join(rows), encoding="utf-8")
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
-        return
-    out.print(_table(report))
-    for error, count in report["all"]["errors"].items():
-        out.print(f"{count} x {error}", style="red", markup=False)
-    written = [path, path.with_suffix(".png")] if has_picture else [path]
-    out.print(" and ".join(map(str, written)))
+    else:
+        out.print(_table(report))
+        for error, count in report["all"]["errors"].items():
+            out.print(f"{count} x {error}", style="red", markup=False)
+        written = [path, path.with_suffix(".png")] if has_picture else [path]
+        out.print(" and ".join(map(str, written)))
+    if stopped := report["stopped"]:
+        err.print(_STOPPED.format(**stopped), style="yellow")
+        raise typer.Exit(_INTERRUPTED)
 
 
-def _builtin_questions() -> list[str]:
-    source = files("deployments.engine.torch_engine") / "data" / _QUESTIONS
-    return [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        ConfigError: some of them are given.
+    """
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
+    ]
+    if given:
+        raise ConfigError((f"{', '.join(given)}: {reason}",))
 
 
 def _run(test: LoadTest) -> tuple[dict[str, Any], list[Any]]:
@@ -202,7 +233,21 @@ def _run(test: LoadTest) -> tuple[dict[str, Any], list[Any]]:
             now = f"{progress.num_in_flight} in flight, {progress.num_failed} failed"
             bar.update(task, completed=progress.num_complete + progress.num_failed, now=now)
 
-        return asyncio.run(test.run(show))
+        return asyncio.run(_until_signal(test, show))
+
+
+async def _until_signal(
+    test: LoadTest, show: Callable[[Progress], None]
+) -> tuple[dict[str, Any], list[Any]]:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def end(signum: signal.Signals) -> None:
+        stop.set()
+        loop.remove_signal_handler(signum)  # a second one is not waited upon
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, end, signum)
+    return await test.run(show, stop)
 
 
 def _table(report: dict[str, Any]) -> Table:

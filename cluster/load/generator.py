@@ -52,6 +52,8 @@ class LoadGenerator:
     ) -> None:
         """Send all, and wait until each has ended; ``outcomes`` has them.
 
+        Cancelling it breaks off what is in flight; those outcomes stay unfinished.
+
         Args:
             schedule: in the order of their times.
             on_sent: called behind every one.
@@ -66,6 +68,7 @@ class LoadGenerator:
                 self.outcomes.append(outcome)
                 if self._in_flight >= self._max_in_flight:
                     outcome.sent_s = outcome.ended_s = self.seconds()
+                    outcome.ending = "failed"
                     outcome.error = f"not sent: {self._max_in_flight} are in flight"
                 else:
                     self._in_flight += 1
@@ -85,8 +88,9 @@ class LoadGenerator:
         except RefusedError as error:
             outcome.ending, outcome.error = "rejected", str(error)
         except BrokenError as error:
-            outcome.error = str(error)
+            outcome.ending, outcome.error = "failed", str(error)
         except TimeoutError:
+            outcome.ending = "failed"
             outcome.error = f"no end within {self._timeout_s:g} s"
         finally:
             outcome.ended_s = self.seconds()
@@ -94,6 +98,7 @@ class LoadGenerator:
         if outcome.error is not None:
             return
         if counts is None:
+            outcome.ending = "failed"
             outcome.error = "the stream ended without usage"
             return
         outcome.event_s = outcome.event_s or [outcome.ended_s]  # an answer of no text

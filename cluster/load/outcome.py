@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Ending: TypeAlias = Literal["complete", "rejected", "failed"]
+Ending: TypeAlias = Literal["complete", "rejected", "failed", "unfinished"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,7 +25,8 @@ class Outcome:
         ended_s: when its last event came, or its error.
         num_prompt_tokens: as the server counts, like the two behind it; 0 before its end.
         ending: ``rejected`` is 429 or its gRPC form; anything else that is no whole answer is
-            ``failed``, a deadline too.
+            ``failed``, a deadline too. ``unfinished`` until then, and for ever if the run is
+            stopped.
         error: why there is no whole answer.
     """
 
@@ -38,7 +39,7 @@ class Outcome:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
-    ending: Ending = "failed"
+    ending: Ending = "unfinished"
     error: str | None = None
 
     @property

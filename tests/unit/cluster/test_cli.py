@@ -88,6 +88,22 @@ def test_chat_with_a_server_that_is_not_there_is_one_line(paceline):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--speed", "2"], "--speed: only with --trace"),
+        (["--scale", "1", "--seconds", "5"], "--scale, --seconds: only with --trace"),
+        (["--trace", "t.csv", "--rate", "1:1"], "--rate: not with --trace"),
+        (["--trace", "t.csv", "--max-tokens", "9"], "--max-tokens: not with --trace"),
+        (["--prompt-tokens", "9", "--trace", "t.csv"], "give one of them"),
+    ],
+)
+def test_load_options_that_would_do_nothing_are_refused(paceline, arguments, said):
+    code, _, error = paceline("bench", "serve", *arguments)
+    assert code == ConfigError.exit_code
+    assert said in error
+
+
 def test_render_prints_a_serve_config(paceline, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("app_name: mine\nengine: {num_pages: 32}\n")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
+
+import pytest
 
 from deployments.call import CallContext
 from deployments.config import IngressConfig
 from deployments.generation import Generation
 from deployments.sampling import SamplingFields
+from deployments.tokenizer import ChatTurn
 
 CONTEXT = CallContext(
     surface="http",
@@ -16,6 +20,37 @@ CONTEXT = CallContext(
     traceparent="00-1",
     avoid_replicas=(),
 )
+
+
+class ThreadTeller:
+    """A tokenizer whose tokens say how many threads besides the event loop's encoded a text."""
+
+    vocab_size = 100
+
+    def encode(self, given: object) -> list[int]:
+        del given
+        return [threading.current_thread() is not threading.main_thread()]
+
+    encode_chat = encode
+
+
+@pytest.mark.parametrize(
+    ("num_turns", "text", "is_threaded"),
+    [(1, "a" * 1000, False), (1, "a" * 3000, True), (3, "a" * 900, True), (100, "", True)],
+)
+async def test_only_long_texts_leave_the_event_loop(
+    num_turns: int, text: str, *, is_threaded: bool
+) -> None:
+    generation = Generation(
+        ThreadTeller(), None, IngressConfig(), SimpleNamespace(logged=None), max_model_len=64
+    )
+    try:
+        turns = [ChatTurn("user", text)] * num_turns
+        assert await generation.encode_chat(turns, CONTEXT) == (is_threaded,)
+        if num_turns == 1:
+            assert await generation.encode_text(text, "prompt") == (is_threaded,)
+    finally:
+        generation.close()
 
 
 def targets_of(tpot_target_s: float | None, **config: float) -> list[float | None]:

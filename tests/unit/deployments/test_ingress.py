@@ -47,7 +47,8 @@ async def test_shutdown_sends_the_last_spans_and_stops_the_threads(tmp_path: Pat
     )
     with replica._guard.call("grpc", "chat", {}) as context:
         pass
-    assert await replica._generation.encode_chat([ChatTurn("user", "hello")], context)
+    text = "hello " * 1000  # a short one needs no thread
+    assert await replica._generation.encode_chat([ChatTurn("user", text)], context)
     assert tokenizer_threads() - others
     with replica._guard.call("http", "chat", {}):
         pass
@@ -57,5 +58,5 @@ async def test_shutdown_sends_the_last_spans_and_stops_the_threads(tmp_path: Pat
     (path,) = (tmp_path / "spans").iterdir()
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
     (logged,) = (tmp_path / "traffic" / "default").iterdir()
-    assert json.loads(logged.read_text()) == {"messages": [{"role": "user", "content": "hello"}]}
+    assert json.loads(logged.read_text()) == {"messages": [{"role": "user", "content": text}]}
     await until(lambda: not tokenizer_threads() - others)

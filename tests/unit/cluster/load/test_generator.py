@@ -6,7 +6,10 @@ import asyncio
 
 import pytest
 
+from cluster.errors import RequestError
 from cluster.load.generator import LoadGenerator
+from cluster.load.run import LoadTest
+from cluster.load.summary import Slo
 from cluster.load.surfaces import BrokenError, Counts, Piece, RefusedError
 from cluster.load.workload import LoadRequest
 
@@ -112,3 +115,42 @@ async def test_beyond_the_limit_nothing_is_sent():
 async def test_surfaces_take_turns():
     found = await outcomes(schedule(*["fine"] * 4), Scripted("a"), Scripted("b"))
     assert [outcome.surface for outcome in found] == ["a", "b", "a", "b"]
+
+
+async def stopped_run(*prompts):
+    """A run that is stopped once everything that hangs is in flight."""
+    server, stop = Scripted(), asyncio.Event()
+    test = LoadTest(
+        schedule=schedule(*prompts), surfaces=[server], slo=Slo(), timeout_s=600, max_in_flight=99
+    )
+    num_hanging = prompts.count("hang")
+
+    def on_progress(now):
+        if (now.num_due, now.num_in_flight) == (len(prompts), num_hanging):
+            stop.set()
+
+    answer = await test.run(on_progress, stop)
+    assert server.num_open == 0
+    return answer
+
+
+async def test_a_stopped_run_reports_what_has_ended():
+    report, found = await stopped_run("fine", "hang", "refuse", "hang")
+    assert [each.ending for each in found] == ["complete", "unfinished", "rejected", "unfinished"]
+    assert (report["all"]["num_requests"], report["all"]["num_failed"]) == (2, 1)
+    assert report["stopped"]["num_broken_off"] == 2
+    assert report["stopped"]["num_never_due"] == 0
+
+
+async def test_a_run_that_ends_was_not_stopped():
+    surfaces = [Scripted()]
+    test = LoadTest(
+        schedule=schedule("fine"), surfaces=surfaces, slo=Slo(), timeout_s=60, max_in_flight=1
+    )
+    report, _ = await test.run(lambda _: None)
+    assert report["stopped"] is None
+
+
+async def test_a_run_stopped_before_any_end_says_so():
+    with pytest.raises(RequestError, match="before any request had ended"):
+        await stopped_run("hang")

@@ -1,0 +1,50 @@
+"""Python environments of peers: what they need would not fit beside what we need."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PEERS = Path("build/peers")
+"""Each has a folder here."""
+
+
+class Pip:
+    """The ``pip install`` of one environment."""
+
+    def __init__(self, python: Path) -> None:
+        self.python = python
+
+    def __call__(self, *arguments: str) -> None:
+        """Install.
+
+        Raises:
+            subprocess.CalledProcessError: it could not.
+        """
+        command = [str(self.python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([*command, *arguments], check=True, stdout=sys.stderr)
+
+
+def environment(name: str, wanted: str, fill: Callable[[Pip], None]) -> Path:
+    """The Python of an environment, which is filled if it does not hold ``wanted`` yet.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not.
+    """
+    folder = (PEERS / name).absolute()
+    python = folder / "bin" / "python"
+    stamp = folder / "installed.txt"
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        sys.stderr.write(f"installing {name}, once\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder, with_pip=True)
+        fill(Pip(python))
+        stamp.write_text(wanted, encoding="utf-8")
+    return python
