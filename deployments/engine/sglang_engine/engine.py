@@ -22,13 +22,12 @@ from deployments.engine.errors import (
     EngineDrainingError,
     RequestRejectedError,
 )
-from deployments.engine.sglang_engine.answers import read_answer
+from deployments.engine.sglang_engine.answers import read_answer, speculation_stats
 from deployments.engine.sglang_engine.requests import generation_arguments, refuse_unsupported
 from deployments.engine.stopping import StopCondition
 from deployments.engine.types import (
     EngineStats,
     GenerationUsage,
-    SpeculationStats,
     TokenDelta,
 )
 from deployments.engine.validation import validate_request
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from deployments.engine.sglang_engine.answers import Answer
+    from deployments.engine.sglang_engine.draft_rounds import RoundCounts
     from deployments.engine.sglang_engine.runtime import Runtime
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.types import GenerationRequest
@@ -58,12 +58,14 @@ class _Running:
         rid: SGLang's name for it.
         wait: the bound on the answer that is waited for.
         num_preemptions: as SGLang told last.
+        rounds: of verification, so far.
     """
 
     request: GenerationRequest
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
     wait: asyncio.Timeout | None = None
     num_preemptions: int = 0
+    rounds: list[RoundCounts] = field(default_factory=list)
 
 
 class SGLangEngine(Engine):
@@ -83,7 +85,7 @@ class SGLangEngine(Engine):
             runtime: closed with the engine.
             limits: of the model.
             detokenize: text of output tokens, for stop strings.
-            speculator: shut down with the engine; SGLang does not use it.
+            speculator: shut down with the engine.
         """
         self._runtime = runtime
         self._limits = limits
@@ -232,6 +234,7 @@ class SGLangEngine(Engine):
         request = running.request
         self._num_preemptions += answer.num_preemptions - running.num_preemptions
         running.num_preemptions = answer.num_preemptions
+        running.rounds += answer.rounds
         num_kept, end = stop.cut(answer.token_ids)
         self._num_output_tokens += num_kept
         reason = end.reason if end is not None else answer.finish
@@ -244,7 +247,7 @@ class SGLangEngine(Engine):
             finish_reason=reason,
             stop_match=end.match if end is not None else answer.match,
             usage=self._usage(request, answer, stop) if reason is not None else None,
-            speculation=SpeculationStats() if reason is not None else None,
+            speculation=speculation_stats(running.rounds) if reason is not None else None,
         )
 
     def _usage(
