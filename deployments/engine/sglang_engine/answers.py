@@ -149,18 +149,26 @@ def _logprob(
     return TokenLogprob(token, logprob, next(ranks, _UNKNOWN_RANK), best[:num_top])
 
 
-def speculation_stats(rounds: Sequence[RoundCounts]) -> SpeculationStats:
-    """What verification did for a request."""
-    drafted = [counts for counts in rounds if counts.num_draft_tokens]
-    accepted = [counts.num_accepted for counts in drafted]
+def speculation_stats(rounds: Mapping[RoundCounts, int]) -> SpeculationStats:
+    """What verification did.
+
+    Args:
+        rounds: how often a step of a sequence came out so.
+    """
+    drafted = {counts: number for counts, number in rounds.items() if counts.num_draft_tokens}
+    histogram = [0] * (1 + max((counts.num_accepted for counts in drafted), default=-1))
+    for counts, number in drafted.items():
+        histogram[counts.num_accepted] += number
+
+    def total(field: str) -> int:
+        return sum(number * getattr(counts, field) for counts, number in rounds.items())
+
     return SpeculationStats(
-        num_spec_steps=len(drafted),
-        num_draft_tokens=sum(counts.num_draft_tokens for counts in drafted),
-        num_accepted_draft_tokens=sum(accepted),
-        num_accepted_pool_tokens=sum(counts.num_accepted_pool for counts in drafted),
-        num_table_hits=sum(counts.num_table_hits for counts in rounds),
-        num_table_misses=sum(counts.num_table_misses for counts in rounds),
-        acceptance_histogram=tuple(
-            accepted.count(length) for length in range(max(accepted, default=-1) + 1)
-        ),
+        num_spec_steps=sum(drafted.values()),
+        num_draft_tokens=total("num_draft_tokens"),
+        num_accepted_draft_tokens=total("num_accepted"),
+        num_accepted_pool_tokens=total("num_accepted_pool"),
+        num_table_hits=total("num_table_hits"),
+        num_table_misses=total("num_table_misses"),
+        acceptance_histogram=tuple(histogram),
     )

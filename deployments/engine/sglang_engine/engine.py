@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -65,7 +66,7 @@ class _Running:
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
     wait: asyncio.Timeout | None = None
     num_preemptions: int = 0
-    rounds: list[RoundCounts] = field(default_factory=list)
+    rounds: Counter[RoundCounts] = field(default_factory=Counter)
 
 
 class SGLangEngine(Engine):
@@ -104,6 +105,7 @@ class SGLangEngine(Engine):
         self._num_cached_tokens = 0
         self._num_tier_cached_tokens = 0
         self._num_preemptions = 0
+        self._rounds: Counter[RoundCounts] = Counter()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """See ``Engine.generate``; errors come with the first delta."""
@@ -143,6 +145,7 @@ class SGLangEngine(Engine):
             num_output_tokens=self._num_output_tokens,
             num_local_cached_tokens=self._num_cached_tokens - self._num_tier_cached_tokens,
             num_tier_cached_tokens=self._num_tier_cached_tokens,
+            speculation=speculation_stats(self._rounds),
         )
 
     def check_health(self) -> None:
@@ -234,7 +237,8 @@ class SGLangEngine(Engine):
         request = running.request
         self._num_preemptions += answer.num_preemptions - running.num_preemptions
         running.num_preemptions = answer.num_preemptions
-        running.rounds += answer.rounds
+        running.rounds.update(answer.rounds)
+        self._rounds.update(answer.rounds)
         num_kept, end = stop.cut(answer.token_ids)
         self._num_output_tokens += num_kept
         reason = end.reason if end is not None else answer.finish
