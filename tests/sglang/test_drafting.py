@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from protos import inference_pb2_grpc as pb_grpc
 from tests.exactness import Reference, assert_same_text
 from tests.ray_cluster import wait_until
 from tests.sglang.dense_model import write_dense_model
+from tests.sglang.embedded import by_the_embedded_engine
 from tests.sglang.served import MODEL, PYTHON, START_TIMEOUT_S, served
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def test_drafts_of_the_pool_change_no_token(
     def are_all_drafted() -> bool:
         """Links may come up too late for the first texts."""
         drafted[:] = all_of(is_drafted=True)
-        return all(answer.speculation.num_accepted_pool_tokens for answer in drafted)
+        return any(answer.speculation.num_accepted_pool_tokens for answer in drafted)
 
     wait_until(are_all_drafted, timeout_s=600, what="accepted tokens of the pool")
     tokenizer = Tokenizer.load(folder)
@@ -166,10 +168,47 @@ def test_a_stop_leaves_no_process(cluster: ClusterProcess) -> None:
     assert not cluster.processes()
 
 
-def test_an_sglang_that_moved_is_served_without_drafts(folder: Path) -> None:
+def test_one_scheduler_gives_the_embedded_engines_text_with_a_drafter_that_dies(
+    folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.load(folder)
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (REPEATING[0], GREEDY),
+        (REPEATING[3], SAMPLED),
+        (REPEATING[1], {"temperature": 1.0, "top_k": 20, "presence_penalty": 0.5}),
+    ]
+    requests = [
+        GenerationRequest(
+            request_id=f"r{number}",
+            prompt_token_ids=tuple(tokenizer.encode_chat([ChatTurn("user", question)])),
+            sampling=SamplingParams(max_tokens=48, seed=2**64 - 1 - number, **sampling),
+        )
+        for number, (question, sampling) in enumerate(asked)
+    ]
+    expected = asyncio.run(by_the_embedded_engine(requests, folder, tokenizer))
+    path = tmp_path / "requests.json"
+    path.write_text(json.dumps([asdict_of(request) for request in requests]))
+    run = in_sglangs_python("tests.sglang.one_scheduler", str(folder), str(path))
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["num_links_lost"] > 0
+    assert sum(counts["pool"] for counts in found["counts"].values()) > 0
+    assert_same_text(Reference(default_cache_dir()), requests, expected, found["tokens"])
+
+
+def asdict_of(request: GenerationRequest) -> dict[str, Any]:
+    sampling = request.sampling
+    names = ("max_tokens", "seed", "temperature", "top_k", "top_p", "presence_penalty")
+    return {
+        "request_id": request.request_id,
+        "prompt_token_ids": request.prompt_token_ids,
+        "sampling": {name: getattr(sampling, name) for name in names},
+    }
+
+
+def in_sglangs_python(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     assert PYTHON is not None
     run = subprocess.run(
-        [PYTHON, "-m", "tests.sglang.moved_sglang", str(folder)],
+        [PYTHON, "-m", module, *arguments],
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
         capture_output=True,
@@ -178,5 +217,10 @@ def test_an_sglang_that_moved_is_served_without_drafts(folder: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
+def test_an_sglang_that_moved_is_served_without_drafts(folder: Path) -> None:
+    run = in_sglangs_python("tests.sglang.moved_sglang", str(folder))
     assert json.loads(run.stdout.splitlines()[-1]) == {"num_tokens": 6, "num_draft_tokens": 0}
     assert "GrammarTree.from_linear_chain is missing" in run.stderr

@@ -22,9 +22,6 @@ import psutil
 import pytest
 
 from cluster.local_cluster import STOP_TIMEOUT_S
-from deployments.engine.config import EngineConfig, SpeculationConfig
-from deployments.engine.factory import build_engine
-from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.engine.types import GenerationRequest, SamplingParams
 from deployments.tokenizer import ChatTurn, Tokenizer
@@ -35,6 +32,7 @@ from tests.integration.cluster.cluster_process import ClusterProcess
 from tests.integration.test_torch_engine_parity import QUESTIONS
 from tests.ray_cluster import wait_until
 from tests.sglang.dense_model import write_dense_model
+from tests.sglang.embedded import by_the_embedded_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,27 +112,6 @@ def ask(rpc: pb_grpc.InferenceStub, question: str, **sampling: float) -> pb.Choi
 
 def sglang_processes(cluster: ClusterProcess) -> list[psutil.Process]:
     return [process for process in cluster.processes() if process.name().startswith("sglang::")]
-
-
-async def by_the_embedded_engine(
-    requests: list[GenerationRequest], folder: Path, tokenizer: Tokenizer
-) -> dict[str, list[int]]:
-    engine = build_engine(
-        EngineConfig(model=str(folder), speculation=SpeculationConfig(enabled=False)),
-        cache_dir=default_cache_dir(),
-        page_store_factory=None,
-        speculator=NoSpeculation(),
-        detokenize=tokenizer.decode,
-    )
-    try:
-
-        async def one(request: GenerationRequest) -> list[int]:
-            return [token async for delta in engine.generate(request) for token in delta.token_ids]
-
-        outputs = await asyncio.gather(*map(one, requests))
-    finally:
-        await engine.close()
-    return {request.request_id: tokens for request, tokens in zip(requests, outputs, strict=True)}
 
 
 def test_both_surfaces_give_the_embedded_engines_text(
