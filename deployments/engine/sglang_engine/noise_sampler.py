@@ -44,7 +44,7 @@ class NoiseSampler(Sampler):  # type: ignore[misc] # SGLang has no types here
     ) -> Tensor:
         rows: list[SamplingRow] | None = getattr(sampling_info, _ROWS, None)
         if rows is None or sampling_info.is_all_greedy:
-            return super().forward(
+            theirs: Tensor = super().forward(
                 logits_output,
                 sampling_info,
                 return_logprob,
@@ -53,6 +53,7 @@ class NoiseSampler(Sampler):  # type: ignore[misc] # SGLang has no types here
                 positions,
                 logprob_logits=logprob_logits,
             )
+            return theirs
         logits = self._preprocess_logits(logits_output.next_token_logits, sampling_info)
         # What a token is chosen from stands at the position before its own.
         tokens = choose(logits, rows, positions.to(torch.int64) + 1)
