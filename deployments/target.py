@@ -16,6 +16,7 @@ from deployments.draft_sessions import DraftSessions
 from deployments.engine.base import Embedder
 from deployments.engine.errors import EngineGoneError, RequestRejectedError
 from deployments.engine.factory import build_engine
+from deployments.engine.sglang_engine.draft_link import DraftLink, DraftSettings
 from deployments.engine.speculation.grpc_transport import grpc_connector
 from deployments.engine.speculation.handshake import Identity
 from deployments.engine.speculation.speculator import NoSpeculation
@@ -86,7 +87,7 @@ class TargetReplica:
         self._metrics = TargetMetrics()
         self._model = served_model_name(engine)
         self._page_store: PageStore | None = None
-        self._split: SplitSpeculator | None = None
+        self._split: SplitSpeculator | DraftLink | None = None
         self._sessions: DraftSessions | None = None
         folder = model_folder(engine.model, cache_dir)
         self._executor = ThreadPoolExecutor(1, "engine-lifecycle")
@@ -191,6 +192,8 @@ class TargetReplica:
         if not engine.takes_drafts:
             return NoSpeculation()
         if draft is None:
+            if engine.kind == "sglang":
+                return NoSpeculation()
             self._split = SplitSpeculator(engine.speculation, vocab_size=tokenizer.vocab_size)
             return self._split
         identity = Identity(
@@ -198,12 +201,17 @@ class TargetReplica:
             vocab_size=tokenizer.vocab_size,
             vocab_digest=tokenizer.vocab_digest(),
         )
-        speculator = SplitSpeculator(
-            engine.speculation,
-            vocab_size=tokenizer.vocab_size,
-            connect=grpc_connector(identity, self._replica_id, pool_secret),
-            on_link_lost=self._on_link_lost,
-        )
+        speculator: SplitSpeculator | DraftLink
+        if engine.kind == "sglang":
+            settings = DraftSettings(engine.speculation, identity, self._replica_id, pool_secret)
+            speculator = DraftLink(settings, self._on_link_lost)
+        else:
+            speculator = SplitSpeculator(
+                engine.speculation,
+                vocab_size=tokenizer.vocab_size,
+                connect=grpc_connector(identity, self._replica_id, pool_secret),
+                on_link_lost=self._on_link_lost,
+            )
         self._sessions = DraftSessions(draft, speculator)
         self._split = speculator
         return speculator

@@ -146,8 +146,8 @@ class EngineConfig(_Config):
 
     @property
     def takes_drafts(self) -> bool:
-        """Whether the engine verifies drafts of the pool; SGLang does not yet."""
-        return self.kind == "torch" and self.speculation.enabled
+        """Whether the engine verifies drafts of the pool; SGLang does on one GPU."""
+        return self.speculation.enabled and self.sglang.tensor_parallel == 1
 
     def context_length(self, max_positions: int) -> int:
         """Prompt and output tokens of one sequence, at most.

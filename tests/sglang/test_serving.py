@@ -66,6 +66,7 @@ def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     settings = {
         "server": {"http_port": 0, "grpc_port": 0, "start_timeout_s": START_TIMEOUT_S},
         "engine": engine,
+        "pools": {"draft": None},
         "kv": None,
     }
     config = place / "config.yaml"
@@ -96,6 +97,13 @@ def chat(client: openai.OpenAI, question: str, **fields: Any) -> Any:
     return client.chat.completions.create(model=MODEL, messages=messages, **arguments)
 
 
+def ask(rpc: pb_grpc.InferenceStub, question: str, **sampling: float) -> pb.Choice:
+    messages = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=question)])
+    options = pb.SamplingOptions(max_tokens=MAX_TOKENS, **sampling)
+    request = pb.GenerateRequest(model=MODEL, chat=messages, sampling=options)
+    return rpc.GenerateUnary(request, timeout=600).choices[0]
+
+
 def sglang_processes(cluster: ClusterProcess) -> list[psutil.Process]:
     return [process for process in cluster.processes() if process.name().startswith("sglang::")]
 
@@ -114,10 +122,7 @@ def test_both_surfaces_give_the_embedded_engines_text(
     ]
 
     def over_grpc(question: str) -> pb.Choice:
-        messages = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=question)])
-        sampling = pb.SamplingOptions(temperature=0.0, max_tokens=MAX_TOKENS)
-        asked = pb.GenerateRequest(model=MODEL, chat=messages, sampling=sampling)
-        return rpc.GenerateUnary(asked, timeout=600).choices[0]
+        return ask(rpc, question, temperature=0.0)
 
     with ThreadPoolExecutor(8) as threads:
         choices = list(threads.map(over_grpc, QUESTIONS))
@@ -131,6 +136,36 @@ def test_both_surfaces_give_the_embedded_engines_text(
     assert_same_text(Reference(default_cache_dir()), requests, expected, actual)
     for choice, answer in zip(choices, answers, strict=True):
         assert answer.choices[0].message.content == choice.text
+
+
+def test_a_seed_gives_the_embedded_engines_text_whoever_else_is_served(
+    rpc: pb_grpc.InferenceStub, folder: Path
+) -> None:
+    tokenizer = Tokenizer.load(folder)
+    samplings: list[dict[str, Any]] = [
+        {"temperature": 0.8, "top_p": 0.9, "seed": 7},
+        {"temperature": 1.0, "top_k": 20, "seed": 2**64 - 1},
+        {"temperature": 0.7, "min_p": 0.05, "seed": 9},
+        {"temperature": 0.0, "seed": 1},
+    ]
+    asked = [(question, samplings[n % 4]) for n, question in enumerate(QUESTIONS[:12])]
+    with ThreadPoolExecutor(4) as threads:
+        choices = list(threads.map(lambda one: ask(rpc, one[0], **one[1]), asked))
+    requests = [
+        GenerationRequest(
+            request_id=question,
+            prompt_token_ids=tuple(tokenizer.encode_chat([ChatTurn("user", question)])),
+            sampling=SamplingParams(max_tokens=MAX_TOKENS, **sampling),
+        )
+        for question, sampling in asked
+    ]
+    expected = asyncio.run(by_the_embedded_engine(requests, folder, tokenizer))
+    actual = {
+        request.request_id: list(choice.token_ids)
+        for request, choice in zip(requests, choices, strict=True)
+    }
+    assert sum(map(len, actual.values())) > 6 * MAX_TOKENS
+    assert_same_text(Reference(default_cache_dir()), requests, expected, actual)
 
 
 def test_a_stream_is_the_whole_text_and_a_repeated_prompt_is_cached(

@@ -13,7 +13,9 @@ from deployments.engine.errors import (
     EngineOverloadedError,
     RequestRejectedError,
 )
-from deployments.engine.types import FinishReason, TokenLogprob
+from deployments.engine.sglang_engine.draft_rounds import RoundCounts
+from deployments.engine.sglang_engine.own_params import CUSTOM_PARAMS_KEY
+from deployments.engine.types import FinishReason, SpeculationStats, TokenLogprob
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,6 +38,7 @@ class Answer:
         num_cached: tokens of the input whose rows were cached.
         num_tier_cached: those of them that came from a KV tier.
         num_preemptions: times the request had to give its rows back, so far.
+        rounds: what verification did in the steps that gave these tokens, if there was any.
     """
 
     token_ids: tuple[int, ...]
@@ -46,6 +49,7 @@ class Answer:
     num_cached: int
     num_tier_cached: int
     num_preemptions: int
+    rounds: tuple[RoundCounts, ...] = ()
 
 
 def read_answer(item: Mapping[str, Any], request: GenerationRequest) -> Answer:
@@ -77,6 +81,9 @@ def read_answer(item: Mapping[str, Any], request: GenerationRequest) -> Answer:
         num_cached=meta.get("cached_tokens", 0),
         num_tier_cached=details.get("storage", 0),
         num_preemptions=meta.get("num_retractions", 0),
+        rounds=tuple(
+            RoundCounts(*entry) for entry in meta.get(CUSTOM_PARAMS_KEY) or () if entry is not None
+        ),
     )
 
 
@@ -140,3 +147,28 @@ def _logprob(
     best = tuple((token_id, value) for value, token_id, _ in top)
     ranks = (rank for rank, (token_id, _) in enumerate(best, 1) if token_id == token)
     return TokenLogprob(token, logprob, next(ranks, _UNKNOWN_RANK), best[:num_top])
+
+
+def speculation_stats(rounds: Mapping[RoundCounts, int]) -> SpeculationStats:
+    """What verification did.
+
+    Args:
+        rounds: how often a step of a sequence came out so.
+    """
+    drafted = {counts: number for counts, number in rounds.items() if counts.num_draft_tokens}
+    histogram = [0] * (1 + max((counts.num_accepted for counts in drafted), default=-1))
+    for counts, number in drafted.items():
+        histogram[counts.num_accepted] += number
+
+    def total(field: str) -> int:
+        return sum(number * getattr(counts, field) for counts, number in rounds.items())
+
+    return SpeculationStats(
+        num_spec_steps=sum(drafted.values()),
+        num_draft_tokens=total("num_draft_tokens"),
+        num_accepted_draft_tokens=total("num_accepted"),
+        num_accepted_pool_tokens=total("num_accepted_pool"),
+        num_table_hits=total("num_table_hits"),
+        num_table_misses=total("num_table_misses"),
+        acceptance_histogram=tuple(histogram),
+    )

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,13 +23,12 @@ from deployments.engine.errors import (
     EngineDrainingError,
     RequestRejectedError,
 )
-from deployments.engine.sglang_engine.answers import read_answer
+from deployments.engine.sglang_engine.answers import read_answer, speculation_stats
 from deployments.engine.sglang_engine.requests import generation_arguments, refuse_unsupported
 from deployments.engine.stopping import StopCondition
 from deployments.engine.types import (
     EngineStats,
     GenerationUsage,
-    SpeculationStats,
     TokenDelta,
 )
 from deployments.engine.validation import validate_request
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from deployments.engine.sglang_engine.answers import Answer
+    from deployments.engine.sglang_engine.draft_rounds import RoundCounts
     from deployments.engine.sglang_engine.runtime import Runtime
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.types import GenerationRequest
@@ -58,12 +59,14 @@ class _Running:
         rid: SGLang's name for it.
         wait: the bound on the answer that is waited for.
         num_preemptions: as SGLang told last.
+        rounds: of verification, so far.
     """
 
     request: GenerationRequest
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
     wait: asyncio.Timeout | None = None
     num_preemptions: int = 0
+    rounds: Counter[RoundCounts] = field(default_factory=Counter)
 
 
 class SGLangEngine(Engine):
@@ -83,7 +86,7 @@ class SGLangEngine(Engine):
             runtime: closed with the engine.
             limits: of the model.
             detokenize: text of output tokens, for stop strings.
-            speculator: shut down with the engine; SGLang does not use it.
+            speculator: shut down with the engine.
         """
         self._runtime = runtime
         self._limits = limits
@@ -102,6 +105,7 @@ class SGLangEngine(Engine):
         self._num_cached_tokens = 0
         self._num_tier_cached_tokens = 0
         self._num_preemptions = 0
+        self._rounds: Counter[RoundCounts] = Counter()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """See ``Engine.generate``; errors come with the first delta."""
@@ -141,6 +145,7 @@ class SGLangEngine(Engine):
             num_output_tokens=self._num_output_tokens,
             num_local_cached_tokens=self._num_cached_tokens - self._num_tier_cached_tokens,
             num_tier_cached_tokens=self._num_tier_cached_tokens,
+            speculation=speculation_stats(self._rounds),
         )
 
     def check_health(self) -> None:
@@ -232,6 +237,8 @@ class SGLangEngine(Engine):
         request = running.request
         self._num_preemptions += answer.num_preemptions - running.num_preemptions
         running.num_preemptions = answer.num_preemptions
+        running.rounds.update(answer.rounds)
+        self._rounds.update(answer.rounds)
         num_kept, end = stop.cut(answer.token_ids)
         self._num_output_tokens += num_kept
         reason = end.reason if end is not None else answer.finish
@@ -244,7 +251,7 @@ class SGLangEngine(Engine):
             finish_reason=reason,
             stop_match=end.match if end is not None else answer.match,
             usage=self._usage(request, answer, stop) if reason is not None else None,
-            speculation=SpeculationStats() if reason is not None else None,
+            speculation=speculation_stats(running.rounds) if reason is not None else None,
         )
 
     def _usage(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import blake3
 
 from deployments.engine.errors import RequestRejectedError
+from deployments.engine.sglang_engine.own_params import CUSTOM_PARAMS_KEY, own_params
 from deployments.engine.types import StructureKind
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from deployments.engine.validation import ModelLimits
 
 _ANY_OBJECT = '{"type": "object"}'
-_MAX_SEED = (1 << 63) - 1
 _SALT_CONTEXT = "paceline sglang cache salt 1"
 
 
@@ -105,7 +105,7 @@ def _sampling_params(request: GenerationRequest, limits: ModelLimits) -> dict[st
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "ignore_eos": is_endless,
-        "sampling_seed": (sampling.seed + request.choice_index) & _MAX_SEED,
+        "custom_params": {CUSTOM_PARAMS_KEY: own_params(request)},
     }
     if not is_endless:
         parameters["stop_token_ids"] = sorted(limits.stop_token_ids(request))

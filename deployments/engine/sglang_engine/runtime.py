@@ -6,18 +6,21 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from deployments.engine.errors import EngineSetupError
-from deployments.engine.sglang_engine.self_check import check_installed
+from deployments.engine.sglang_engine import plugin
+from deployments.engine.sglang_engine.own_params import DRAFT_LINK
+from deployments.engine.sglang_engine.self_check import DRAFTING, check_installed, differences
 from deployments.engine.sglang_engine.server_args import environment, server_args
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncGenerator, Iterator
-    from pathlib import Path
 
     from deployments.engine.config import EngineConfig
 
@@ -68,26 +71,45 @@ class SGLangRuntime:
         vocab_size: of the logits.
         eos_token_ids: tokens that end an output.
         max_request_tokens: prompt and output tokens of one sequence that SGLang has room for.
+        is_drafted: whether it verifies drafts of the pool.
     """
 
-    def __init__(self, config: EngineConfig, folder: Path, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        folder: Path,
+        max_model_len: int,
+        draft_address: str | None = None,
+    ) -> None:
         """Load the model; takes from seconds to minutes, blocks.
 
         Args:
             config: the engine's settings.
             folder: the model's files.
             max_model_len: prompt and output tokens of one sequence, at most.
+            draft_address: where the scheduler hears of draft replicas, see ``draft_link``; a
+                SGLang that cannot be drafted for serves without.
 
         Raises:
             EngineSetupError: SGLang is missing, is not the one that is known, or does not start.
         """
         os.environ.update(environment(config, len(os.sched_getaffinity(0))))
         check_installed()
+        os.environ.pop(DRAFT_LINK, None)
+        self.is_drafted = draft_address is not None and _can_draft()
+        if self.is_drafted and draft_address is not None:
+            os.environ[DRAFT_LINK] = draft_address
+        self._folder = tempfile.TemporaryDirectory(prefix="paceline-sglang-")
+        plugin.announce(Path(self._folder.name))
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.server_args import ServerArgs
 
         arguments = server_args(
-            config, folder, max_model_len=max_model_len, known=ServerArgs.__struct_fields__
+            config,
+            folder,
+            max_model_len=max_model_len,
+            known=ServerArgs.__struct_fields__,
+            is_drafted=self.is_drafted,
         )
         others = set(multiprocessing.active_children())
         with _own_signals_kept():
@@ -142,6 +164,14 @@ class SGLangRuntime:
         self._engine.shutdown()
         for child in self._processes:
             child.join()
+        self._folder.cleanup()
+
+
+def _can_draft() -> bool:
+    found = differences(DRAFTING)
+    if found:
+        logger.error("SGLang cannot verify drafts of the pool: %s", "; ".join(found))
+    return not found
 
 
 def _cancel(tasks: set[asyncio.Task[None]]) -> None:

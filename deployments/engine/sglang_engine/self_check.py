@@ -10,9 +10,12 @@ import inspect
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployments.engine.errors import EngineSetupError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 KNOWN_VERSION = "0.5.23"
 
@@ -70,8 +73,29 @@ EXPECTATIONS = (
             "stream_interval",
             "grammar_backend",
             "constrained_json_whitespace_pattern",
+            "sampling_backend",
         ),
     ),
+    Expectation("sglang.srt.layers.sampler:register_sampler_backend"),
+    Expectation(
+        "sglang.srt.layers.sampler:Sampler.forward",
+        parameters=(
+            "logits_output",
+            "sampling_info",
+            "return_logprob",
+            "top_logprobs_nums",
+            "token_ids_logprobs",
+            "positions",
+            "logprob_logits",
+        ),
+    ),
+    Expectation("sglang.srt.layers.sampler:Sampler._preprocess_logits"),
+    Expectation("sglang.srt.layers.sampler:Sampler._sync_token_ids_across_tp"),
+    Expectation("sglang.srt.layers.logprob_processor:OutputLogprobProcessor.compute_logprobs"),
+    Expectation(
+        "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", parameters=("batch",)
+    ),
+    Expectation("sglang.srt.plugins.hook_registry:HookRegistry.register", parameters=("hook",)),
     Expectation(
         "sglang.srt.sampling.sampling_params:SamplingParams",
         fields=(
@@ -85,7 +109,7 @@ EXPECTATIONS = (
             "frequency_penalty",
             "ignore_eos",
             "logit_bias",
-            "sampling_seed",
+            "custom_params",
             "json_schema",
             "regex",
             "ebnf",
@@ -103,9 +127,108 @@ EXPECTATIONS = (
 )
 
 
-def differences() -> list[str]:
+DRAFTING = (
+    Expectation(
+        "sglang.srt.server_args:ServerArgs",
+        fields=(
+            "speculative_algorithm",
+            "speculative_num_draft_tokens",
+            "speculative_num_steps",
+            "speculative_eagle_topk",
+            "disable_overlap_schedule",
+        ),
+    ),
+    Expectation(
+        "sglang.srt.speculative.spec_info:SpeculativeAlgorithm.register",
+        parameters=("name", "spec_class"),
+    ),
+    Expectation("sglang.srt.speculative.spec_info:SpeculativeAlgorithm.NGRAM"),
+    Expectation("sglang.srt.speculative.spec_registry:CustomSpecAlgo.is_ngram"),
+    Expectation("sglang.srt.speculative.spec_registry:CustomSpecAlgo.has_draft_kv"),
+    Expectation(
+        "sglang.srt.speculative.base_spec_worker:BaseSpecWorker.alloc_memory_pool",
+        parameters=("memory_pool_config", "req_to_token_pool", "token_to_kv_pool_allocator"),
+    ),
+    Expectation(
+        "sglang.srt.speculative.base_spec_worker:BaseSpecWorker.note_request_finished",
+        parameters=("rid", "natural_stop"),
+    ),
+    Expectation(
+        "sglang.srt.speculative.ngram_info:NgramVerifyInput",
+        parameters=(
+            "draft_token",
+            "custom_mask",
+            "positions",
+            "retrieve_index",
+            "retrieve_next_token",
+            "retrieve_next_sibling",
+            "draft_token_num",
+            "new_seq_lens",
+            "accept_tokens",
+            "accept_lens",
+        ),
+    ),
+    Expectation(
+        "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",
+        parameters=("batch", "pp_proxy_tensors", "is_verify"),
+    ),
+    Expectation("sglang.srt.managers.tp_worker:TpModelWorker.get_memory_pool"),
+    Expectation(
+        "sglang.srt.managers.utils:GenerationBatchResult",
+        fields=(
+            "logits_output",
+            "next_token_ids",
+            "can_run_cuda_graph",
+            "accept_lens",
+            "new_seq_lens",
+            "next_draft_input",
+            "speculative_num_draft_tokens",
+        ),
+    ),
+    Expectation(
+        "sglang.srt.managers.schedule_batch:ScheduleBatch",
+        fields=(
+            "reqs",
+            "forward_mode",
+            "input_ids",
+            "seq_lens",
+            "seq_lens_cpu",
+            "out_cache_loc",
+            "req_pool_indices",
+            "req_to_token_pool",
+            "sampling_info",
+            "spec_info",
+            "return_logprob",
+            "has_grammar",
+        ),
+    ),
+    Expectation(
+        "sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo",
+        fields=("is_all_greedy", "logit_bias"),
+    ),
+    Expectation(
+        "sglang.srt.layers.logprob_processor:compute_spec_logprobs",
+        parameters=("batch", "logits_output", "predict", "accept_index"),
+    ),
+    Expectation(
+        "sglang.srt.speculative.spec_utils:build_grammar_vocab_mask",
+        parameters=("reqs", "tree", "sampling_info", "device", "barrier"),
+    ),
+    Expectation(
+        "sglang.srt.speculative.spec_utils:GrammarTree.from_linear_chain",
+        parameters=("verify_ids_2d",),
+    ),
+    Expectation("sglang.srt.model_executor.forward_batch_info:ForwardMode.TARGET_VERIFY"),
+    Expectation("sglang.srt.runtime_context:get_spec"),
+    Expectation("sglang.srt.runtime_context:get_device"),
+    Expectation("sglang.srt.utils.async_probe:sanitize_nan_logits"),
+)
+"""What verifying drafts of the pool needs beside ``EXPECTATIONS``."""
+
+
+def differences(expectations: Iterable[Expectation] = EXPECTATIONS) -> list[str]:
     """What is missing, one line each; nothing where all is as expected."""
-    return [line for expected in EXPECTATIONS for line in _differences(expected)]
+    return [line for expected in expectations for line in _differences(expected)]
 
 
 def installed_version() -> str | None:
@@ -170,7 +293,9 @@ def main() -> int:
     except EngineSetupError as error:
         print(error)  # noqa: T201 - a command's answer
         return 1
-    print(f"SGLang {installed_version()}")  # noqa: T201
+    found = differences(DRAFTING)
+    undrafted = f", which cannot verify drafts of the pool: {'; '.join(found)}" if found else ""
+    print(f"SGLang {installed_version()}{undrafted}")  # noqa: T201
     return 0
 
 

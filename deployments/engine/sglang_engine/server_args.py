@@ -6,6 +6,7 @@ import difflib
 from typing import TYPE_CHECKING, Any
 
 from deployments.engine.errors import EngineSetupError
+from deployments.engine.sglang_engine.plugin import SAMPLING_BACKEND, SPECULATIVE_ALGORITHM
 from kv_store.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
@@ -21,7 +22,12 @@ _KEPT_BACK = 8
 
 
 def server_args(
-    config: EngineConfig, folder: Path, *, max_model_len: int, known: Collection[str]
+    config: EngineConfig,
+    folder: Path,
+    *,
+    max_model_len: int,
+    known: Collection[str],
+    is_drafted: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments of ``sglang.Engine``.
 
@@ -30,12 +36,15 @@ def server_args(
         folder: the model's files.
         max_model_len: prompt and output tokens of one sequence, at most.
         known: names of the installed SGLang's server arguments.
+        is_drafted: whether drafts of the pool are verified.
 
     Raises:
         EngineSetupError: ``engine.sglang.extra_args`` names an argument that does not exist, or
             that another setting decides.
     """
     own = _own(config, folder, max_model_len)
+    if is_drafted:
+        own |= _drafting(config.speculation.num_draft_tokens)
     problems = []
     for name in config.sglang.extra_args:
         if name in own:
@@ -90,6 +99,7 @@ def _own(config: EngineConfig, folder: Path, max_model_len: int) -> dict[str, An
         # The library, and the forms it knows, are those of the embedded engine.
         "grammar_backend": "llguidance",
         "constrained_json_whitespace_pattern": _JSON_WHITESPACE,
+        "sampling_backend": SAMPLING_BACKEND,
     }
     if config.sglang.memory_fraction is None:
         own["max_total_tokens"] = (config.num_pages + 1) * PAGE_TOKENS
@@ -98,3 +108,15 @@ def _own(config: EngineConfig, folder: Path, max_model_len: int) -> dict[str, An
     if config.sglang.attention_backend is not None:
         own["attention_backend"] = config.sglang.attention_backend
     return own
+
+
+def _drafting(num_draft_tokens: int) -> dict[str, Any]:
+    return {
+        "speculative_algorithm": SPECULATIVE_ALGORITHM,
+        # SGLang counts the last committed token as well.
+        "speculative_num_draft_tokens": num_draft_tokens + 1,
+        "speculative_num_steps": num_draft_tokens,
+        "speculative_eagle_topk": 1,
+        # Every step starts from the tokens of the last one.
+        "disable_overlap_schedule": True,
+    }

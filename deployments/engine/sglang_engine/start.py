@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
+from deployments.engine.sglang_engine.draft_link import DraftLink
 from deployments.engine.sglang_engine.engine import SGLangEngine
 from deployments.engine.sglang_engine.runtime import SGLangRuntime
 from deployments.engine.validation import ModelLimits
@@ -31,14 +32,17 @@ def start_sglang_engine(
         config: the engine's settings.
         folder: the model's files.
         detokenize: text of output tokens.
-        speculator: shut down with the engine.
+        speculator: shut down with the engine; a ``DraftLink`` where drafts are to be verified.
 
     Raises:
         WeightsMissingError: the folder holds no weights that SGLang reads.
         EngineSetupError: SGLang is missing, is not the one that is known, or does not start.
     """
     max_model_len = config.context_length(_max_positions(folder))
-    runtime = SGLangRuntime(config, folder, max_model_len)
+    address = speculator.address if isinstance(speculator, DraftLink) else None
+    runtime = SGLangRuntime(config, folder, max_model_len, address)
+    if not runtime.is_drafted:
+        speculator.shutdown()
     limits = ModelLimits(
         vocab_size=runtime.vocab_size,
         max_model_len=min(max_model_len, runtime.max_request_tokens),

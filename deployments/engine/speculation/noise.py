@@ -47,11 +47,29 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def choice_key(seed: int, choice_index: int) -> int:
+    """What all positions of one sequence have in common, as an unsigned integer."""
+    return _mix(_mix(seed + GOLDEN) + choice_index + GOLDEN)
+
+
 def row_key(seed: int, choice_index: int, position: int) -> int:
     """The 64-bit key of one sampled position, as an unsigned integer."""
-    key = _mix(seed + GOLDEN)
-    key = _mix(key + choice_index + GOLDEN)
-    return _mix(key + position + GOLDEN)
+    return _mix(choice_key(seed, choice_index) + position + GOLDEN)
+
+
+def row_keys_at(choice_keys: Sequence[int], positions_R: Tensor) -> Tensor:
+    """The keys of positions that only a device knows; the host does not wait for it.
+
+    Args:
+        choice_keys: R keys from ``choice_key``.
+        positions_R: [R] int64.
+
+    Returns:
+        [R] int64 with the bits of ``row_key``.
+    """
+    keys_R = torch.tensor([_signed(key) for key in choice_keys], dtype=torch.int64)
+    keys_R = keys_R.to(positions_R.device, non_blocking=True)
+    return _mix_all(keys_R + positions_R + _signed(GOLDEN))
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
@@ -59,22 +77,26 @@ def _shift_right(values: Tensor, bits: int) -> Tensor:
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def gumbel(row_keys: Sequence[int], token_ids: Tensor) -> Tensor:
+def _mix_all(bits: Tensor) -> Tensor:
+    bits = (bits ^ _shift_right(bits, 30)) * _signed(MUL_1)
+    bits = (bits ^ _shift_right(bits, 27)) * _signed(MUL_2)
+    return bits ^ _shift_right(bits, 31)
+
+
+def gumbel(row_keys: Sequence[int] | Tensor, token_ids: Tensor) -> Tensor:
     """Gumbel noise for rows of candidate tokens.
 
     Args:
-        row_keys: R keys from ``row_key``.
+        row_keys: R keys from ``row_key``, or all of them from ``row_keys_at``.
         token_ids: [V] or [R, V] int64 candidate ids, on the device the noise is wanted on.
 
     Returns:
         [R, V] float64.
     """
-    keys_R1 = torch.tensor(
-        [_signed(key) for key in row_keys], dtype=torch.int64, device=token_ids.device
-    ).unsqueeze(1)
-    bits_RV = keys_R1 + (token_ids + 1) * _signed(GOLDEN)
-    bits_RV = (bits_RV ^ _shift_right(bits_RV, 30)) * _signed(MUL_1)
-    bits_RV = (bits_RV ^ _shift_right(bits_RV, 27)) * _signed(MUL_2)
-    bits_RV = bits_RV ^ _shift_right(bits_RV, 31)
+    if not isinstance(row_keys, torch.Tensor):
+        row_keys = torch.tensor(
+            [_signed(key) for key in row_keys], dtype=torch.int64, device=token_ids.device
+        )
+    bits_RV = _mix_all(row_keys.unsqueeze(1) + (token_ids + 1) * _signed(GOLDEN))
     uniform_RV = (_shift_right(bits_RV, 12).to(torch.float64) + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform_RV))

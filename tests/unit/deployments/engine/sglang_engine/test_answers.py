@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from deployments.engine.errors import EngineError, EngineOverloadedError, RequestRejectedError
-from deployments.engine.sglang_engine.answers import read_answer
-from deployments.engine.types import FinishReason, StructuredOutput, StructureKind, TokenLogprob
+from deployments.engine.sglang_engine.answers import read_answer, speculation_stats
+from deployments.engine.sglang_engine.draft_rounds import RoundCounts
+from deployments.engine.types import (
+    FinishReason,
+    SpeculationStats,
+    StructuredOutput,
+    StructureKind,
+    TokenLogprob,
+)
 from tests.fakes_engine import make_request
 from tests.fakes_sglang import item
 
@@ -20,6 +29,27 @@ def test_tokens_and_counts():
     assert answer.token_ids == (4, 5)
     assert answer.finish is None
     assert (answer.num_cached, answer.num_tier_cached, answer.num_preemptions) == (19, 16, 2)
+
+
+def test_verification_is_counted_without_padding():
+    first = read_answer(
+        item(4, 5, 6, paceline=[[2, 1, 1, 1, 0], None, [0, 0, 0, 0, 1]]), make_request()
+    )
+    last = read_answer(
+        item(7, 8, 9, 1, paceline=[[4, 3, 0, 0, 0], None, None, None]), make_request()
+    )
+    stats = speculation_stats(Counter([*first.rounds, *last.rounds, *last.rounds]))
+    assert first.rounds == (RoundCounts(2, 1, 1, 1, 0), RoundCounts(0, 0, 0, 0, 1))
+    assert (stats.num_spec_steps, stats.num_draft_tokens) == (3, 10)
+    assert (stats.num_accepted_draft_tokens, stats.num_accepted_pool_tokens) == (7, 1)
+    assert (stats.num_table_hits, stats.num_table_misses) == (1, 1)
+    assert stats.acceptance_histogram == (0, 1, 0, 2)
+    assert stats.mean_acceptance_length == pytest.approx(1 + 7 / 3)
+
+
+def test_a_sglang_that_verifies_nothing_has_nothing_to_count():
+    answer = read_answer(item(4), make_request())
+    assert speculation_stats(Counter(answer.rounds)) == SpeculationStats()
 
 
 @pytest.mark.parametrize(

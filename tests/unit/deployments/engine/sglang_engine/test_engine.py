@@ -59,6 +59,18 @@ async def test_tokens_come_as_sglang_tells_them():
     assert (stats.num_waiting, stats.num_total_pages, stats.num_free_pages) == (3, 10, 8)
 
 
+async def test_what_drafts_did_is_told_of_the_request_and_of_the_engine():
+    def runtime():
+        last = item(6, finish=LENGTH, paceline=[[0, 0, 0, 0, 1]])
+        return FakeRuntime([item(4), item(5, 5, paceline=[[3, 1, 1, 1, 0], None]), last])
+
+    engine = engine_of(runtime())
+    deltas = await collect(engine, make_request("a", max_tokens=4))
+    assert deltas[-1].speculation.num_draft_tokens == 3
+    assert deltas[-1].speculation.acceptance_histogram == (0, 1)
+    assert engine.stats().speculation == deltas[-1].speculation
+
+
 async def test_a_stop_string_ends_the_output_and_aborts_the_rest():
     runtime = FakeRuntime([item(3), item(0, 1, 7, 8)])
     deltas = await collect(engine_of(runtime), make_request(stop_strings=("ab",)))

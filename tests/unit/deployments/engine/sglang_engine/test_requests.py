@@ -8,11 +8,13 @@ import math
 import pytest
 
 from deployments.engine.errors import RequestRejectedError
+from deployments.engine.sglang_engine.own_params import read_own_params, sampling_row
 from deployments.engine.sglang_engine.requests import (
     cache_salt,
     generation_arguments,
     refuse_unsupported,
 )
+from deployments.engine.speculation.noise import choice_key
 from deployments.engine.types import CaptureSpec, StructuredOutput, StructureKind
 from deployments.engine.validation import ModelLimits
 from tests.fakes_engine import make_request
@@ -63,14 +65,11 @@ def test_sampling_is_passed_on():
     assert parameters(top_k=0)["top_k"] == -1
 
 
-def test_a_seed_fits_and_tells_choices_apart():
-    seeds = {
-        parameters(seed=seed, choice_index=choice)["sampling_seed"]
-        for seed in (7, 2**64 - 1)
-        for choice in (0, 1)
-    }
-    assert len(seeds) == 4
-    assert all(0 <= seed < 2**63 for seed in seeds)
+def test_seed_and_choice_reach_the_sampler():
+    asked = parameters(seed=2**64 - 1, choice_index=3, temperature=0.5, top_k=7)
+    own = read_own_params(asked["custom_params"])
+    assert sampling_row(own) == (choice_key(2**64 - 1, 3), 0.5, 7, 1.0, 0.0)
+    assert read_own_params(None) is None
 
 
 def test_biases_bans_and_penalties_of_resumed_output_add_up():

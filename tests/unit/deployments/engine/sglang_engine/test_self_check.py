@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from deployments.engine.errors import EngineSetupError
 from deployments.engine.sglang_engine import self_check
 from deployments.engine.sglang_engine.self_check import (
+    DRAFTING,
     EXPECTATIONS,
     Expectation,
     check_installed,
@@ -27,7 +30,11 @@ def _stand_in(expected: Expectation) -> object:
 def modules(monkeypatch) -> dict[str, ModuleType]:
     """Modules that hold exactly what is expected, until a test changes them."""
     found: dict[str, ModuleType] = {}
-    for expected in EXPECTATIONS:
+    fields: defaultdict[str, tuple[str, ...]] = defaultdict(tuple)
+    for expected in (*EXPECTATIONS, *DRAFTING):
+        # What two of them say of one record is true of it together.
+        fields[expected.target] += expected.fields
+        expected = replace(expected, fields=fields[expected.target])
         name, _, path = expected.target.partition(":")
         place = found.setdefault(name, ModuleType(name))
         *parents, last = path.split(".")
@@ -44,6 +51,7 @@ def modules(monkeypatch) -> dict[str, ModuleType]:
 def test_what_is_as_expected_differs_in_nothing(modules):
     assert modules
     assert differences() == []
+    assert differences(DRAFTING) == []
 
 
 def test_a_missing_parameter_is_named(modules):
@@ -104,3 +112,16 @@ def test_an_engine_with_another_sglang_names_versions_and_differences(modules, m
         check_installed()
     assert "SGLang 0.6.0 is not the 0.5.23 that is known" in str(caught.value)
     assert "SubprocessWatchdog.stop is missing" in str(caught.value)
+
+
+def test_what_only_drafting_needs_is_named_and_does_not_keep_from_serving(
+    modules, monkeypatch, capsys
+):
+    del modules["sglang.srt.speculative.spec_utils"].GrammarTree.from_linear_chain
+    monkeypatch.setattr(self_check, "installed_version", lambda: "0.5.23")
+    check_installed()
+    line = "sglang.srt.speculative.spec_utils:GrammarTree.from_linear_chain is missing"
+    assert differences(DRAFTING) == [line]
+    assert self_check.main() == 0
+    said = capsys.readouterr().out.strip()
+    assert said == f"SGLang 0.5.23, which cannot verify drafts of the pool: {line}"

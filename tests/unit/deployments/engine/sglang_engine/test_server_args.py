@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from deployments.engine.config import EngineConfig, SGLangConfig
+from deployments.engine.config import EngineConfig, SGLangConfig, SpeculationConfig
 from deployments.engine.errors import EngineSetupError
-from deployments.engine.sglang_engine.self_check import EXPECTATIONS
+from deployments.engine.sglang_engine.self_check import DRAFTING, EXPECTATIONS
 from deployments.engine.sglang_engine.server_args import environment, server_args
 
 (KNOWN,) = (e.fields for e in EXPECTATIONS if e.target.endswith(":ServerArgs"))
@@ -42,6 +42,28 @@ def test_a_memory_fraction_takes_the_place_of_pages():
 def test_all_that_is_passed_is_checked_for_at_the_start():
     everything = {"memory_fraction": 0.5, "attention_backend": "triton"}
     assert set(arguments()) | set(arguments(sglang=everything)) <= set(KNOWN)
+
+
+def test_a_draft_is_as_wide_as_the_settings_say_and_plain_serving_knows_nothing_of_it():
+    config = EngineConfig(kind="sglang", speculation=SpeculationConfig(num_draft_tokens=6))
+    drafted = server_args(config, FOLDER, max_model_len=512, known=KNOWN, is_drafted=True)
+    plain = server_args(config, FOLDER, max_model_len=512, known=KNOWN)
+    assert drafted["speculative_num_draft_tokens"] == 7
+    assert drafted["disable_overlap_schedule"]
+    (checked,) = (e.fields for e in DRAFTING if e.target.endswith(":ServerArgs"))
+    assert drafted.keys() - plain.keys() == set(checked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "takes"),
+    [
+        ({}, True),
+        ({"speculation": SpeculationConfig(enabled=False)}, False),
+        ({"sglang": SGLangConfig(tensor_parallel=2)}, False),
+    ],
+)
+def test_drafts_are_for_one_gpu(changes, takes):
+    assert EngineConfig(kind="sglang", **changes).takes_drafts is takes
 
 
 def test_extra_arguments_are_passed_on():

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from deployments.engine.speculation.noise import NOISE_VERSION, gumbel, row_key
+from deployments.engine.speculation.noise import (
+    NOISE_VERSION,
+    choice_key,
+    gumbel,
+    row_key,
+    row_keys_at,
+)
 
 MASK = 2**64 - 1
 G = 0x9E3779B97F4A7C15
@@ -59,6 +65,15 @@ def test_agrees_with_integers_of_python():
     assert found.dtype == torch.float64
     for row, key in zip(found.tolist(), keys, strict=True):
         assert row == pytest.approx([reference_gumbel(key, v) for v in ids.tolist()], rel=1e-14)
+
+
+def test_keys_of_positions_on_a_device_are_the_same():
+    places = list(GOLDEN_KEYS)
+    positions = torch.tensor([position for _, _, position in places])
+    keys = row_keys_at([choice_key(seed, choice) for seed, choice, _ in places], positions)
+    assert [key & MASK for key in keys.tolist()] == list(GOLDEN_KEYS.values())
+    ids = torch.arange(300)
+    assert torch.equal(gumbel(keys, ids), gumbel(list(GOLDEN_KEYS.values()), ids))
 
 
 def test_rows_may_have_their_own_candidates():
