@@ -99,7 +99,7 @@ def test_killed_drafter_costs_no_token_and_a_new_one_takes_over(server):
             for name in PROMPTS:
                 speculator.attach(name, second)
         if num_steps == 20:
-            wait_until(lambda: other.stats().num_sessions == 3, "the second drafter serves")
+            wait_until(lambda: other.stats().num_tables >= 3, "the second drafter serves")
         forward()
 
     target = ToyTarget(speculator, model, forward=step)
@@ -107,7 +107,7 @@ def test_killed_drafter_costs_no_token_and_a_new_one_takes_over(server):
         for name in PROMPTS:
             speculator.attach(name, first)
         assert target.run(PROMPTS, sampling, 400) == plain
-        assert other.stats().num_tables > 0
+        assert other.stats().num_sessions <= 3
         assert speculator.stats().num_links_lost >= 1
     finally:
         speculator.shutdown()
