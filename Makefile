@@ -34,7 +34,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu test-sglang protos reference chart \
-        demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity bench-drafts bench-train bench-kv bench-kv-trace chaos-kv fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
+        demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity bench-drafts bench-train bench-kv bench-kv-trace chaos-kv chaos-drafts fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -179,6 +179,9 @@ CHAOS_OPERATIONS ?= 100000
 
 chaos-kv: $(ENVIRONMENT) ## Every fault a tier or its process can have: no wrong page, no error; some minutes
 	$(PY) -m tests.chaos.kv --operations $(CHAOS_OPERATIONS)
+
+chaos-drafts: plotting ## Drafters killed, frozen, cut off and exchanged under load: same text, tables back in 5 s; some minutes
+	$(PY) -m tests.chaos.drafts
 
 FUZZ_INPUTS ?= 1000000
 

@@ -533,10 +533,7 @@ def test_a_replica_that_is_scaled_in_finishes_what_it_began(http: httpx.Client) 
     with ThreadPoolExecutor(len(bodies)) as clients:
         expected = list(clients.map(ask, bodies))
         answers = clients.map(ask, bodies)
-        wait_until(
-            lambda: min((running for _, running in replicas().values()), default=0) > 0,
-            what="sequences on both replicas",
-        )
+        wait_until(lambda: num_running() == len(bodies), what="all of them run")
         _DEPLOY[-1](1)
         try:
             assert list(answers) == expected
