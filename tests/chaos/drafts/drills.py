@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tests.chaos.drafts.replicas import Replica
-from tests.chaos.drafts.timeline import WINDOW_S, Timeline
+from tests.chaos.drafts.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 60.0
 _AFTER_S = 8.0
+_FLOW_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ async def _until_tables_flow(load: Load) -> None:
     """Wait until tokens come from tables all the time."""
     deadline = time.monotonic() + 2 * _PATIENCE_S
     while time.monotonic() < deadline:
-        samples = [each for each in load.samples if each.at > time.monotonic() - WINDOW_S]
+        samples = [each for each in load.samples if each.at > time.monotonic() - _FLOW_S]
         if samples and samples[-1].num_table_tokens > samples[0].num_table_tokens + 3:
             return
         await asyncio.sleep(0.2)
