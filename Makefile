@@ -180,7 +180,7 @@ CHAOS_OPERATIONS ?= 100000
 chaos-kv: $(ENVIRONMENT) ## Every fault a tier or its process can have: no wrong page, no error; some minutes
 	$(PY) -m tests.chaos.kv --operations $(CHAOS_OPERATIONS)
 
-chaos-drafts: plotting ## Drafters killed, frozen, cut off and exchanged under load: same text, tables back in 5 s; some minutes
+chaos-drafts: plotting ## Drafters killed, frozen, cut off and exchanged under load; some minutes
 	$(PY) -m tests.chaos.drafts
 
 FUZZ_INPUTS ?= 1000000
