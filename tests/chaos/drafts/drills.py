@@ -93,6 +93,7 @@ async def run_drill(
         if now > deadline or (timeline.recovery_s is not None and now > back_at + _AFTER_S):
             break
     recovered_at = back_at + (timeline.recovery_s or 0.0)
+    is_long = back_at - begun_at > 1.0
     return {
         "fault": name,
         "how": fault.title,
@@ -100,10 +101,10 @@ async def run_drill(
         "lasted_s": back_at - begun_at,
         "answers": len(load.answers) - num_answers,
         "tokens_per_s_before": timeline.token_rate(began, begun_at),
-        "tokens_per_s_during": timeline.token_rate(begun_at, back_at),
+        "tokens_per_s_during": timeline.token_rate(begun_at, back_at) if is_long else None,
         "tokens_per_s_after": timeline.token_rate(recovered_at, samples[-1].at),
         "table_tokens_per_s_before": timeline.table_rate(began, begun_at),
-        "table_tokens_per_s_during": timeline.table_rate(begun_at, back_at),
+        "table_tokens_per_s_during": timeline.table_rate(begun_at, back_at) if is_long else None,
         "table_tokens_per_s_after": timeline.table_rate(recovered_at, samples[-1].at),
         "first_table_token_s": timeline.first_table_token_s,
         "recovery_s": timeline.recovery_s,
