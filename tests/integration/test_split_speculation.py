@@ -139,9 +139,19 @@ def proxy_to(port: int) -> Iterator[tuple[DroppingProxy, str]]:
         own_port = asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(60)
         yield proxy, f"127.0.0.1:{own_port}"
     finally:
-        loop.call_soon_threadsafe(proxy.stop)
+        asyncio.run_coroutine_threadsafe(end_all(proxy), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(60)
+        loop.close()
+
+
+async def end_all(proxy: DroppingProxy) -> None:
+    """Nothing runs on the proxy's loop afterwards."""
+    proxy.stop()
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def test_a_drafter_that_is_cut_off_costs_no_token_and_drafts_again_when_it_is_back():
