@@ -101,7 +101,9 @@ class Chaos:
         load.start(None)
         await asyncio.sleep(_WARM_UP_S + 2 * self._told.calm_seconds)
         await load.stop()
-        first, last = load.samples[int(_WARM_UP_S * 10)], load.samples[-1]
+        warm = load.samples[0].at + _WARM_UP_S
+        samples = [sample for sample in load.samples if sample.at >= warm]
+        first, last = samples[0], samples[-1]
         return (last.num_tokens - first.num_tokens) / (last.at - first.at)
 
     async def _with_pool(self, load: Load, num_replicas: int) -> None:

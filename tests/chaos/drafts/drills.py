@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 60.0
 _AFTER_S = 8.0
-_FLOW_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +74,7 @@ async def run_drill(
     Returns:
         A row of the report, with the samples.
     """
-    await _until_tables_flow(load)
-    began = time.monotonic()
-    await asyncio.sleep(calm_s)
+    began = await _calm(load, calm_s)
     num_answers = len(load.answers)
     begun_at = time.monotonic()
     await asyncio.to_thread(fault.begin, replicas[0])
@@ -112,12 +109,12 @@ async def run_drill(
     }
 
 
-async def _until_tables_flow(load: Load) -> None:
-    """Wait until tokens come from tables all the time."""
-    deadline = time.monotonic() + 2 * _PATIENCE_S
+async def _calm(load: Load, calm_s: float) -> float:
+    """Wait until tokens come from tables for so long; returns when that began."""
+    deadline = time.monotonic() + 3 * _PATIENCE_S
     while time.monotonic() < deadline:
-        samples = [each for each in load.samples if each.at > time.monotonic() - _FLOW_S]
-        if samples and samples[-1].num_table_tokens > samples[0].num_table_tokens + 3:
-            return
-        await asyncio.sleep(0.2)
-    raise TimeoutError("no tokens come from tables, though nothing is wrong yet")
+        began, before = time.monotonic(), load.samples[-1:]
+        await asyncio.sleep(calm_s)
+        if before and load.samples[-1].num_table_tokens >= before[0].num_table_tokens + calm_s / 2:
+            return began
+    raise TimeoutError("hardly any tokens come from tables, though nothing is wrong yet")

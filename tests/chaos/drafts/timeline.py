@@ -62,9 +62,9 @@ class Timeline:
         least = ENOUGH * self.table_rate(self.first_at, self.begun_at)
         end = self.samples[-1].at - WINDOW_S
         for sample in self.samples:
-            if self.back_at <= sample.at <= end and (
-                self.table_rate(sample.at, sample.at + WINDOW_S) >= least
-            ):
+            if not self.back_at <= sample.at <= end:
+                continue
+            if self.table_rate(sample.at, sample.at + WINDOW_S) >= max(least, 1e-9):
                 return sample.at + WINDOW_S - self.back_at
         return None
 

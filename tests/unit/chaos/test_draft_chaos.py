@@ -95,3 +95,4 @@ def test_a_trickle_is_no_recovery():
     assert line.recovery_s is None
     assert line.first_table_token_s is not None
     assert timeline([20] * 10 + [0] * 30).first_table_token_s is None
+    assert timeline([0] * 40).recovery_s is None
