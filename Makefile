@@ -187,6 +187,9 @@ CHAOS_OPERATIONS ?= 100000
 chaos-kv: $(ENVIRONMENT) ## Every fault a tier or its process can have: no wrong page, no error; some minutes
 	$(PY) -m tests.chaos.kv --operations $(CHAOS_OPERATIONS)
 
+chaos-drafts: plotting ## Drafters killed, frozen, cut off and exchanged under load; some minutes
+	$(PY) -m tests.chaos.drafts
+
 FUZZ_INPUTS ?= 1000000
 
 fuzz-kv: $(ENVIRONMENT) ## Damaged and forged pages and bytes of page servers, a million each; some minutes

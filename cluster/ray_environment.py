@@ -91,6 +91,8 @@ def local_environment(
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replica_http[1]),
             "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replica_grpc[0]),
             "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replica_grpc[1]),
+            # Serve kills a proxy that needs longer, and the start with it, which waits 60 s anyway.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
             # No load balancer stands before a laptop, so nobody must be given time to look away.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",

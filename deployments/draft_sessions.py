@@ -23,7 +23,7 @@ ENDPOINT_KEY = "draft_endpoint"
 """Replica metadata: where the draft replica's gRPC server listens."""
 
 _RETRY_S = 0.5
-_MAX_RETRY_S = 10.0
+_MAX_RETRY_S = 2.0
 _CHOOSE_TIMEOUT_S = 30.0
 _CLOSE_TIMEOUT_S = 2.0
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-async def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    """Poll until a condition holds."""
+async def eventually(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Poll; the deadline only ends a test that would otherwise hang."""
     deadline = time.monotonic() + timeout_s
     while not holds():
         if time.monotonic() > deadline:

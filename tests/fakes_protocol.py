@@ -61,6 +61,8 @@ class ProtocolWorld:
         for endpoint in ENDPOINTS:
             self.start(endpoint)
         self.streams: list = []
+        self.epochs: dict[int, int] = {}
+        self.received: list[draft_pb2.DraftFrame] = []
         self.client = PoolClient(
             self.connect,
             vocab_size=VOCAB_SIZE,
@@ -79,7 +81,25 @@ class ProtocolWorld:
         target_end = self.network.connector(IDENTITY)(endpoint)
         self.network.faults = _NEVER
         self.streams = [end for end in (*self.streams, target_end) if end.is_alive]
+        self.listen_in(target_end)
         return target_end
+
+    def listen_in(self, target_end) -> None:
+        """Note what arrives, and that every open is a new epoch, whatever came before it."""
+        send, receive = target_end.send, target_end.receive
+
+        def checked_send(frame):
+            for opening in frame.opens:
+                assert opening.epoch > self.epochs.get(opening.session, 0), "an epoch used again"
+                self.epochs[opening.session] = opening.epoch
+            return send(frame)
+
+        def noted_receive():
+            arrived = receive()
+            self.received += [frame for frame, _ in arrived]
+            return arrived
+
+        target_end.send, target_end.receive = checked_send, noted_receive
 
     # The target.
 
@@ -111,7 +131,7 @@ class ProtocolWorld:
             for key in keys
         ]
         rounds = []
-        for request, draft in zip(requests, self.client.drafts(requests), strict=True):
+        for request, draft in zip(requests, self.drafts(requests), strict=True):
             key, at = request.session_id, len(request.token_ids)
             expected = tuple(self.truth[f"r{key}"][at : at + len(draft.token_ids)])
             assert draft.token_ids == expected, "a row that disagrees with the text"
@@ -141,8 +161,24 @@ class ProtocolWorld:
 
     def to_target(self, *, is_repeated: bool = False) -> bool:
         moved = [_deliver(end, is_repeated=is_repeated) for end in self.streams]
-        self.client.drafts([])
+        self.drafts([])
         return any(moved)
+
+    def drafts(self, requests):
+        """What the client has; a session of which nothing new arrived is what it was."""
+        self.received.clear()
+        sessions = dict(self.client._sessions)
+        before = {key: _state(session) for key, session in sessions.items()}
+        answers = self.client.drafts(requests)
+        news = {
+            (said.session, said.epoch)
+            for frame in self.received
+            for said in (*frame.tables, *frame.resyncs, *frame.drops)
+        }
+        for key, session in sessions.items():
+            if (key, session.epoch) not in news:
+                assert _state(session) == before[key], "a stale message was obeyed"
+        return answers
 
     def ends(self, *, is_to_drafter: bool) -> list:
         return [end._peer if is_to_drafter else end for end in self.streams]
@@ -249,6 +285,13 @@ class ProtocolWorld:
             pass
         while self.to_target():
             pass
+
+
+def _state(session):
+    """Of a target's session, all but its tables."""
+    state = dict(vars(session))
+    del state["_tables"]
+    return state | {"_asked": dict(session._asked)}
 
 
 @cache

@@ -251,7 +251,7 @@ def random_text(seed: int, length: int) -> list[int]:
     return [rng.randrange(VOCAB_SIZE) for _ in range(length)]
 
 
-def wait_until(is_true: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+def wait_until(is_true: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
     """Poll; the deadline only ends a test that would otherwise hang."""
     deadline = time.monotonic() + timeout_s
     while not is_true():

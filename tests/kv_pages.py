@@ -84,8 +84,8 @@ def make_chain(layout: PageLayout, num_pages: int, fidelity: str = EXACT) -> lis
     return namespace.chain(range(num_pages * layout.page_tokens))
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Poll until the condition holds."""
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Poll; the deadline only ends a test that would otherwise hang."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _WORKER = "RayTrainWorker"
 _POLL_S = 0.05
+_REAP_S = 30.0
 
 
 class KilledOne(NamedTuple):
@@ -49,7 +50,7 @@ def run_and_kill_one(
             time.sleep(_POLL_S)
             heard += said.read()
         family = _descendants(running.pid)
-        workers = [process for process in family if _WORKER in " ".join(process.cmdline())]
+        workers = [process for process in family if _WORKER in _command_of(process)]
         if workers:
             workers[-1].kill()
         running.wait()
@@ -57,8 +58,17 @@ def run_and_kill_one(
         if running.returncode != 0 or not workers:
             raise RuntimeError(f"{len(family)} processes, {len(workers)} of them workers\n{heard}")
         printed.seek(0)
-        left = [str(process) for process in family if process.is_running()]
+        # What a dead parent left is reaped by another process, in its own time.
+        _, alive = psutil.wait_procs(family, timeout=_REAP_S)
+        left = [str(process) for process in alive]
         return KilledOne(printed.read(), heard, left)
+
+
+def _command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it ended meanwhile
+        return ""
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

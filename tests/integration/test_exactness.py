@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,7 @@ from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.grpc_transport import grpc_connector
 from deployments.engine.speculation.handshake import Identity
 from deployments.engine.speculation.pool_link import LinkLimits
-from deployments.engine.speculation.speculator import NoSpeculation
+from deployments.engine.speculation.speculator import NOTHING_ELSE, NoSpeculation
 from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.speculation.transport import Received, TargetTransport, TransportState
 from deployments.engine.speculation.types import OutcomeRow
@@ -29,11 +30,10 @@ from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.engine.types import GenerationRequest, SamplingParams
 from tests.exactness import Reference, assert_same_text
-from tests.fakes_async import eventually
 from tests.heads import write_heads
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from deployments.engine.speculation.types import DraftQuery
 
@@ -42,6 +42,7 @@ pytestmark = pytest.mark.integration
 SECRET = SecretStr("of this test")
 IDENTITY = Identity(model="smollm2-135m-instruct", vocab_size=49152, vocab_digest="same")
 MAX_TOKENS = 24
+_PATIENT_STEPS = 2
 QUESTIONS = [
     "List three uses of a paper clip.",
     "Why is the sky blue?",
@@ -172,11 +173,38 @@ class OracleDrafter(Drafter):
         return answers
 
 
+class PatientSpeculator(SplitSpeculator):
+    """Its first steps wait for tables: a machine may decode these few tokens faster than it dials.
+
+    Args:
+        num_frames: how many frames with tables have arrived.
+        before_step: called with the number of the step, from 1, on the engine's thread.
+    """
+
+    def __init__(self, *args, num_frames, before_step, **fields) -> None:
+        super().__init__(*args, **fields)
+        self._num_frames = num_frames
+        self._before_step = before_step
+        self._num_steps = 0
+
+    def take(self, requests, load=NOTHING_ELSE):
+        if requests:
+            self._num_steps += 1
+            self._before_step(self._num_steps)
+        if requests and self._num_steps <= _PATIENT_STEPS:
+            deadline = time.monotonic() + 20
+            while self._num_frames() < self._num_steps and time.monotonic() < deadline:
+                self._pool.drafts([])
+                time.sleep(0.001)
+        return super().take(requests, load)
+
+
 class FaultyTransport(TargetTransport):
     """A real stream whose arriving frames meet with a fault."""
 
-    def __init__(self, inner: TargetTransport, fault: str) -> None:
+    def __init__(self, inner: TargetTransport, fault: str, on_frame: Callable[[], None]) -> None:
         self._inner = inner
+        self._on_frame = on_frame
         self._fault = fault
         self._held: list[Received] = []
 
@@ -185,6 +213,9 @@ class FaultyTransport(TargetTransport):
 
     def receive(self):
         arrived = self._inner.receive()
+        for received in arrived:
+            if received.frame.tables:
+                self._on_frame()
         if self._fault == "late":
             arrived, self._held = self._held, arrived
         elif self._fault == "duplicated":
@@ -222,22 +253,25 @@ async def speculate(cache_dir, requests, plain_texts, fault: str, *, at_once: bo
     server = DraftServer(OracleDrafter(whole, honesty), IDENTITY, SECRET)
     endpoint = f"127.0.0.1:{server.start()}"
     dial = grpc_connector(IDENTITY, "target", SECRET)
-    speculator = SplitSpeculator(
+    frames: list[None] = []
+
+    def before_step(number: int) -> None:
+        if fault == "killed" and number == _PATIENT_STEPS + 1:
+            server.close()
+
+    speculator = PatientSpeculator(
         SpeculationConfig(num_draft_tokens=4, fanout=1),
         vocab_size=IDENTITY.vocab_size,
-        connect=lambda to: FaultyTransport(dial(to), fault),
+        connect=lambda to: FaultyTransport(dial(to), fault, lambda: frames.append(None)),
         limits=LinkLimits(backoff_s=0.02, max_backoff_s=0.1),
+        num_frames=lambda: len(frames),
+        before_step=before_step,
     )
     engine = start_engine(cache_dir, speculator)
     try:
         for request in requests:
             speculator.attach(request.request_id, endpoint)
-        running = asyncio.ensure_future(texts(engine, requests, at_once=at_once))
-        if fault == "killed":
-            await eventually(lambda: speculator.stats().num_pool_draft_tokens > 0)
-            assert not running.done(), "the drafter must die in mid-stream"
-            await asyncio.to_thread(server.close)
-        return await running, speculator.stats()
+        return await texts(engine, requests, at_once=at_once), speculator.stats()
     finally:
         await engine.close()
         await asyncio.to_thread(server.close)

@@ -1,8 +1,14 @@
 """Split speculation over real sockets writes the target's own text."""
 
+from __future__ import annotations
+
+import asyncio
 import shutil
 import subprocess
+import threading
 import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -10,11 +16,16 @@ from pydantic import SecretStr
 
 from deployments.engine.config import SpeculationConfig
 from deployments.engine.speculation.draft_server import DraftServer
-from deployments.engine.speculation.grpc_transport import GrpcTransport, grpc_connector
+from deployments.engine.speculation.grpc_transport import (
+    GrpcLimits,
+    GrpcTransport,
+    grpc_connector,
+)
 from deployments.engine.speculation.pool_link import LinkLimits
 from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.speculation.transport import TransportState
 from deployments.engine.speculation.types import DraftSampling
+from tests.chaos.drafts.proxy import DroppingProxy
 from tests.fakes_speculation import (
     IDENTITY,
     VOCAB_SIZE,
@@ -24,6 +35,9 @@ from tests.fakes_speculation import (
     random_text,
     wait_until,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SECRET = SecretStr("a shared secret")
 PROMPTS = {f"r{number}": tuple(random_text(number, 12)) for number in range(3)}
@@ -99,7 +113,7 @@ def test_killed_drafter_costs_no_token_and_a_new_one_takes_over(server):
             for name in PROMPTS:
                 speculator.attach(name, second)
         if num_steps == 20:
-            wait_until(lambda: other.stats().num_sessions == 3, "the second drafter serves")
+            wait_until(lambda: other.stats().num_tables >= 3, "the second drafter serves")
         forward()
 
     target = ToyTarget(speculator, model, forward=step)
@@ -107,11 +121,81 @@ def test_killed_drafter_costs_no_token_and_a_new_one_takes_over(server):
         for name in PROMPTS:
             speculator.attach(name, first)
         assert target.run(PROMPTS, sampling, 400) == plain
-        assert other.stats().num_tables > 0
+        assert other.stats().num_sessions <= 3
         assert speculator.stats().num_links_lost >= 1
     finally:
         speculator.shutdown()
         other.close()
+
+
+@contextmanager
+def proxy_to(port: int) -> Iterator[tuple[DroppingProxy, str]]:
+    """Before a server, on a thread of its own, and the endpoint to dial instead."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    proxy = DroppingProxy(port)
+    try:
+        own_port = asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(60)
+        yield proxy, f"127.0.0.1:{own_port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(end_all(proxy), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(60)
+        loop.close()
+
+
+async def end_all(proxy: DroppingProxy) -> None:
+    """Nothing runs on the proxy's loop afterwards."""
+    proxy.stop()
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_a_drafter_that_is_cut_off_costs_no_token_and_drafts_again_when_it_is_back():
+    model = ToyModel(seed=5)
+    sampling = DraftSampling(seed=3, temperature=0.7)
+    plain = {name: model.generate(prompt, sampling, 200) for name, prompt in PROMPTS.items()}
+    impatient = GrpcLimits(
+        keepalive_s=1.0
+    )  # a stream that lost bytes may hang for half as long again
+    server = DraftServer(ModelDrafter(ToyModel(seed=5)), IDENTITY, SECRET, grpc_limits=impatient)
+    num_steps = 0
+
+    def step() -> None:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 10:
+            wait_until(lambda: server.stats().num_sessions == 3, "it drafts")
+            proxy.is_dropping = True
+        if num_steps == 60:
+            wait_until(lambda: proxy.num_lost > 0, "something is lost")
+            proxy.is_dropping = False
+        forward()
+
+    with proxy_to(server.start()) as (proxy, endpoint):
+        speculator = SplitSpeculator(
+            SpeculationConfig(num_draft_tokens=3, fanout=3, local_drafter="none"),
+            vocab_size=VOCAB_SIZE,
+            connect=grpc_connector(IDENTITY, "target-1", SECRET, limits=impatient),
+            limits=LinkLimits(backoff_s=0.02, max_backoff_s=0.1),
+        )
+        target = ToyTarget(speculator, model, forward=step)
+        try:
+            num_hits, deadline = 0, time.monotonic() + 120
+            while num_hits == 0 and time.monotonic() < deadline:
+                before = speculator.stats().num_table_hits
+                was_cut = num_steps >= 60
+                for name in PROMPTS:
+                    speculator.attach(name, endpoint)
+                assert target.run(PROMPTS, sampling, 200) == plain
+                num_hits = was_cut and speculator.stats().num_table_hits - before
+            assert num_hits > 0
+        finally:
+            speculator.shutdown()
+            server.close()
 
 
 def test_no_drafter_at_all_is_plain_decoding():

@@ -30,6 +30,10 @@ _PLAIN = DraftTree()
 class LinkLimits:
     """Bounds of a link.
 
+    A dial into a network that loses everything hangs, also when bytes pass again meanwhile. So the
+    next one begins within the sum of ``connect_timeout_s`` and ``max_backoff_s``, however long it
+    was away, and a drafter that can be reached again is soon at work.
+
     Attributes:
         connect_timeout_s: from dialling to the drafter's welcome.
         backoff_s: wait before the first reconnect; doubles up to ``max_backoff_s``, and the half
@@ -38,9 +42,9 @@ class LinkLimits:
         max_frame_tokens: text tokens in one frame; longer texts are spread over several.
     """
 
-    connect_timeout_s: float = 5.0
+    connect_timeout_s: float = 2.5
     backoff_s: float = 0.2
-    max_backoff_s: float = 10.0
+    max_backoff_s: float = 1.0
     idle_close_s: float = 30.0
     max_frame_tokens: int = 65_536
 

@@ -61,7 +61,10 @@ def draft_pool(drafter: str, forward_s: float = 0.0) -> Iterator[str]:
 
 
 def main() -> None:
-    """Print the port, and serve a drafter until stdin ends."""
+    """Print the port, and serve a drafter until stdin ends.
+
+    Each line of stdin names one that takes over; an empty line says that it has.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--drafter", required=True)
     parser.add_argument("--threads", type=int, required=True)
@@ -75,7 +78,10 @@ def main() -> None:
     server = DraftServer(drafter, identity(engine, tokenizer), SECRET)
     sys.stdout.write(f"{server.start()}\n")
     sys.stdout.flush()
-    sys.stdin.read()
+    for line in sys.stdin:
+        server.replace_drafter(hosted(line.strip(), told.threads))
+        sys.stdout.write("\n")
+        sys.stdout.flush()
     server.close()
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,19 @@ from cluster.processes import ClusterProcesses
 from cluster.state import ClusterState, list_states
 
 ROOT = Path(__file__).resolve().parents[3]
-START_TIMEOUT_S = 150.0
+START_TIMEOUT_S = 300.0
+EXIT_TIMEOUT_S = 180.0
+"""Only ends a test that would otherwise hang; how long a stop may take is the cluster's promise."""
+
+
+def still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended; reaping them is another process's work."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 class ClusterProcess:
@@ -67,7 +80,7 @@ class ClusterProcess:
     def signal(self, signum: signal.Signals) -> None:
         self._popen.send_signal(signum)
 
-    def wait(self, timeout_s: float) -> int:
+    def wait(self, timeout_s: float = EXIT_TIMEOUT_S) -> int:
         code = self._popen.wait(timeout_s)
         self._reader.join(5)
         return code

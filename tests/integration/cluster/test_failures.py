@@ -11,7 +11,6 @@ import httpx
 import pytest
 
 from cluster.config import default_cache_dir
-from cluster.local_cluster import STOP_TIMEOUT_S
 from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from tests.integration.cluster.cluster_process import ClusterProcess
 
@@ -48,7 +47,7 @@ def cluster(tmp_path_factory):
         process.wait_for("serving until Ctrl-C")
         yield process
         process.signal(signal.SIGTERM)
-        assert process.wait(STOP_TIMEOUT_S) == 0
+        assert process.wait() == 0
         assert not process.processes()
     finally:
         process.kill()

@@ -14,7 +14,6 @@ import pytest
 from pydantic import BaseModel, Field
 
 from cluster.config import default_cache_dir
-from cluster.local_cluster import STOP_TIMEOUT_S
 from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
@@ -52,7 +51,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess
         process.wait_for("serving until Ctrl-C")
         yield process
         process.signal(signal.SIGTERM)
-        process.wait(STOP_TIMEOUT_S)
+        process.wait()
     finally:
         process.kill()
 

@@ -133,8 +133,10 @@ async def test_a_slot_that_moved_is_followed_and_remembered(cluster):
 
 async def test_a_frozen_shard_costs_its_own_pages_only(cluster):
     frozen = cluster.primaries[1]
-    async with of_cluster(cluster, operation_timeout_s=0.5) as tier:
-        await tier.put_many(ITEMS)
+    async with of_cluster(cluster) as writer:
+        await writer.put_many(ITEMS)
+    # Long enough for the others on a busy machine; the frozen one is waited for a few times.
+    async with of_cluster(cluster, operation_timeout_s=3.0) as tier:
         frozen.freeze()
         try:
             for _ in range(5):  # its breaker opens on the way

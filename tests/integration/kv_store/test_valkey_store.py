@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,11 +91,17 @@ def test_a_page_of_another_replica_is_kept_on_disk_before_it_expires(server, adm
     with (
         opened(server.url) as writer,
         opened(server.url, more_tiers=(disk,), moves={"min_reads": 9, "head_pages": 0}) as reader,
-        opened(server.url, ttl_s=0.5, more_tiers=(disk,), moves={"min_reads": 9}) as short,
+        opened(server.url, ttl_s=600.0, more_tiers=(disk,), moves={"min_reads": 9}) as short,
     ):
+        now = [time.monotonic()]
+        short._mover._clock = lambda: now[0]
         save(writer, range(6))
         assert load(reader) == ["valkey"] * 6
         assert load(short, KEYS[4:]) == ["valkey"] * 2
+        assert short.flush(PATIENT_S)
+        assert short.stats().tiers["ssd"].num_demoted == 0
+        now[0] += 1200.0
+        save(short, [0])  # wakes it up
         wait_until(lambda: short.stats().tiers["ssd"].num_demoted == 2)
         admin.flushall()
         assert load(short, KEYS[4:]) == ["ssd"] * 2
@@ -256,8 +263,9 @@ def test_a_lone_server_that_dies_makes_misses_not_errors(server, admin):
 
 def test_a_frozen_server_is_found_out(server, admin):
     process = psutil.Process(int(admin.info("server")["process_id"]))
-    with opened(server.url, operation_timeout_s=0.2) as store:
-        save(store, range(2))
+    with opened(server.url) as patient, opened(server.url, operation_timeout_s=0.2) as store:
+        save(patient, range(2))
+        wait_until(lambda: load(store) == ["valkey"] * 2)
         process.suspend()
         try:
             wait_until(lambda: load(store) == [] and not store.stats().tiers["valkey"].is_open)

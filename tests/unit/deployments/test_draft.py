@@ -167,7 +167,7 @@ async def test_the_server_s_snapshot_is_exported(
 ) -> None:
     monkeypatch.setattr(draft_module, "_REPORT_PERIOD_S", 0.001)
     exporter = exporter_for(monkeypatch)
-    async with draft_replica(tmp_path, monkeypatch) as replica, asyncio.timeout(20):
+    async with draft_replica(tmp_path, monkeypatch) as replica, asyncio.timeout(60):
         target = open_session(replica)
         while exporter.scrape().get(("draft_server_tables_total",)) != 1:  # noqa: ASYNC110
             await asyncio.sleep(0.001)

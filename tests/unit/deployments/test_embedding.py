@@ -105,7 +105,7 @@ async def test_vectors_come_in_the_order_of_the_texts_a_few_at_a_time() -> None:
     target, observer = Target(holds=True), Observer()
     inputs = [[index] for index in range(20)]
     held = asyncio.create_task(embeddings(target, observer).embed(call(*inputs), CONTEXT))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while target.num_running < 8:  # noqa: ASYNC110
             await asyncio.sleep(0)
         for _ in range(20):

@@ -50,7 +50,7 @@ async def test_the_first_error_ends_every_source(others: int) -> None:
         return [item async for item in merge([source.stream() for source in sources])]
 
     with pytest.raises(ValueError, match="broken source"):
-        await asyncio.wait_for(read(), 5)
+        await asyncio.wait_for(read(), 60)
     assert all(source.is_closed for source in sources)
 
 

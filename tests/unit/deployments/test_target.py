@@ -48,7 +48,7 @@ async def test_the_speculator_s_snapshot_is_exported(
     )
     replica._split.open(spec)
     failures = ("speculator_events_total", "local_drafter_failed")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not exporter.scrape().get(failures):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     await TargetReplica.__del__(replica)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from cluster.config import ClusterConfig
 from cluster.training_prompts import read_prompts
+from deployments import traffic_log
 from deployments.config import TrafficLogConfig
 from deployments.tokenizer import ChatTurn, Tokenizer
 from deployments.traffic_log import TrafficLog
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TURNS = [ChatTurn("system", "Be brief."), ChatTurn("user", "line\u2028one\ntwo")]
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is checked here is what was written, not how fast a disk is."""
+    monkeypatch.setattr(traffic_log, "_CLOSE_TIMEOUT_S", 60.0)
 
 
 def log_to(folder: Path, *tenants: str, **settings: int) -> tuple[TrafficLog, Counter[str]]:

@@ -161,7 +161,7 @@ def test_of_many_stores_that_miss_a_chain_one_computes_it(is_dead):
             assert dead.flush(PATIENT_S)
 
         def serve(store):
-            pages = store.load(KEYS, timeout_s=1.0 if is_dead else 4 * PATIENT_S).result().pages
+            pages = store.load(KEYS, timeout_s=4.0 if is_dead else 4 * PATIENT_S).result().pages
             for index, page in enumerate(pages):
                 assert np.array_equal(page, PAGES[index])
             for index in range(len(pages), 6):

@@ -19,9 +19,10 @@ COUNTS = Counts(num_prompt_tokens=3, num_output_tokens=2, num_cached_tokens=1)
 class Scripted:
     """Answers each request with its prompt's script."""
 
-    def __init__(self, name="scripted"):
+    def __init__(self, name="scripted", slow=0):
         self.name = name
         self.num_open = self.most_open = 0
+        self._all_slow_ones = asyncio.Barrier(slow) if slow else None
 
     async def ask(self, request, timeout_s):
         del timeout_s
@@ -30,9 +31,9 @@ class Scripted:
         try:
             match request.prompt:
                 case "slow":
-                    await asyncio.sleep(0.2)
+                    await self._all_slow_ones.wait()
                 case "hang":
-                    await asyncio.sleep(60)
+                    await asyncio.Event().wait()
                 case "refuse":
                     raise RefusedError("429: full")
                 case "break":
@@ -57,7 +58,7 @@ def schedule(*prompts, gap_s=0.0):
     ]
 
 
-async def outcomes(requests, *surfaces, timeout_s=5.0, max_in_flight=100):
+async def outcomes(requests, *surfaces, timeout_s=60.0, max_in_flight=100):
     generator = LoadGenerator(surfaces, timeout_s=timeout_s, max_in_flight=max_in_flight)
     await generator.run(requests)
     assert generator.num_in_flight == 0
@@ -66,7 +67,7 @@ async def outcomes(requests, *surfaces, timeout_s=5.0, max_in_flight=100):
 
 
 async def test_a_slow_server_holds_no_arrival_up():
-    server = Scripted()
+    server = Scripted(slow=10)  # answers none before all have arrived
     found = await outcomes(schedule(*["slow"] * 10, gap_s=0.001), server)
     assert server.most_open == 10
     assert all(outcome.ending == "complete" for outcome in found)
@@ -78,13 +79,16 @@ async def test_a_slow_server_holds_no_arrival_up():
     [
         ("refuse", "rejected", "429: full"),
         ("break", "failed", "gone"),
-        ("hang", "failed", "no end within 0.2 s"),
+        ("hang", "failed", "no end within 1 s"),
         ("cut", "failed", "the stream ended without usage"),
     ],
 )
 async def test_every_request_ends_once_and_says_why(prompt, ending, error):
     server = Scripted()
-    fine, other, last = await outcomes(schedule("fine", prompt, "fine"), server, timeout_s=0.2)
+    timeout_s = 1.0 if prompt == "hang" else 60.0
+    fine, other, last = await outcomes(
+        schedule("fine", prompt, "fine"), server, timeout_s=timeout_s
+    )
     assert (other.ending, other.error) == (ending, error)
     assert fine.ending == last.ending == "complete"
     assert server.num_open == 0
@@ -105,7 +109,7 @@ async def test_an_answer_of_no_text_is_an_answer():
 
 
 async def test_beyond_the_limit_nothing_is_sent():
-    server = Scripted()
+    server = Scripted(slow=2)
     found = await outcomes(schedule(*["slow"] * 5), server, max_in_flight=2)
     assert server.most_open == 2
     assert [outcome.ending for outcome in found] == ["complete"] * 2 + ["failed"] * 3

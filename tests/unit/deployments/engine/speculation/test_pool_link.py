@@ -1,6 +1,7 @@
 import random
+from itertools import pairwise
 
-from deployments.engine.speculation.fake_transport import FakeNetwork
+from deployments.engine.speculation.fake_transport import FakeNetwork, Faults
 from deployments.engine.speculation.pool_link import LinkLimits, LinkState, PoolLink, Round
 from deployments.engine.speculation.session import PoolSession
 from deployments.engine.speculation.speculator_stats import PoolCounters
@@ -92,6 +93,26 @@ def test_a_session_is_closed_once_and_only_if_the_drafter_knows_it():
     closes = [close.session for frame in bench.sent() for close in frame.closes]
     assert closes == [1]
     assert not unknown.is_live
+
+
+def test_a_drafter_that_is_out_of_reach_is_dialled_often_enough_to_be_back_in_five_seconds():
+    bench = Bench()
+    bench.link = PoolLink("e", LinkLimits(), random.Random(0), 0.0)  # noqa: S311
+    bench.add(1)
+    bench.network.faults = Faults(min_delay_s=1e9, max_delay_s=1e9)  # nothing comes back
+    dialled_at = []
+    while bench.network.clock() < 300:
+        if bench.dial():
+            dialled_at.append(bench.network.clock())
+        bench.link.check(bench.network.clock())
+        bench.network.advance(0.05)
+    assert max(later - earlier for earlier, later in pairwise(dialled_at)) < 4
+    bench.network.faults = Faults()
+    while not bench.dial():
+        bench.link.check(bench.network.clock())
+        bench.network.advance(0.05)
+    bench.link.check(bench.network.clock())
+    assert bench.link.state is LinkState.UP
 
 
 def test_backoff_doubles_and_starts_again_after_success():

@@ -89,6 +89,14 @@ class Protocol(RuleBasedStateMachine):
         self.world.step(self.world.lengths)
         self.world.deliver_all()
 
+    @rule()
+    def gap(self):
+        """The round behind a lost one makes the drafter ask for what it missed."""
+        self.world.step(self.world.lengths)
+        self.world.lose(is_to_drafter=True)
+        self.world.step(self.world.lengths)
+        self.world.deliver_all()
+
     @rule(is_to_drafter=DIRECTION)
     def lose(self, is_to_drafter):
         self.world.lose(is_to_drafter=is_to_drafter)

@@ -94,7 +94,12 @@ def begun(tmp_path_factory):
         )
         for rank in range(2)
     ]
-    assert [process.wait() for process in processes] == [0, 0]
+    try:
+        assert [process.wait(600) for process in processes] == [0, 0]
+    finally:  # one waits for the other for ever
+        for process in processes:
+            process.kill()
+            process.wait()
     return folder
 
 
