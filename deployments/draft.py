@@ -144,7 +144,7 @@ class DraftReplica:
         self, draft: DraftPoolConfig, server: DraftServer, drafter: Drafter
     ) -> DraftRefresh | None:
         """What keeps a student up to date; None for other drafters."""
-        if draft.drafter != STUDENT:
+        if draft.drafter != STUDENT or self._engine.kind == "simulated":
             return None
         from deployments.draft_refresh import DraftRefresh
         from deployments.engine.torch_engine.student_shelf import StudentShelf
