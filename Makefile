@@ -34,7 +34,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help install fmt check check-format check-lint check-types check-layers check-protos \
         check-docs check-spelling check-repository test test-unit test-integration test-gpu test-sglang protos reference chart \
-        demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity bench-drafts bench-train bench-kv bench-kv-trace chaos-kv fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
+        demo demo-refresh serve bench-engine bench-quality bench-split bench-capacity loadtest-autoscale bench-drafts bench-train bench-kv bench-kv-trace chaos-kv fuzz-kv fuzz-frames soak-engine exactness train-smoke shipped-card clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -140,6 +140,9 @@ bench-quality: $(ENVIRONMENT) ## What quantised weights cost in meaning, on a te
 
 bench-split: plotting ## What drafts give, by source and distance, on a simulated clock and on this machine
 	$(PY) -m tests.bench.split
+
+loadtest-autoscale: plotting ## Both pools scale under 8x load, beside a cluster that is always large; 20 minutes (TIME_SCALE=0.1 shortens)
+	$(PY) -m tests.bench.autoscale $(if $(TIME_SCALE),--time-scale $(TIME_SCALE))
 
 bench-capacity: plotting ## Clients held at a TPOT target, drafts beside the target or in a pool, on a simulated clock
 	$(PY) -m tests.bench.capacity

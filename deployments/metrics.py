@@ -169,6 +169,21 @@ TRAFFIC_LOG = Metric(
     ("result",),
 )
 
+SCALING_REPLICAS = Metric(
+    "paceline_autoscaling_replicas", "Replicas that the autoscaling policy decided on.", ("pool",)
+)
+SCALING_NEEDS = Metric(
+    "paceline_autoscaling_need_replicas",
+    "Replicas that a pool needs by each of its signals, not rounded; 0 for one that has no say.",
+    ("pool", "cause"),
+)
+SCALING_DECISIONS = Metric(
+    "paceline_autoscaling_decisions_total",
+    "Decisions of the autoscaling policy, by the signal that counted and by direction (up, down, "
+    "keep).",
+    ("pool", "cause", "direction"),
+)
+
 ALL_METRICS: tuple[Metric, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Metric)
 )

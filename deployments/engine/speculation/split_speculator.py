@@ -18,6 +18,7 @@ from deployments.engine.speculation.draft_source import (
 )
 from deployments.engine.speculation.drafters.guarded import GuardedDrafter
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
+from deployments.engine.speculation.gain import GainMeter
 from deployments.engine.speculation.head_budget import HeadBudget
 from deployments.engine.speculation.pool_client import PoolClient, PoolDraft
 from deployments.engine.speculation.running_sequence import (
@@ -88,6 +89,7 @@ class SplitSpeculator(Speculator):
         self._running: dict[int, RunningSequence] = {}
         self._priors: Priors = {}
         self._step_times = StepTimes()
+        self._gain = GainMeter()
         self._step_began_at = 0.0
         self._num_step_rows = 0
         self._pool: PoolClient | None = None
@@ -150,6 +152,7 @@ class SplitSpeculator(Speculator):
         self._step_began_at = self._clock()
         self._num_step_rows = load.num_rows + len(requests)
         num_plain_rows, num_tokens = self._num_step_rows, load.num_tokens + len(requests)
+        self._gain.begin(num_plain_rows, num_tokens)
         taken, times = self._at_hand(requests), self._step_times
         # What is not known of late is tried: first what drafts must beat, then what they cost.
         is_plain_tried = times.is_known and not times.is_fresh(num_plain_rows)
@@ -163,13 +166,8 @@ class SplitSpeculator(Speculator):
         elif not times.is_fresh(num_plain_rows + sum(at_hand)):
             lengths = at_hand
         else:
-            choice = choose(
-                self._chances(requests),
-                num_plain_rows,
-                num_tokens,
-                times.seconds,
-                _targets_s(requests, load),
-            )
+            chances, targets_s = self._chances(requests), _targets_s(requests, load)
+            choice = choose(chances, num_plain_rows, num_tokens, times.seconds, targets_s)
             lengths = choice.lengths
             self._num_yielded += choice.num_yielded
             self._num_targets_met += choice.num_met
@@ -233,7 +231,9 @@ class SplitSpeculator(Speculator):
 
     def verified(self, results: Sequence[RoundResult]) -> None:
         """Learn from the outcome."""
-        self._step_times.observe(self._num_step_rows, self._clock() - self._step_began_at)
+        elapsed = self._clock() - self._step_began_at
+        self._gain.end(self._step_times, elapsed, sum(len(result.nodes) for result in results))
+        self._step_times.observe(self._num_step_rows, elapsed)
         for result in results:
             self._num_rounds += 1
             running = self._running.get(result.session_id)
@@ -286,6 +286,8 @@ class SplitSpeculator(Speculator):
             num_yielded_draft_tokens=self._num_yielded,
             num_targets_met=self._num_targets_met,
             num_targets_missed=self._num_targets_missed,
+            step_time_s=self._gain.step_time_s,
+            plain_time_s=self._gain.plain_time_s,
         )
         return own if self._pool is None else self._pool.add_to(own)
 
