@@ -1,4 +1,4 @@
-"""``make loadtest-autoscale``: table, ``build/reports/autoscale.json`` and a picture of each run."""
+"""``make loadtest-autoscale``: a table, ``build/reports/autoscale.json``, a picture of each run."""
 
 from __future__ import annotations
 

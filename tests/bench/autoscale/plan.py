@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def update_at_s(self) -> float:
-        """When all replicas are replaced: late in the last phase, when the pools are small again."""
+        """When all replicas are replaced: late in the last phase, at small pools."""
         return self.seconds - 90 * self.time_scale
 
     def schedule(self) -> list[LoadRequest]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -299,7 +300,5 @@ def test_a_steady_load_never_moves_a_pool_back_and_forth(load, num, noise):
     for second in range(150):
         cluster.run(1, load_of(load * noise[second % len(noise)]))
     sizes = [num, *(size.target for size in cluster.history)]
-    steps = {
-        (after > before) - (after < before) for before, after in zip(sizes, sizes[1:], strict=False)
-    }
+    steps = {(after > before) - (after < before) for before, after in pairwise(sizes)}
     assert not {1, -1} <= steps
