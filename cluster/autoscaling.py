@@ -37,11 +37,11 @@ def application_policy(config: ClusterConfig) -> dict[str, Any] | None:
     pools = config.pools
     named = {"ingress": pools.ingress, "target": pools.target, "draft": pools.draft}
     scaled = {
-        name: pool.autoscaling.model_dump(mode="json")
+        name: pool.autoscaling.model_dump(mode="json", exclude_unset=True)
         for name, pool in named.items()
         if pool is not None and pool.autoscaling is not None
     }
     if not scaled:
         return None
-    scaling = config.scaling.model_dump(mode="json")
+    scaling = config.scaling.model_dump(mode="json", exclude_unset=True)
     return {"policy_function": POLICY, "policy_kwargs": {"pools": scaled, "scaling": scaling}}

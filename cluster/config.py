@@ -40,6 +40,10 @@ class PoolConfig(_Config):
     """Requests in flight at one replica; further ones wait at the caller."""
     max_queued_requests: int = Field(default=256, ge=1)
     """Serve's bound on requests that wait at one caller for a replica with room."""
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
+    """Replicas that an update may start before it stops old ones, as a part of the pool, rounded
+    up. Without any, a pool of one replica is empty while the new one starts; with some, an update
+    waits until there is room for them."""
     shutdown_timeout_s: float = Field(default=20.0, gt=0)
     """Seconds that running requests get when a replica must go."""
 
@@ -47,7 +51,7 @@ class PoolConfig(_Config):
 class PoolsConfig(_Config):
     """The three pools."""
 
-    ingress: PoolConfig = PoolConfig(num_cpus=0.5, max_ongoing_requests=512)
+    ingress: PoolConfig = PoolConfig(num_cpus=0.5, max_ongoing_requests=512, max_surge_percent=100)
     """HTTP and gRPC surfaces, tokenisation, transcripts."""
     target: PoolConfig = PoolConfig()
     """Replicas that own the text: prefill, verification, KV pages."""

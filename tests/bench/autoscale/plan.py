@@ -78,7 +78,6 @@ class Plan:
             ),
             kv=None,
             pools=PoolsConfig(
-                ingress=PoolConfig(num_cpus=0.5, max_ongoing_requests=512),
                 target=self._pool(is_static, MAX_TARGETS, 1, max_ongoing_requests=16),
                 draft=self._pool(is_static, MAX_DRAFTS, 0, max_ongoing_requests=256),
             ),
@@ -96,6 +95,8 @@ class Plan:
     def _pool(self, is_static: bool, most: int, least: int, **options: Any) -> PoolConfig:
         if is_static:
             return PoolConfig(replicas=most, **options)
+        # So many more at once as few pools have room for; on one machine the room is a number.
+        options["max_surge_percent"] = 100
         scale = self.time_scale
         autoscaling = AutoscaleConfig(
             min_replicas=least,

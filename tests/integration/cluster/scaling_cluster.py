@@ -55,9 +55,13 @@ def config(folder: str, *, draft_row_s: float = 0.0005) -> ClusterConfig:
         ),
         kv=None,
         pools=PoolsConfig(
-            target=PoolConfig(autoscaling=scaled, max_ongoing_requests=16, num_cpus=0.5),
+            target=PoolConfig(
+                autoscaling=scaled, max_ongoing_requests=16, num_cpus=0.5, max_surge_percent=100
+            ),
             draft=PoolConfig(
-                autoscaling=scaled.model_copy(update={"min_replicas": 0}), num_cpus=0.5
+                autoscaling=scaled.model_copy(update={"min_replicas": 0}),
+                num_cpus=0.5,
+                max_surge_percent=100,
             ),
         ),
         server=ServerConfig(http_port=0, grpc_port=0),
