@@ -81,7 +81,7 @@ class SimulatedConfig(_Config):
 
     prefill_tokens_per_s: float = Field(default=4000.0, gt=0)
     """Prompt tokens that one replica computes in a second."""
-    decode_step_s: tuple[tuple[int, float], ...] = ((1, 0.02), (16, 0.03), (64, 0.06))
+    decode_step_s: tuple[tuple[float, float], ...] = ((1, 0.02), (16, 0.03), (64, 0.06))
     """Seconds of a decoding step by its rows (sequences and draft tokens); lines in between."""
     draft_acceptance: float = Field(default=0.7, ge=0, le=1)
     """Chance that a token of the draft pool is right if those before it are."""
