@@ -125,6 +125,11 @@ def num_held(pool: str) -> int:
     return sum(sum(app.deployments[pool].replica_states.values()) for app in applications)
 
 
+def decided(metrics_url: str) -> dict[str, float]:
+    snapshot = MetricsSnapshot.read(metrics_url)
+    return snapshot.by_label("paceline_autoscaling_replicas", "pool")
+
+
 async def live(cluster: LocalCluster, folder: str) -> dict[str, Any]:
     clients = Clients(cluster.state.http_url)
     clients.num_wanted = NUM_CLIENTS
@@ -142,11 +147,14 @@ async def live(cluster: LocalCluster, folder: str) -> dict[str, Any]:
         finally:
             clients.num_wanted = 0
     await until(lambda: num_held("draft") == 0, "nobody drafts for nobody")
-    snapshot = await asyncio.to_thread(MetricsSnapshot.read, cluster.state.metrics_url)
+    # Metrics follow some seconds later.
+    url = cluster.state.metrics_url
+    await until(lambda: decided(url) == {"target": 1, "draft": 0}, "decisions are told")
+    snapshot = await asyncio.to_thread(MetricsSnapshot.read, url)
     return {
         "outcomes": clients.outcomes,
         "num_texts": len(clients.texts),
-        "decided": snapshot.by_label("paceline_autoscaling_replicas", "pool"),
+        "needs": snapshot.by_label("paceline_autoscaling_need_replicas", "cause", pool="target"),
         "directions": snapshot.by_label(
             "paceline_autoscaling_decisions_total", "direction", pool="target"
         ),

@@ -32,6 +32,6 @@ def test_no_request_is_lost_while_pools_grow_are_replaced_and_shrink(tmp_path):
     assert list(told["outcomes"]) == [f"{NUM_TOKENS} tokens"]
     # Requests that moved to another replica wrote the very same text.
     assert told["num_texts"] == 1
-    assert told["decided"] == {"target": 1, "draft": 0}
+    assert {"requests", "kv_pages"} <= set(told["needs"])
     assert told["directions"]["up"] >= 1
     assert told["directions"]["down"] >= 1
