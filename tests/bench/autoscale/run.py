@@ -19,6 +19,7 @@ from tests.bench.autoscale.plan import TTFT_SLO_S
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cluster.state import ClusterState
     from tests.bench.autoscale.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -37,32 +38,35 @@ def run_cluster(plan: Plan, *, is_static: bool, say: Callable[[str], None]) -> d
     """
     cluster = LocalCluster(plan.config(is_static=is_static), paceline_app(), on_progress=say)
     with cluster:
-        state = cluster.state
-        test = LoadTest(
-            schedule=plan.schedule(),
-            surfaces=surfaces(
-                ("http", "grpc"),
-                http_url=state.http_url,
-                grpc_address=state.grpc_address,
-                model=state.model,
-                api_key=None,
-                temperature=0.0,
-            ),
-            slo=Slo(ttft_s=TTFT_SLO_S),
-            timeout_s=_TIMEOUT_S,
-            max_in_flight=_MAX_IN_FLIGHT,
-        )
-        return asyncio.run(_run(plan, cluster, test, is_static=is_static, say=say))
+        return asyncio.run(_run(plan, cluster, is_static=is_static, say=say))
+
+
+def _load_test(plan: Plan, state: ClusterState) -> LoadTest:
+    """The load; to be made on the event loop it runs on, where gRPC's channels stay."""
+    return LoadTest(
+        schedule=plan.schedule(),
+        surfaces=surfaces(
+            ("http", "grpc"),
+            http_url=state.http_url,
+            grpc_address=state.grpc_address,
+            model=state.model,
+            api_key=None,
+            temperature=0.0,
+        ),
+        slo=Slo(ttft_s=TTFT_SLO_S),
+        timeout_s=_TIMEOUT_S,
+        max_in_flight=_MAX_IN_FLIGHT,
+    )
 
 
 async def _run(
     plan: Plan,
     cluster: LocalCluster,
-    test: LoadTest,
     *,
     is_static: bool,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
+    test = _load_test(plan, cluster.state)
     watch = _Watch(cluster.state.metrics_url)
     watching = asyncio.create_task(watch.run())
     updating = None
