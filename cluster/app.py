@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import blake3
 from pydantic import SecretStr
 from ray.serve.config import RequestRouterConfig
 
+from cluster.config import ClusterConfig
 from cluster.config_loader import parse_config
 from cluster.pools import deployment_options, engine_threads, target_options
 from deployments.draft import DraftDeployment
@@ -21,7 +23,6 @@ from deployments.target import TargetDeployment
 if TYPE_CHECKING:
     from ray import serve
 
-    from cluster.config import ClusterConfig
     from deployments.config import DraftPoolConfig
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,17 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         ConfigError: settings are wrong.
     """
     return build_application(parse_config(args))
+
+
+def build_from_file(args: dict[str, Any]) -> serve.Application:
+    """Serve's entry point on one machine.
+
+    Args:
+        args: ``file``, written by ``cluster.serve_deploy``; the environment is merged into it
+            already. Serve logs its arguments, and the file holds secrets.
+    """
+    settings = Path(args["file"]).read_text(encoding="utf-8")
+    return build_application(ClusterConfig.model_validate_json(settings))
 
 
 def build_application(config: ClusterConfig) -> serve.Application:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.scaling.config import AutoscaleConfig, ScalingConfig
 from deployments.config import AuthConfig, DraftPoolConfig, IngressConfig, TracingConfig
 from deployments.engine.config import EngineConfig, TorchEngineConfig
 from deployments.engine.training.config import DraftTrainingConfig
@@ -20,36 +21,13 @@ class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class AutoscaleConfig(_Config):
-    """How many replicas a pool may have, and when it grows and shrinks."""
-
-    min_replicas: int = Field(default=1, ge=1)
-    """Replicas kept without any load."""
-    max_replicas: int = Field(default=4, ge=1)
-    """Replicas under any load, at most."""
-    target_ongoing_requests: float = Field(default=8.0, gt=0)
-    """Requests in flight per replica that the pool is sized for."""
-    upscale_delay_s: float = Field(default=10.0, ge=0)
-    """Seconds a higher load must last before replicas are added."""
-    downscale_delay_s: float = Field(default=300.0, ge=0)
-    """Seconds a lower load must last before replicas are removed."""
-    look_back_s: float = Field(default=15.0, gt=0)
-    """Seconds of load that are averaged."""
-
-    @model_validator(mode="after")
-    def _bounds_are_ordered(self) -> AutoscaleConfig:
-        if self.max_replicas < self.min_replicas:
-            raise ValueError("max_replicas must not be below min_replicas")
-        return self
-
-
 class PoolConfig(_Config):
     """One kind of replica: how many, where, and with how much of a machine."""
 
     replicas: int = Field(default=1, ge=1)
     """Replicas while ``autoscaling`` is not set."""
     autoscaling: AutoscaleConfig | None = None
-    """Sizes the pool by its load."""
+    """Sizes the pool by its load, together with the other pools that have it (see ``scaling``)."""
     num_cpus: float = Field(default=1.0, ge=0)
     """Logical CPUs that Ray reserves for one replica."""
     num_gpus: float = Field(default=0.0, ge=0)
@@ -62,6 +40,10 @@ class PoolConfig(_Config):
     """Requests in flight at one replica; further ones wait at the caller."""
     max_queued_requests: int = Field(default=256, ge=1)
     """Serve's bound on requests that wait at one caller for a replica with room."""
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
+    """Replicas that an update may start before it stops old ones, as a part of the pool, rounded
+    up. Without any, a pool of one replica is empty while the new one starts; with some, an update
+    waits until there is room for them."""
     shutdown_timeout_s: float = Field(default=20.0, gt=0)
     """Seconds that running requests get when a replica must go."""
 
@@ -69,12 +51,19 @@ class PoolConfig(_Config):
 class PoolsConfig(_Config):
     """The three pools."""
 
-    ingress: PoolConfig = PoolConfig(num_cpus=0.5, max_ongoing_requests=512)
+    ingress: PoolConfig = PoolConfig(num_cpus=0.5, max_ongoing_requests=512, max_surge_percent=100)
     """HTTP and gRPC surfaces, tokenisation, transcripts."""
     target: PoolConfig = PoolConfig()
     """Replicas that own the text: prefill, verification, KV pages."""
     draft: PoolConfig | None = PoolConfig(max_ongoing_requests=256)
     """Replicas that guess ahead; ``null`` serves without a draft pool."""
+
+    @model_validator(mode="after")
+    def _only_drafts_may_be_none(self) -> PoolsConfig:
+        for name, pool in (("ingress", self.ingress), ("target", self.target)):
+            if pool.autoscaling is not None and not pool.autoscaling.min_replicas:
+                raise ValueError(f"{name}.autoscaling.min_replicas must be at least 1")
+        return self
 
 
 class ServerConfig(_Config):
@@ -123,6 +112,8 @@ class ClusterConfig(_Config):
     default. ``null`` keeps pages inside their replica."""
     pools: PoolsConfig = PoolsConfig()
     """How many replicas of each kind, and where."""
+    scaling: ScalingConfig = ScalingConfig()
+    """What pools with ``autoscaling`` are sized for."""
     ingress: IngressConfig = IngressConfig()
     """Limits of the public surfaces."""
     auth: AuthConfig = AuthConfig()

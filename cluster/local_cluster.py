@@ -12,11 +12,13 @@ import os
 import secrets
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 from pydantic import SecretStr
 
+from cluster.autoscaling import application_policy
 from cluster.errors import ClusterStartError
 from cluster.hot_tier import hot_tier, hot_tier_address, ssd_roots
 from cluster.kept_logs import keep_logs
@@ -27,6 +29,7 @@ from cluster.ports import PortLease
 from cluster.processes import ClusterProcesses
 from cluster.ray_environment import applied, local_environment
 from cluster.readiness import wait_until_ready
+from cluster.serve_deploy import deploy
 from cluster.signals import begin_stop, sigterm_handler_kept
 from cluster.state import (
     ClusterState,
@@ -39,7 +42,6 @@ from cluster.state import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -80,6 +82,7 @@ class LocalCluster:
         self._stack = ExitStack()
         self._state: ClusterState | None = None
         self._num_left: int | None = 0
+        self._running: ClusterConfig | None = None
 
     @property
     def state(self) -> ClusterState:
@@ -205,18 +208,26 @@ class LocalCluster:
             logging_config=serve_logging(self._config),
         )
 
+    def replace(self, config: ClusterConfig) -> None:
+        """Put the running application's replicas on other settings, one after the other.
+
+        Pools must have ``autoscaling``; ports and tiers stay what they are.
+
+        Args:
+            config: as the cluster was started with, but for what is to be changed.
+
+        Raises:
+            ClusterStartError: the new replicas do not become ready.
+        """
+        running = self._running
+        if running is None or application_policy(config) is None:
+            raise RuntimeError("the cluster is not running, or none of its pools has autoscaling")
+        self._deploy(config.model_copy(update={"kv": running.kv, "auth": running.auth}))
+
     def _deploy(self, config: ClusterConfig) -> None:
         self._progress("starting replicas")
-        from ray import serve
-
-        target = serve.RunTarget(
-            self._app.build(config), name=config.app_name, logging_config=serve_logging(config)
-        )
-        serve.run_many(
-            [target],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
+        deploy(self._app, config, Path(self.state.run_dir))
+        self._running = config
         wait_until_ready(
             config.app_name,
             f"{self.state.http_url}/-/healthz",

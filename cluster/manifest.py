@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, SecretStr
 
+from cluster.autoscaling import application_policy
 from cluster.config_loader import ENV_PREFIX
 from cluster.serve_app import IMPORT_PATH
 from deployments.grpc_servicers import GRPC_SERVICERS
@@ -42,6 +43,14 @@ def render(config: ClusterConfig) -> Manifest:
     arguments = _public(config, (), secrets)
     # Addresses are the file's own business here, and the chart's.
     arguments.pop("server", None)
+    application: dict[str, Any] = {
+        "name": config.app_name,
+        "route_prefix": "/",
+        "import_path": IMPORT_PATH,
+        "args": arguments,
+    }
+    if policy := application_policy(config):
+        application["autoscaling_policy"] = policy
     serve_config = {
         "proxy_location": "EveryNode",
         "http_options": {"host": _EVERYWHERE, "port": config.server.http_port or 8000},
@@ -50,14 +59,7 @@ def render(config: ClusterConfig) -> Manifest:
             "grpc_servicer_functions": list(GRPC_SERVICERS),
         },
         "logging_config": serve_logging(config),
-        "applications": [
-            {
-                "name": config.app_name,
-                "route_prefix": "/",
-                "import_path": IMPORT_PATH,
-                "args": arguments,
-            }
-        ],
+        "applications": [application],
     }
     return Manifest(serve_config, tuple(dict.fromkeys(secrets)))
 

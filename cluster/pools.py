@@ -44,6 +44,7 @@ def deployment_options(pool: PoolConfig) -> dict[str, Any]:
         "ray_actor_options": actor_options,
         "max_ongoing_requests": pool.max_ongoing_requests,
         "max_queued_requests": pool.max_queued_requests,
+        "max_surge_percent": pool.max_surge_percent,
         "graceful_shutdown_timeout_s": pool.shutdown_timeout_s,
         # Replicas drain by themselves; Serve only has to look often enough to notice the end.
         "graceful_shutdown_wait_loop_s": 0.2,
@@ -92,6 +93,7 @@ def machine_resources(pools: PoolsConfig) -> MachineResources:
         if pool is None:
             continue
         replicas = max_replicas(pool)
+        replicas += math.ceil(replicas * pool.max_surge_percent / 100)
         num_cpus += replicas * pool.num_cpus
         for resource, amount in pool.resources.items():
             resources[resource] = resources.get(resource, 0.0) + replicas * amount

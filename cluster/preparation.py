@@ -180,7 +180,7 @@ def find_drafter(config: ClusterConfig) -> str | None:
         WeightsMissingError: student or language model are not here.
         ConfigError: no drafter of that name can be imported.
     """
-    if not _drafts(config):
+    if not _drafts(config) or config.engine.kind == "simulated":
         return None
     if needs_student(config):
         return str(find_student(config))
@@ -194,7 +194,8 @@ def find_drafter(config: ClusterConfig) -> str | None:
 
 def needs_student(config: ClusterConfig) -> bool:
     """Whether draft replicas will ask for a student."""
-    return _drafts(config) and config.draft.drafter == _STUDENT
+    is_real = config.engine.kind != "simulated"
+    return is_real and _drafts(config) and config.draft.drafter == _STUDENT
 
 
 def _drafts(config: ClusterConfig) -> bool:

@@ -25,10 +25,13 @@ class ServedApp:
     Attributes:
         build: makes the Serve application; called once Ray runs.
         grpc_servicer_functions: import paths of ``add_..._to_server`` functions.
+        file_import_path: makes the same application from a file with all settings, for clusters
+            whose pools scale; None for an application whose pools never do.
     """
 
     build: Callable[[ClusterConfig], serve.Application]
     grpc_servicer_functions: tuple[str, ...]
+    file_import_path: str | None = None
 
 
 IMPORT_PATH = "cluster.app:build_app"
@@ -43,4 +46,8 @@ def paceline_app() -> ServedApp:
 
         return build_application(config)
 
-    return ServedApp(build=build, grpc_servicer_functions=GRPC_SERVICERS)
+    return ServedApp(
+        build=build,
+        grpc_servicer_functions=GRPC_SERVICERS,
+        file_import_path="cluster.app:build_from_file",
+    )

@@ -19,6 +19,7 @@ from deployments.engine.speculation.draft_service import DraftLimits
 from deployments.engine.speculation.errors import DrafterLoadError
 from deployments.engine.speculation.handshake import Identity
 from deployments.model_files import model_folder, served_model_name
+from deployments.scaling_stats import DraftScalingStats
 from deployments.tokenizer import Tokenizer
 from deployments.tracing import Tracing
 
@@ -57,6 +58,7 @@ class DraftReplica:
         self._engine, self._draft, self._cache_dir = engine, draft, cache_dir
         self._tracing = Tracing(tracing, "paceline-draft")
         self._metrics = DraftMetrics()
+        self._scaling = DraftScalingStats()
         self._model = served_model_name(engine)
         self._executor = ThreadPoolExecutor(1, "draft-lifecycle")
         loop = asyncio.get_running_loop()
@@ -103,6 +105,10 @@ class DraftReplica:
             "vocab_digest": self._identity.vocab_digest,
         }
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy learns of this replica; Serve asks."""
+        return self._scaling.figures(self._server.stats())
+
     def check_health(self) -> None:
         """Serve's health check: a drafter that died or hangs has the replica replaced."""
         self._server.check_health()
@@ -144,7 +150,7 @@ class DraftReplica:
         self, draft: DraftPoolConfig, server: DraftServer, drafter: Drafter
     ) -> DraftRefresh | None:
         """What keeps a student up to date; None for other drafters."""
-        if draft.drafter != STUDENT:
+        if draft.drafter != STUDENT or self._engine.kind == "simulated":
             return None
         from deployments.draft_refresh import DraftRefresh
         from deployments.engine.torch_engine.student_shelf import StudentShelf

@@ -30,7 +30,8 @@ def build_drafter(
     """The configured drafter; may take seconds.
 
     It fits the target: a student was cut from these very weights, a language model has the same
-    vocabulary. A drafter named by import path has none; its rows are checked one by one.
+    vocabulary. A drafter named by import path has none; its rows are checked one by one. Drafts of
+    a simulated target are simulated, whatever ``draft`` names.
 
     Args:
         draft: which one.
@@ -44,6 +45,13 @@ def build_drafter(
         DrafterLoadError: a drafter named by import path cannot be had, or a language model has
             another vocabulary than the target.
     """
+    if engine.kind == "simulated":
+        from deployments.engine.simulated_engine.drafter import SimulatedDrafter
+        from deployments.engine.simulated_engine.start import simulated_text
+
+        return SimulatedDrafter(
+            engine.simulated, simulated_text(model_folder(engine.model, cache_dir))
+        )
     if draft.drafter == STUDENT:
         return _student(draft, engine.model, cache_dir, student_file)
     if draft.language_model is not None:

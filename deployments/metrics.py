@@ -78,6 +78,12 @@ ACCEPTED_TOKENS = Metric(
     "paceline_accepted_draft_tokens_total", "Draft tokens accepted, by drafter.", ("origin",)
 )
 SPEC_STEPS = Metric("paceline_spec_steps_total", "Verification steps that carried a draft.")
+SPEC_STEP_TIME = Metric(
+    "paceline_spec_step_seconds_total",
+    "What steps took (taken), and what steps without drafts would have taken for as many tokens "
+    "(plain); their ratio is what drafts are worth.",
+    ("steps",),
+)
 TABLE_LOOKUPS = Metric(
     "paceline_outcome_table_lookups_total",
     "Steps for which the draft pool was asked, by whether a row fitted.",
@@ -169,6 +175,21 @@ TRAFFIC_LOG = Metric(
     ("result",),
 )
 
+SCALING_REPLICAS = Metric(
+    "paceline_autoscaling_replicas", "Replicas that the autoscaling policy decided on.", ("pool",)
+)
+SCALING_NEEDS = Metric(
+    "paceline_autoscaling_need_replicas",
+    "Replicas that a pool needs by each of its signals, not rounded; 0 for one that has no say.",
+    ("pool", "cause"),
+)
+SCALING_DECISIONS = Metric(
+    "paceline_autoscaling_decisions_total",
+    "Decisions of the autoscaling policy, by the signal that counted and by direction (up, down, "
+    "keep).",
+    ("pool", "cause", "direction"),
+)
+
 ALL_METRICS: tuple[Metric, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Metric)
 )
@@ -197,9 +218,9 @@ class TotalFeed:
     def __init__(self, counter: metrics.Counter, tags: dict[str, str] | None = None) -> None:
         self._counter = counter
         self._tags = tags
-        self._seen = 0
+        self._seen = 0.0
 
-    def update(self, total: int) -> None:
+    def update(self, total: float) -> None:
         """Add what came since the last call."""
         if total > self._seen:
             self._counter.inc(total - self._seen, tags=self._tags)
@@ -214,7 +235,7 @@ class LabelledFeeds:
         self._labels = metric.labels
         self._feeds: dict[tuple[str, ...], TotalFeed] = {}
 
-    def update(self, *values: str, total: int) -> None:
+    def update(self, *values: str, total: float) -> None:
         """Add what came since the last call for these values, in the order of the labels."""
         if values not in self._feeds:
             tags = dict(zip(self._labels, values, strict=True))

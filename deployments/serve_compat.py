@@ -14,12 +14,14 @@ from ray.serve._private.common import ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve._private.request_router.request_router import RequestRouter
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
     ReplicaUnavailableError,
     RequestCancelledError,
 )
+from ray.serve.schema import ServeDeploySchema
 
 from deployments.engine.errors import EngineGoneError
 
@@ -61,6 +63,7 @@ __all__ = [
     "PendingRequest",
     "ReplicaID",
     "RunningReplica",
+    "apply_config",
     "current_replica_id",
     "is_cancelled",
     "is_deployment_failed",
@@ -86,6 +89,15 @@ class ExactRequestRouter(RequestRouter):  # type: ignore[misc] # Ray ships no ty
             if pending.metadata is request_metadata and not pending.future.done():
                 return pending
         return None
+
+
+def apply_config(applications: list[dict[str, Any]]) -> None:
+    """Deploy applications as a config file would; returns before their replicas run.
+
+    Args:
+        applications: the fields of ``ServeApplicationSchema``.
+    """
+    _get_global_client().deploy_apps(ServeDeploySchema(applications=applications))
 
 
 def current_replica_id() -> str:

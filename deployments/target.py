@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
@@ -23,6 +24,7 @@ from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.types import TokenDelta
 from deployments.model_files import model_folder, served_model_name
+from deployments.scaling_stats import TargetScalingStats
 from deployments.serve_compat import current_replica_id
 from deployments.target_metrics import TargetMetrics
 from deployments.tokenizer import Tokenizer
@@ -85,6 +87,7 @@ class TargetReplica:
         self._replica_id = current_replica_id()
         self._tracing = Tracing(tracing, "paceline-target")
         self._metrics = TargetMetrics()
+        self._scaling = TargetScalingStats()
         self._model = served_model_name(engine)
         self._page_store: PageStore | None = None
         self._split: SplitSpeculator | DraftLink | None = None
@@ -125,6 +128,7 @@ class TargetReplica:
                 )
             )
             request = replace(request, traceparent=traceparent_of(span))
+            came_at, has_tokens = time.monotonic(), False
             if self._sessions is not None and request.speculation:
                 stack.enter_context(self._sessions.session(request.request_id))
             deltas = await stack.enter_async_context(
@@ -132,6 +136,9 @@ class TargetReplica:
             )
             try:
                 async for delta in deltas:
+                    if delta.token_ids and not has_tokens:
+                        has_tokens = True
+                        self._scaling.first_token(time.monotonic() - came_at)
                     yield replace(delta, replica_id=self._replica_id)
             except EngineGoneError as error:
                 raise error.at(self._replica_id) from error
@@ -167,6 +174,11 @@ class TargetReplica:
         except EngineGoneError as error:
             raise error.at(self._replica_id) from error
         return self._replica_id
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy learns of this replica; Serve asks."""
+        spec = self._split.stats() if self._split is not None else None
+        return self._scaling.figures(self._engine.stats(), spec)
 
     def check_health(self) -> None:
         """Serve's health check: an engine that died has the replica replaced."""

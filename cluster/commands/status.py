@@ -58,6 +58,7 @@ def _report(state: ClusterState) -> dict[str, Any]:
         "metrics": state.metrics_url,
         "valkey": state.kv_address or "none",
         "replicas": _replicas(snapshot) if snapshot else {},
+        "autoscaling": _autoscaling(snapshot) if snapshot else {},
         "speculation": _speculation(snapshot) if snapshot else {},
         "drafters": _drafters(snapshot) if snapshot else {},
         "owner_pid": state.pid,
@@ -85,6 +86,17 @@ def _snapshot(state: ClusterState) -> MetricsSnapshot | None:
 def _replicas(snapshot: MetricsSnapshot) -> dict[str, int]:
     healthy = snapshot.by_label("serve_deployment_replica_healthy", "deployment")
     return {name: int(count) for name, count in healthy.items()}
+
+
+def _autoscaling(snapshot: MetricsSnapshot) -> dict[str, str]:
+    """What the policy decided last for each pool, and why: what it needs by each signal."""
+    told: dict[str, str] = {}
+    decided = snapshot.by_label("paceline_autoscaling_replicas", "pool")
+    for pool, number in decided.items():
+        needs = snapshot.by_label("paceline_autoscaling_need_replicas", "cause", pool=pool)
+        named = [f"{cause} {need:.2f}" for cause, need in needs.items() if need]
+        told[pool] = f"{int(number)} (needs {'; '.join(named) or 'none'})"
+    return told
 
 
 def _speculation(snapshot: MetricsSnapshot) -> dict[str, int]:

@@ -76,12 +76,39 @@ class SGLangConfig(_Config):
     not have, or that another setting decides, is refused at the start."""
 
 
+class SimulatedConfig(_Config):
+    """Times of the simulated engine; read where ``engine.kind`` is ``simulated``."""
+
+    prefill_tokens_per_s: float = Field(default=4000.0, gt=0)
+    """Prompt tokens that one replica computes in a second."""
+    decode_step_s: tuple[tuple[float, float], ...] = ((1, 0.02), (16, 0.03), (64, 0.06))
+    """Seconds of a decoding step by its rows (sequences and draft tokens); lines in between."""
+    draft_acceptance: float = Field(default=0.7, ge=0, le=1)
+    """Chance that a token of the draft pool is right if those before it are."""
+    draft_batch_s: float = Field(default=0.004, ge=0)
+    """Seconds of one call of the drafter, without its rows."""
+    draft_row_s: float = Field(default=0.0002, ge=0)
+    """Seconds of each row of an outcome table."""
+
+    @model_validator(mode="after")
+    def _points_rise(self) -> Self:
+        rows = [row for row, _ in self.decode_step_s]
+        seconds = [second for _, second in self.decode_step_s]
+        if not rows or rows[0] < 1 or min(seconds) <= 0:
+            raise ValueError("decode_step_s needs points of at least 1 row and over 0 s")
+        if sorted(set(rows)) != rows or sorted(seconds) != seconds:
+            raise ValueError("decode_step_s must rise, in rows and in seconds")
+        return self
+
+
 class EngineConfig(_Config):
     """What runs in a target replica."""
 
-    kind: Literal["torch", "sglang"] = "torch"
+    kind: Literal["torch", "sglang", "simulated"] = "torch"
     """``torch`` is the embedded engine, ``sglang`` SGLang in an environment of its own (see
-    ``sglang``). Settings of one engine alone are refused with the other."""
+    ``sglang``). ``simulated`` computes nothing and writes words without sense in the time that
+    ``simulated`` says: for tests of load and scaling alone. Settings of one engine alone are
+    refused with the others."""
     model: str = DEFAULT_MODEL
     """The built-in model's name, a folder in Hugging Face layout, or a Hugging Face id."""
     served_model_name: str | None = None
@@ -125,15 +152,19 @@ class EngineConfig(_Config):
     """How drafts are used."""
     sglang: SGLangConfig = SGLangConfig()
     """SGLang's own settings."""
+    simulated: SimulatedConfig = SimulatedConfig()
+    """The simulated engine's own settings."""
 
     @model_validator(mode="after")
     def _of_one_engine(self) -> Self:
-        if self.kind == "sglang":
+        if self.kind != "torch":
             for name in ("weights", "deterministic"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is a setting of kind: torch")
-        elif self.sglang != SGLangConfig():
-            raise ValueError("sglang has settings, but kind is torch")
+        if self.kind != "sglang" and self.sglang != SGLangConfig():
+            raise ValueError(f"sglang has settings, but kind is {self.kind}")
+        if self.kind != "simulated" and self.simulated != SimulatedConfig():
+            raise ValueError(f"simulated has settings, but kind is {self.kind}")
         return self
 
     @model_validator(mode="after")

@@ -48,6 +48,16 @@ def build_engine(
 
         folder = find_model_folder(config.model, cache_dir)
         return start_sglang_engine(config, folder, detokenize=detokenize, speculator=speculator)
+    if config.kind == "simulated":
+        from deployments.engine.simulated_engine.start import start_simulated_engine
+
+        return start_simulated_engine(
+            config,
+            find_model_folder(config.model, cache_dir),
+            page_store_factory=page_store_factory,
+            speculator=speculator,
+            detokenize=detokenize,
+        )
     import torch
 
     from deployments.engine.torch_engine.assembly import EngineParts, start_engine

@@ -272,6 +272,7 @@ class EngineStats:
 
     Attributes:
         num_free_pages: pages that a new request could take, cached-but-unused ones included.
+        num_backlog_tokens: prompt tokens still to compute, of requests that wait or prefill.
         num_recomputed_tokens: tokens computed again because their sequence had been preempted.
     """
 
@@ -279,6 +280,7 @@ class EngineStats:
     num_waiting: int = 0
     num_total_pages: int = 0
     num_free_pages: int = 0
+    num_backlog_tokens: int = 0
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     num_steps: int = 0

@@ -7,14 +7,18 @@ model has at least 60 tokens. Nothing here knows what text a model gives.
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
+import tempfile
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from deployments.engine.config import SimulatedConfig
 from deployments.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -22,12 +26,14 @@ from deployments.engine.errors import (
     EngineOverloadedError,
     RequestRejectedError,
 )
+from deployments.engine.simulated_engine.start import start_simulated_engine
 from deployments.engine.torch_engine.assembly import start_engine
 from deployments.engine.types import FinishReason
 from tests.fakes_async import eventually
 from tests.fakes_engine import (
     FakePageStore,
     HostileSpeculator,
+    detokenize,
     make_config,
     make_parts,
     make_request,
@@ -44,7 +50,24 @@ def torch_engine(**sizes) -> Engine:
     return start_engine(config, make_parts(config, HostileSpeculator(1), FakePageStore()))
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"torch": torch_engine}
+def simulated_engine(**sizes) -> Engine:
+    config = make_config(**sizes)
+    simulated = SimulatedConfig(prefill_tokens_per_s=1e6, decode_step_s=((1, 1e-4),))
+    config = config.model_copy(update={"kind": "simulated", "simulated": simulated})
+    store = FakePageStore()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"vocab_size": 64, "max_position_embeddings": 4096, "eos_token_id": 63}
+        (Path(folder) / "config.json").write_text(json.dumps(settings))
+        return start_simulated_engine(
+            config,
+            Path(folder),
+            page_store_factory=lambda _: store,
+            speculator=HostileSpeculator(1),
+            detokenize=detokenize,
+        )
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"torch": torch_engine, "simulated": simulated_engine}
 
 
 @pytest.fixture(params=ENGINES)
@@ -120,6 +143,7 @@ async def test_resumed_request_delivers_only_what_is_new(running):
         assert rest[-1].usage.num_output_tokens == 30
 
 
+@pytest.mark.parametrize("running", ["torch"], indirect=True)
 async def test_logprobs_come_with_their_tokens(running):
     prompt = [3, 1, 4, 1, 5] * 30
     request = make_request("a", prompt, max_tokens=30, num_logprobs=2, num_prompt_logprobs=0)

@@ -8,21 +8,27 @@ import grpc
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledError
 from ray.serve._private import constants
+from ray.serve._private import replica as replica_module
+from ray.serve._private.autoscaling_state import ApplicationAutoscalingState
 from ray.serve._private.common import RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import ReplicaSelection
 from ray.serve._private.request_router.request_router import RequestRouter
+from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
+from ray.serve.config import AutoscalingContext
 from ray.serve.exceptions import (
     BackPressureError,
     ReplicaUnavailableError,
     RequestCancelledError,
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.schema import ServeApplicationSchema
 
 from deployments import serve_compat
 from deployments.draft import DraftReplica
 from deployments.engine.errors import EngineDeadError, EngineDrainingError, EngineOverloadedError
 from deployments.routing import PrefixAwareRouter
+from deployments.target import TargetReplica
 
 
 def test_the_router_overrides_what_the_base_class_calls() -> None:
@@ -85,3 +91,24 @@ def test_refusals_and_cancellations_are_told_apart() -> None:
     assert serve_compat.is_queue_full(BackPressureError(1, 1))
     assert serve_compat.is_cancelled(RequestCancelledError("r"))
     assert not serve_compat.is_cancelled(BackPressureError(1, 1))
+
+
+def test_applications_have_one_policy_that_is_told_of_all_deployments() -> None:
+    assert "autoscaling_policy" in ServeApplicationSchema.model_fields
+    source = inspect.getsource(ApplicationAutoscalingState.get_decision_num_replicas)
+    assert "self._policy(" in source
+    # What is not decided is left as it is; so the policy keeps a pool empty.
+    assert "for deployment_id, num_replicas in decisions.items()" in source
+    wrapper = inspect.getsource(_apply_app_level_autoscaling_config)
+    assert wrapper.index("not in desired_num_replicas_dict") < wrapper.index("_get_cold_start")
+    names = inspect.signature(AutoscalingContext).parameters
+    assert {
+        "current_num_replicas",
+        "target_num_replicas",
+        "total_num_requests",
+        "total_queued_requests",
+        "raw_metrics",
+    } <= set(names)
+    for replica in (TargetReplica, DraftReplica):
+        assert callable(replica.record_autoscaling_stats)
+    assert '"record_autoscaling_stats"' in inspect.getsource(replica_module)

@@ -26,6 +26,8 @@ class SpeculatorStats:
         num_targets_met: targets for the time per output token, counted in every step that the
             budget chose, that the step was expected to meet.
         num_targets_missed: those that it was expected to miss, as every other step would have.
+        step_time_s: what steps took.
+        plain_time_s: what steps without drafts would have taken for as many tokens.
         num_frames_dropped: frames to the pool that found no room in a queue.
         num_resyncs: gaps a drafter reported, repaired by sending again.
         num_sessions_dropped: sessions a drafter let go of.
@@ -52,6 +54,8 @@ class SpeculatorStats:
     num_yielded_draft_tokens: int = 0
     num_targets_met: int = 0
     num_targets_missed: int = 0
+    step_time_s: float = 0.0
+    plain_time_s: float = 0.0
     num_frames_dropped: int = 0
     num_resyncs: int = 0
     num_sessions_dropped: int = 0

@@ -17,6 +17,7 @@ from deployments.engine.speculation.draft_source import (
 )
 from deployments.engine.speculation.drafters.guarded import GuardedDrafter
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
+from deployments.engine.speculation.gain import GainMeter
 from deployments.engine.speculation.head_budget import HeadBudget
 from deployments.engine.speculation.pool_client import PoolClient, PoolDraft
 from deployments.engine.speculation.running_sequence import RunningSequence
@@ -84,6 +85,7 @@ class SplitSpeculator(Speculator):
         self._running: dict[int, RunningSequence] = {}
         self._priors: Priors = {}
         self._planner = StepPlanner()
+        self._gain = GainMeter()
         self._step_began_at = 0.0
         self._num_step_rows = 0
         self._pool: PoolClient | None = None
@@ -146,6 +148,7 @@ class SplitSpeculator(Speculator):
         self._step_began_at = self._clock()
         self._num_step_rows = load.num_rows + len(requests)
         num_plain_rows, num_tokens = self._num_step_rows, load.num_tokens + len(requests)
+        self._gain.begin(num_plain_rows, num_tokens)
         taken = self._at_hand(requests)
         if self._head.drafter is not None and not self._planner.is_plain_tried(num_plain_rows):
             taken = self._with_head(requests, taken, num_tokens)
@@ -216,7 +219,10 @@ class SplitSpeculator(Speculator):
 
     def verified(self, results: Sequence[RoundResult]) -> None:
         """Learn from the outcome."""
-        self._planner.observe(self._num_step_rows, self._clock() - self._step_began_at)
+        elapsed = self._clock() - self._step_began_at
+        num_accepted = sum(len(result.nodes) for result in results)
+        self._gain.end(self._planner.times, elapsed, num_accepted)
+        self._planner.observe(self._num_step_rows, elapsed)
         for result in results:
             self._num_rounds += 1
             running = self._running.get(result.session_id)
@@ -269,6 +275,8 @@ class SplitSpeculator(Speculator):
             num_yielded_draft_tokens=self._num_yielded,
             num_targets_met=self._num_targets_met,
             num_targets_missed=self._num_targets_missed,
+            step_time_s=self._gain.step_time_s,
+            plain_time_s=self._gain.plain_time_s,
         )
         return own if self._pool is None else self._pool.add_to(own)
 

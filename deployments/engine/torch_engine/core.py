@@ -160,11 +160,7 @@ class EngineCore:
             return False
         self._count_admitted(chunks)
         taken = self._rounds.begin(chunks)
-        planned = build_step(chunks, [draft.tree for draft in taken])
-        logits_MV, features = forward(self._runner, chunks, planned.batch, self._head)
-        choices = sample(logits_MV[: len(planned.sample_rows)], planned.sample_rows)
-        score_prompts(logits_MV[len(planned.sample_rows) :], planned.prompt_rows)
-        self._commit(chunks, taken, choices, logits_MV, features)
+        self._commit(chunks, taken, *self._compute(chunks, taken))
         self._num_steps += 1
         elapsed = self._monotonic() - started
         weight = _EWMA_WEIGHT if self._num_steps > 1 else 1.0
@@ -198,6 +194,7 @@ class EngineCore:
             num_waiting=len(self._scheduler.waiting),
             num_total_pages=self._pool.num_pages,
             num_free_pages=self._pool.num_free,
+            num_backlog_tokens=self._scheduler.num_backlog_tokens,
             num_preemptions=self._scheduler.num_preemptions,
             num_recomputed_tokens=self._scheduler.num_recomputed_tokens,
             num_steps=self._num_steps,
@@ -256,6 +253,16 @@ class EngineCore:
             deadline = sequence.request.deadline
             if deadline is not None and now >= deadline:
                 self._fail(sequence, DeadlineExceededError("The request's deadline has passed."))
+
+    def _compute(
+        self, chunks: SequenceOf[Chunk], taken: SequenceOf[TakenDraft]
+    ) -> tuple[SequenceOf[int], Tensor, StepFeatures]:
+        """The sampler's choice behind every row that has one, all logits, and hidden states."""
+        planned = build_step(chunks, [draft.tree for draft in taken])
+        logits_MV, features = forward(self._runner, chunks, planned.batch, self._head)
+        choices = sample(logits_MV[: len(planned.sample_rows)], planned.sample_rows)
+        score_prompts(logits_MV[len(planned.sample_rows) :], planned.prompt_rows)
+        return choices, logits_MV, features
 
     def _commit(
         self,

@@ -91,6 +91,19 @@ class Scheduler:
         num_open = len(self.waiting) + len(self.running)
         return num_open >= self._max_waiting + self._max_num_seqs
 
+    @property
+    def num_backlog_tokens(self) -> int:
+        """Tokens to compute before all that are here decode.
+
+        Cached prefixes of those that wait count as well: nobody has looked for them yet.
+        """
+        waiting = sum(len(sequence.token_ids) for sequence in self.waiting)
+        return waiting + sum(
+            sequence.num_uncomputed_tokens
+            for sequence in self.running
+            if sequence.num_uncomputed_tokens > 1
+        )
+
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait; one that another replica has begun goes before newcomers."""
         if sequence.request.resumed_output_ids:

@@ -42,4 +42,25 @@ applications:
     import_path: cluster.app:build_app
     args:
       {{- include "paceline.clusterConfig" . | nindent 6 }}
+    {{- with include "paceline.scaledPools" . | fromYaml }}
+    autoscaling_policy:
+      policy_function: cluster.scaling.serve_policy:JointPolicy
+      policy_kwargs:
+        pools:
+          {{- toYaml . | nindent 10 }}
+        scaling:
+          {{- toYaml (default dict $.Values.config.scaling) | nindent 10 }}
+    {{- end }}
+{{- end -}}
+
+{{- /* Pools that grow and shrink, by name: one policy sizes them together. */ -}}
+{{- define "paceline.scaledPools" -}}
+{{- $scaled := dict }}
+{{- range $name := list "ingress" "target" "draft" }}
+{{- $pool := index $.Values.config.pools $name | default dict }}
+{{- with $pool.autoscaling }}
+{{- $_ := set $scaled $name . }}
+{{- end }}
+{{- end }}
+{{- toYaml $scaled }}
 {{- end -}}

@@ -36,9 +36,11 @@ def test_an_autoscaled_pool_has_bounds_that_serve_accepts():
     options = deployment_options(pool)
     assert "num_replicas" not in options
     config = AutoscalingConfig(**options["autoscaling_config"])
-    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (2, 2, 6)
+    # Serve would go back to initial replicas at every rolling update.
+    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (2, None, 6)
     assert config.target_ongoing_requests == 5
-    assert (config.upscale_delay_s, config.downscale_delay_s) == (1, 2)
+    # The policy waits; Serve must not wait once more.
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (0, 0)
     assert config.metrics_interval_s < config.look_back_period_s == 3
 
 

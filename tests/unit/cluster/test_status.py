@@ -1,6 +1,6 @@
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.commands.status import _drafters, _speculation
+from cluster.commands.status import _autoscaling, _drafters, _speculation
 from cluster.metrics_reader import MetricsSnapshot
 
 SCRAPE = """
@@ -68,3 +68,22 @@ def test_drafters_are_told_by_what_the_text_confirmed():
         "replicas with a candidate": 2,
     }
     assert _drafters(snapshot("")) == {}
+
+
+SCALING = """
+# TYPE ray_paceline_autoscaling_replicas gauge
+ray_paceline_autoscaling_replicas{pool="target"} 3
+ray_paceline_autoscaling_replicas{pool="draft"} 0
+# TYPE ray_paceline_autoscaling_need_replicas gauge
+ray_paceline_autoscaling_need_replicas{pool="target",cause="requests"} 2.5
+ray_paceline_autoscaling_need_replicas{pool="target",cause="ttft"} 2.75
+ray_paceline_autoscaling_need_replicas{pool="draft",cause="does_not_pay"} 0
+"""
+
+
+def test_pools_that_scale_tell_what_they_need_and_why():
+    assert _autoscaling(snapshot(SCALING)) == {
+        "draft": "0 (needs none)",
+        "target": "3 (needs requests 2.50; ttft 2.75)",
+    }
+    assert _autoscaling(snapshot("")) == {}

@@ -1,0 +1,1 @@
+"""One policy that sizes target and draft pools together, and what connects it to Ray Serve."""

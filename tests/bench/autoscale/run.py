@@ -1,0 +1,165 @@
+"""Runs the load on one cluster; a process of its own, because Ray reads its environment once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import ClusterError, RequestError
+from cluster.load.run import LoadTest
+from cluster.load.summary import Slo
+from cluster.load.surfaces import surfaces
+from cluster.local_cluster import LocalCluster
+from cluster.metrics_reader import MetricsSnapshot
+from cluster.serve_app import paceline_app
+from tests.bench.autoscale.plan import TTFT_SLO_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cluster.state import ClusterState
+    from tests.bench.autoscale.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE_S = 1.0
+_TIMEOUT_S = 120.0
+_MAX_IN_FLIGHT = 2048
+
+
+def run_cluster(plan: Plan, *, is_static: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Start a cluster, put the load on it, stop it.
+
+    Returns:
+        The load's report, with ``replicas`` of every pool over time, what was decided why, and
+        whether a rolling update ran to its end.
+    """
+    cluster = LocalCluster(plan.config(is_static=is_static), paceline_app(), on_progress=say)
+    with cluster:
+        return asyncio.run(_run(plan, cluster, is_static=is_static, say=say))
+
+
+def _load_test(plan: Plan, state: ClusterState) -> LoadTest:
+    """The load; to be made on the event loop it runs on, where gRPC's channels stay."""
+    return LoadTest(
+        schedule=plan.schedule(),
+        surfaces=surfaces(
+            ("http", "grpc"),
+            http_url=state.http_url,
+            grpc_address=state.grpc_address,
+            model=state.model,
+            api_key=None,
+            temperature=0.0,
+        ),
+        slo=Slo(ttft_s=TTFT_SLO_S),
+        timeout_s=_TIMEOUT_S,
+        max_in_flight=_MAX_IN_FLIGHT,
+    )
+
+
+async def _run(
+    plan: Plan,
+    cluster: LocalCluster,
+    *,
+    is_static: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    test = _load_test(plan, cluster.state)
+    watch = _Watch(cluster.state.metrics_url)
+    watching = asyncio.create_task(watch.run())
+    updating = None
+    if not is_static:
+        updating = asyncio.create_task(_update(plan, cluster))
+    said = 0.0
+
+    def tell(progress: Any) -> None:
+        nonlocal said
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            latest = watch.samples[-1]["replicas"] if watch.samples else {}
+            say(f"{progress} {latest}")
+
+    report, outcomes = await test.run(tell)
+    report["is_updated"] = await updating if updating is not None else None
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    report["replicas"] = watch.samples
+    report["decisions"] = watch.decisions
+    report["lost"] = [
+        {"due_s": each.due_s, "surface": each.surface, "error": each.error}
+        for each in outcomes
+        if each.ending == "failed"
+    ]
+    return report
+
+
+async def _update(plan: Plan, cluster: LocalCluster) -> dict[str, float] | str:
+    """Replace all replicas under load; when it began and ended, or why it failed."""
+    started = time.monotonic()
+    await asyncio.sleep(plan.update_at_s)
+    try:
+        await asyncio.to_thread(cluster.replace, plan.updated())
+    except ClusterError as error:
+        return str(error)
+    return {"began_s": plan.update_at_s, "ended_s": time.monotonic() - started}
+
+
+class _Watch:
+    """Samples of all pools: replicas in any state, and the last decision of each pool."""
+
+    def __init__(self, metrics_url: str) -> None:
+        self._metrics_url = metrics_url
+        self._started = time.monotonic()
+        self.samples: list[dict[str, Any]] = []
+        self.decisions: list[dict[str, Any]] = []
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            at_s = time.monotonic() - self._started
+            self.samples.append({"at_s": at_s, "replicas": await asyncio.to_thread(_replicas)})
+            for decision in await asyncio.to_thread(self._decided):
+                if decision not in [self._last(decision["pool"])]:
+                    self.decisions.append({"at_s": at_s, **decision})
+            await asyncio.sleep(_SAMPLE_S)
+
+    def _last(self, pool: str) -> dict[str, Any] | None:
+        for each in reversed(self.decisions):
+            if each["pool"] == pool:
+                return {name: value for name, value in each.items() if name != "at_s"}
+        return None
+
+    def _decided(self) -> list[dict[str, Any]]:
+        try:
+            snapshot = MetricsSnapshot.read(self._metrics_url)
+        except RequestError as error:
+            logger.warning("no sample of the decisions: %s", error)
+            return []
+        decided = snapshot.by_label("paceline_autoscaling_replicas", "pool")
+        return [
+            {
+                "pool": pool,
+                "replicas": int(number),
+                "needs": {
+                    cause: round(need, 1)
+                    for cause, need in snapshot.by_label(
+                        "paceline_autoscaling_need_replicas", "cause", pool=pool
+                    ).items()
+                    if need
+                },
+            }
+            for pool, number in decided.items()
+        ]
+
+
+def _replicas() -> dict[str, int]:
+    """By deployment: all that hold a place, those that start or drain as well."""
+    from ray import serve
+
+    return {
+        name: sum(deployment.replica_states.values())
+        for app in serve.status().applications.values()
+        for name, deployment in app.deployments.items()
+    }
