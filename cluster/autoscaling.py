@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.config import AutoscaleConfig, ClusterConfig
+    from cluster.config import ClusterConfig
+    from cluster.scaling.config import AutoscaleConfig
 
 POLICY = "cluster.scaling.serve_policy:JointPolicy"
 _MAX_PUSH_INTERVAL_S = 10.0

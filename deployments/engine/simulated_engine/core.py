@@ -92,7 +92,7 @@ def step_seconds(config: SimulatedConfig, num_prefilled: int, num_rows: int) -> 
 def _decode_seconds(config: SimulatedConfig, num_rows: int) -> float:
     """The line through the configured points; level before the first, as steep as the last pair."""
     points = config.decode_step_s
-    at = bisect_left(points, num_rows, key=lambda point: point[0])
+    at = bisect_left(points, float(num_rows), key=lambda point: point[0])
     if at == 0:
         return points[0][1]
     if len(points) == 1:
