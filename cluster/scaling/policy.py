@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cluster.scaling.config import AutoscaleConfig, ScalingConfig
     from cluster.scaling.signals import DraftSignals, PoolSignals, TargetSignals
 
+_MOST_NEEDED = 1e6
 _MOST_BY_SLO = 2.0
 """A missed SLO at most doubles a pool at a time: how it missed it says little about how many more
 replicas it takes."""
@@ -240,6 +241,8 @@ def _sized(
         kept = replace(memory, pools={**memory.pools, signals.name: PoolMemory((), settled_at_s)})
         held = _bounded(before, pool)
         return Decision(signals.name, held, before, "no_data", {}, f"hold: {told}"), kept
+    # A rate of almost nothing makes a need of almost infinity.
+    needs = {name: min(need, _MOST_NEEDED) for name, need in needs.items()}
     cause = max(needs, key=needs.__getitem__)
     longest_s = max(pool.upscale_delay_s, pool.downscale_delay_s)
     # One entry older than the window is kept: it tells that the window is covered.
