@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,13 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     import pytest
 
-# No test asserts on time.
-settings.register_profile("paceline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# No test asserts on time. A change is judged by the same examples as the change before it.
+settings.register_profile(
+    "paceline",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="EXPLORE" not in os.environ,
+)
 settings.load_profile("paceline")
 
 
