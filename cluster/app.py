@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A new version's replica starts before an old one stops: with one replica nobody would answer in
-# between. Of the ingress alone, which is small; a GPU pool may have no room for one more.
-_INGRESS_SURGE_PERCENT = 100
-
 # As a path and not as a class: Serve pickles a class by value, with all of its module.
 _ROUTER = "deployments.routing.PrefixAwareRouter"
 
@@ -81,9 +77,7 @@ def build_application(config: ClusterConfig) -> serve.Application:
         pool_secret=pool.secret,
         tracing=config.tracing,
     )
-    return IngressDeployment.options(
-        **deployment_options(config.pools.ingress), max_surge_percent=_INGRESS_SURGE_PERCENT
-    ).bind(
+    return IngressDeployment.options(**deployment_options(config.pools.ingress)).bind(
         target,
         engine=engine,
         cache_dir=config.cache_dir,

@@ -98,8 +98,3 @@ def test_target_replicas_start_in_the_python_that_holds_their_engine(tmp_path):
     assert options["runtime_env"] == {"py_executable": str(tmp_path / "bin" / "python")}
     one_for_all = ClusterConfig(pools=pools)
     assert "runtime_env" not in target_options(one_for_all)["ray_actor_options"]
-
-
-def test_no_drafts_are_made_for_an_engine_that_takes_none():
-    assert EngineConfig().takes_drafts
-    assert not EngineConfig(kind="sglang").takes_drafts
