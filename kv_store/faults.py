@@ -110,6 +110,13 @@ class FaultyTier(KVTier):
             raise TierUnavailableError("a planned fault: read-only")
         return await self._tier.delete_many(keys)
 
+    async def delete_namespace(self, namespace_id: bytes) -> int:
+        """See ``KVTier``."""
+        await self._before(1)
+        if self._happens(self.plan.read_only):
+            raise TierUnavailableError("a planned fault: read-only")
+        return await self._tier.delete_namespace(namespace_id)
+
     async def aclose(self) -> None:
         """Close the wrapped tier."""
         await self._tier.aclose()

@@ -392,6 +392,12 @@ class FakePageStore(PageStore):
                 future.set_result(loaded)
         self.pending.clear()
 
+    def find(self, keys, *, timeout_s):
+        raise NotImplementedError
+
+    def clear(self, namespace_id, *, timeout_s):
+        raise NotImplementedError
+
     def save(self, key, page):
         assert page.nbytes == self.page_nbytes
         self.pages[key] = page

@@ -52,6 +52,10 @@ class KVTier(ABC):
         """Forget keys; the number that were held."""
 
     @abstractmethod
+    async def delete_namespace(self, namespace_id: bytes) -> int:
+        """Forget every page of a namespace; the number that were held."""
+
+    @abstractmethod
     async def aclose(self) -> None:
         """Release everything. Idempotent; later calls of other methods raise."""
 

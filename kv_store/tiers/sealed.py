@@ -24,12 +24,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kv_store.errors import TierUnavailableError
+from kv_store.keys import PageKey
 from kv_store.tiers.base import Blob, KVTier, TierUsage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from kv_store.keys import PageKey
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -94,6 +93,11 @@ class SealedTier(KVTier):
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
         """See ``KVTier``."""
         return await self._tier.delete_many(self._outer(keys))
+
+    async def delete_namespace(self, namespace_id: bytes) -> int:
+        """See ``KVTier``."""
+        (outer,) = self._outer([PageKey(namespace_id, bytes(32), 0)])
+        return await self._tier.delete_namespace(outer.namespace_id)
 
     async def aclose(self) -> None:
         """Close the wrapped tier."""

@@ -136,6 +136,11 @@ class SegmentLog:
             os.close(fd)
         return True
 
+    def keys_of(self, namespace_id: bytes) -> list[PageKey]:
+        """The keys of one namespace that are held; no IO."""
+        with self._lock:
+            return [key for key in self._index if key.namespace_id == namespace_id]
+
     def usage(self) -> TierUsage:
         """Blobs held, and bytes of all files."""
         with self._lock:

@@ -21,6 +21,7 @@ from kv_store.errors import TierUnavailableError
 from kv_store.tiers.base import Blob, KVTier
 from kv_store.tiers.breaker import CircuitBreaker
 from kv_store.tiers.buffers import BufferPool
+from kv_store.tiers.valkey_admin import admin_clients, drop_namespace
 from kv_store.tiers.valkey_exchange import Exchange, PageRead, PageWrite, Redirect
 from kv_store.tiers.valkey_topology import ValkeyAddress, make_topology
 
@@ -34,6 +35,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _MAX_REDIRECTS = 3
+_ADMIN_TIMEOUT_S = 5.0
 # A shard that hangs must leave time to hand over what the others gave.
 _SHARD_SHARE = 0.9
 
@@ -100,6 +102,7 @@ class ValkeyTier(KVTier):
             buffers=BufferPool(),
             make_breaker=make_breaker,
         )
+        self._address = address
         self._is_closed = False
 
     async def contains_many(self, keys: Sequence[PageKey]) -> list[bool]:
@@ -123,6 +126,12 @@ class ValkeyTier(KVTier):
         names = [page_name(key) for key in keys]
         existed = await self._run(Exchange.delete, names, names, miss=False, is_shared=False)
         return existed.count(True)
+
+    async def delete_namespace(self, namespace_id: bytes) -> int:
+        """See ``KVTier``; asks the servers for all their names, so it takes its time."""
+        if self._is_closed:
+            raise TierUnavailableError(f"tier {self.name} is closed")
+        return await asyncio.to_thread(self._delete_namespace, namespace_id)
 
     async def claim_many(self, keys: Sequence[PageKey], duration_s: float) -> list[bool]:
         """See ``KVTier``."""
@@ -204,6 +213,10 @@ class ValkeyTier(KVTier):
             if not has_answer:
                 raise failures[0]
         return results
+
+    def _delete_namespace(self, namespace_id: bytes) -> int:
+        with admin_clients(self._address, _ADMIN_TIMEOUT_S) as clients:
+            return sum(drop_namespace(client, namespace_id) for client in clients)
 
     def _ttl_ms(self, key: PageKey) -> int:
         return int(1000 * self.life_s(key))
