@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.types import GenerationRequest
     from deployments.engine.validation import ModelLimits
+    from kv_store.page_store import PageStoreStats
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,10 @@ class SGLangEngine(Engine):
             num_local_cached_tokens=self._num_cached_tokens - self._num_tier_cached_tokens,
             num_tier_cached_tokens=self._num_tier_cached_tokens,
         )
+
+    def page_store_stats(self) -> PageStoreStats | None:
+        """See ``SharesPages``."""
+        return self._runtime.page_store_stats()
 
     def check_health(self) -> None:
         """See ``Engine.check_health``."""

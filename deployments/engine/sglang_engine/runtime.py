@@ -7,19 +7,23 @@ import multiprocessing
 import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from deployments.engine.errors import EngineSetupError
 from deployments.engine.sglang_engine.self_check import check_installed
 from deployments.engine.sglang_engine.server_args import environment, server_args
+from deployments.engine.sglang_engine.tier_link import TierLink
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncGenerator, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from deployments.engine.config import EngineConfig
+    from deployments.engine.sglang_engine.tier_link import TierSettings
+    from kv_store.page_store import PageStoreStats
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,9 @@ class Runtime(Protocol):
     def dead_process(self) -> str | None:
         """The name of a process of SGLang's that has ended, if one has."""
 
+    def page_store_stats(self) -> PageStoreStats | None:
+        """Counters of the KV tier, some seconds old; None where no pages are shared."""
+
     def close(self) -> None:
         """End all processes; blocks."""
 
@@ -70,13 +77,20 @@ class SGLangRuntime:
         max_request_tokens: prompt and output tokens of one sequence that SGLang has room for.
     """
 
-    def __init__(self, config: EngineConfig, folder: Path, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        folder: Path,
+        max_model_len: int,
+        tier: TierSettings | None = None,
+    ) -> None:
         """Load the model; takes from seconds to minutes, blocks.
 
         Args:
             config: the engine's settings.
             folder: the model's files.
             max_model_len: prompt and output tokens of one sequence, at most.
+            tier: where pages are shared, if they are.
 
         Raises:
             EngineSetupError: SGLang is missing, is not the one that is known, or does not start.
@@ -86,15 +100,21 @@ class SGLangRuntime:
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.server_args import ServerArgs
 
-        arguments = server_args(
-            config, folder, max_model_len=max_model_len, known=ServerArgs.__struct_fields__
-        )
+        self._tier = TierLink(tier) if tier is not None else None
         others = set(multiprocessing.active_children())
-        with _own_signals_kept():
-            try:
+        try:
+            with self._offered_tier() as offer, _own_signals_kept():
+                arguments = server_args(
+                    config,
+                    folder,
+                    max_model_len=max_model_len,
+                    known=ServerArgs.__struct_fields__,
+                    tier=offer,
+                )
                 self._engine = Engine(**arguments)
-            except (RuntimeError, ValueError, OSError) as error:
-                raise EngineSetupError(f"SGLang does not start: {error}") from error
+        except (RuntimeError, ValueError, OSError) as error:
+            self._close_tier()
+            raise EngineSetupError(f"SGLang does not start: {error}") from error
         self._processes = set(multiprocessing.active_children()) - others
         self._manager = self._engine.tokenizer_manager
         # It would end this process with a signal; the replica notices by itself and hands its
@@ -134,6 +154,31 @@ class SGLangRuntime:
         """See ``Runtime.dead_process``."""
         return next((child.name for child in self._processes if not child.is_alive()), None)
 
+    def page_store_stats(self) -> PageStoreStats | None:
+        """See ``Runtime.page_store_stats``."""
+        return None if self._tier is None else self._tier.stats()
+
+    async def attach_tier(self) -> None:
+        """Share pages again after ``detach_tier``; SGLang must be idle.
+
+        Raises:
+            EngineSetupError: SGLang refuses.
+        """
+        with self._offered_tier() as offer:
+            answer = await self._manager.attach_hicache_storage("dynamic", offer)
+        if not answer.success:
+            raise EngineSetupError(f"SGLang does not attach the KV tier: {answer.message}")
+
+    async def detach_tier(self) -> None:
+        """Close the tier in all of SGLang's processes and serve without; SGLang must be idle.
+
+        Raises:
+            EngineSetupError: SGLang refuses.
+        """
+        answer = await self._manager.detach_hicache_storage()
+        if not answer.success:
+            raise EngineSetupError(f"SGLang does not detach the KV tier: {answer.message}")
+
     def close(self) -> None:
         """See ``Runtime.close``."""
         loop = self._manager.event_loop
@@ -142,6 +187,14 @@ class SGLangRuntime:
         self._engine.shutdown()
         for child in self._processes:
             child.join()
+        self._close_tier()
+
+    def _offered_tier(self) -> AbstractContextManager[str | None]:
+        return nullcontext() if self._tier is None else self._tier.offered()
+
+    def _close_tier(self) -> None:
+        if self._tier is not None:
+            self._tier.close()
 
 
 def _cancel(tasks: set[asyncio.Task[None]]) -> None:

@@ -102,10 +102,83 @@ EXPECTATIONS = (
     Expectation("sglang.srt.utils.watchdog:SubprocessWatchdog.stop"),
 )
 
+TIER_EXPECTATIONS = (
+    Expectation(
+        "sglang.srt.server_args:ServerArgs",
+        fields=(
+            "page_size",
+            "enable_hierarchical_cache",
+            "hicache_write_policy",
+            "hicache_mem_layout",
+            "hicache_io_backend",
+            "hicache_storage_backend",
+            "hicache_storage_backend_extra_config",
+            "hicache_storage_prefetch_policy",
+        ),
+    ),
+    Expectation(
+        "sglang.srt.mem_cache.hicache_storage:HiCacheStorageConfig",
+        fields=(
+            "tp_rank",
+            "tp_size",
+            "pp_rank",
+            "pp_size",
+            "attn_cp_rank",
+            "attn_cp_size",
+            "is_mla_model",
+            "enable_storage_metrics",
+            "extra_config",
+        ),
+    ),
+    *(
+        Expectation(f"sglang.srt.mem_cache.hicache_storage:HiCacheStorage.{name}", parameters)
+        for name, parameters in {
+            "register_mem_pool_host": ("mem_pool_host",),
+            "on_host_pools_registered": (),
+            "batch_exists": ("keys", "extra_info"),
+            "batch_get_v1": ("keys", "host_indices", "extra_info"),
+            "batch_set_v1": ("keys", "host_indices", "extra_info"),
+            "batch_exists_v2": ("keys", "pool_transfers", "extra_info"),
+            "batch_get_v2": ("transfers", "extra_info"),
+            "batch_set_v2": ("transfers", "extra_info"),
+            "clear": (),
+            "get_stats": (),
+        }.items()
+    ),
+    Expectation("sglang.srt.mem_cache.hicache_storage:PoolTransferResult.empty"),
+    Expectation(
+        "sglang.srt.observability.metrics_collector:StorageMetrics",
+        fields=("prefetch_pgs", "backup_pgs", "prefetch_bandwidth", "backup_bandwidth"),
+    ),
+    Expectation(
+        "sglang.srt.mem_cache.storage.backend_factory:StorageBackendFactory._create_dynamic_backend",
+        parameters=("backend_config", "storage_config", "mem_pool_host"),
+    ),
+    # The salt of a request begins the chain of hashes that names its pages.
+    Expectation(
+        "sglang.srt.mem_cache.utils:storage_namespace_seed", parameters=("extra_key", "cache_salt")
+    ),
+    Expectation(
+        "sglang.srt.mem_cache.utils:get_storage_hash_str",
+        parameters=("key", "prior_hash", "page_size"),
+    ),
+    Expectation(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager.attach_hicache_storage",
+        parameters=("hicache_storage_backend", "hicache_storage_backend_extra_config_json"),
+    ),
+    Expectation("sglang.srt.managers.tokenizer_manager:TokenizerManager.detach_hicache_storage"),
+)
+"""What sharing pages relies on beside ``EXPECTATIONS``; without it an engine serves on its own."""
+
 
 def differences() -> list[str]:
     """What is missing, one line each; nothing where all is as expected."""
     return [line for expected in EXPECTATIONS for line in _differences(expected)]
+
+
+def tier_differences() -> list[str]:
+    """What is missing for sharing pages, one line each."""
+    return [line for expected in TIER_EXPECTATIONS for line in _differences(expected)]
 
 
 def installed_version() -> str | None:
@@ -170,7 +243,9 @@ def main() -> int:
     except EngineSetupError as error:
         print(error)  # noqa: T201 - a command's answer
         return 1
-    print(f"SGLang {installed_version()}")  # noqa: T201
+    differing = tier_differences()
+    note = f"; pages cannot be shared: {'; '.join(differing)}" if differing else ""
+    print(f"SGLang {installed_version()}{note}")  # noqa: T201
     return 0
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import TYPE_CHECKING
 
 from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
 from deployments.engine.sglang_engine.engine import SGLangEngine
 from deployments.engine.sglang_engine.runtime import SGLangRuntime
+from deployments.engine.sglang_engine.self_check import installed_version, tier_differences
+from deployments.engine.sglang_engine.tier_link import TierSettings, check_codec
 from deployments.engine.validation import ModelLimits
 
 if TYPE_CHECKING:
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
 
     from deployments.engine.config import EngineConfig
     from deployments.engine.speculation.speculator import Speculator
+    from kv_store.config import KVStoreConfig
+
+logger = logging.getLogger(__name__)
 
 
 def start_sglang_engine(
@@ -24,6 +30,8 @@ def start_sglang_engine(
     *,
     detokenize: Callable[[Sequence[int]], str],
     speculator: Speculator,
+    kv: KVStoreConfig | None = None,
+    model_digest: Callable[[], str] | None = None,
 ) -> SGLangEngine:
     """Load the model; takes from seconds to minutes, blocks.
 
@@ -32,19 +40,46 @@ def start_sglang_engine(
         folder: the model's files.
         detokenize: text of output tokens.
         speculator: shut down with the engine.
+        kv: where pages are shared; None keeps them in this replica.
+        model_digest: of the model's files; needed with ``kv``.
 
     Raises:
         WeightsMissingError: the folder holds no weights that SGLang reads.
         EngineSetupError: SGLang is missing, is not the one that is known, or does not start.
     """
     max_model_len = config.context_length(_max_positions(folder))
-    runtime = SGLangRuntime(config, folder, max_model_len)
+    tier = None
+    if kv is not None and model_digest is not None:
+        tier = _tier_settings(config, kv, model_digest)
+    runtime = SGLangRuntime(config, folder, max_model_len, tier)
     limits = ModelLimits(
         vocab_size=runtime.vocab_size,
         max_model_len=min(max_model_len, runtime.max_request_tokens),
         eos_token_ids=runtime.eos_token_ids,
     )
     return SGLangEngine(runtime, limits, detokenize=detokenize, speculator=speculator)
+
+
+def _tier_settings(
+    config: EngineConfig, kv: KVStoreConfig, model_digest: Callable[[], str]
+) -> TierSettings | None:
+    """What a scheduler needs to share pages; None if this SGLang cannot, which costs speed only."""
+    if differing := tier_differences():
+        logger.warning("pages are not shared, SGLang differs: %s", "; ".join(differing))
+        return None
+    check_codec(kv)
+    deciding = {
+        "version": installed_version(),
+        "device": config.device,
+        "attention_backend": config.sglang.attention_backend,
+        "extra_args": config.sglang.extra_args,
+    }
+    return TierSettings(
+        kv=kv,
+        model_digest=model_digest(),
+        arithmetic=json.dumps(deciding, sort_keys=True),
+        load_timeout_s=config.kv_load_timeout_s,
+    )
 
 
 def _max_positions(folder: Path) -> int:

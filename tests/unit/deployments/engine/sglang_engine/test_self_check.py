@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,9 +12,11 @@ from deployments.engine.errors import EngineSetupError
 from deployments.engine.sglang_engine import self_check
 from deployments.engine.sglang_engine.self_check import (
     EXPECTATIONS,
+    TIER_EXPECTATIONS,
     Expectation,
     check_installed,
     differences,
+    tier_differences,
 )
 
 
@@ -27,7 +30,12 @@ def _stand_in(expected: Expectation) -> object:
 def modules(monkeypatch) -> dict[str, ModuleType]:
     """Modules that hold exactly what is expected, until a test changes them."""
     found: dict[str, ModuleType] = {}
-    for expected in EXPECTATIONS:
+    wanted: dict[str, Expectation] = {}
+    for expected in (*EXPECTATIONS, *TIER_EXPECTATIONS):
+        known = wanted.get(expected.target, expected)
+        fields = tuple(dict.fromkeys((*known.fields, *expected.fields)))
+        wanted[expected.target] = replace(expected, fields=fields)
+    for expected in wanted.values():
         name, _, path = expected.target.partition(":")
         place = found.setdefault(name, ModuleType(name))
         *parents, last = path.split(".")
@@ -44,6 +52,23 @@ def modules(monkeypatch) -> dict[str, ModuleType]:
 def test_what_is_as_expected_differs_in_nothing(modules):
     assert modules
     assert differences() == []
+    assert tier_differences() == []
+
+
+def test_what_only_sharing_pages_needs_is_named_apart(modules):
+    storage = modules["sglang.srt.mem_cache.hicache_storage"].HiCacheStorage
+    del storage.clear
+    storage.batch_get_v1 = lambda self, keys, host_indices: None
+    arguments = modules["sglang.srt.server_args"].ServerArgs
+    arguments.__struct_fields__ = tuple(
+        name for name in arguments.__struct_fields__ if name != "hicache_mem_layout"
+    )
+    assert differences() == []
+    assert tier_differences() == [
+        "sglang.srt.server_args:ServerArgs has no field hicache_mem_layout",
+        "sglang.srt.mem_cache.hicache_storage:HiCacheStorage.batch_get_v1 takes no extra_info",
+        "sglang.srt.mem_cache.hicache_storage:HiCacheStorage.clear is missing",
+    ]
 
 
 def test_a_missing_parameter_is_named(modules):
