@@ -69,12 +69,13 @@ def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "num_pages": 64,
         "max_num_seqs": 4,
         "max_waiting": 16,
+        "kv_load_timeout_s": 30,
         "sglang": {"python": PYTHON, "attention_backend": "torch_native"},
     }
     settings = {
         "server": {"http_port": 0, "grpc_port": 0, "start_timeout_s": START_TIMEOUT_S},
         "engine": engine,
-        "kv": None,
+        "kv": {"tiers": [{"kind": "embedded_valkey", "operation_timeout_s": 10}]},
     }
     config = place / "config.yaml"
     config.write_text(json.dumps(settings))
@@ -165,7 +166,8 @@ def test_both_surfaces_give_the_embedded_engines_text(
 def test_a_stream_is_the_whole_text_and_a_repeated_prompt_is_cached(
     client: openai.OpenAI,
 ) -> None:
-    question = "Name three rivers of Europe and the seas they flow into."
+    # Prefixes are kept in pages of 64 tokens.
+    question = "Name three rivers of Europe and the seas they flow into. " * 12
     whole = chat(client, question)
     stream = chat(client, question, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
@@ -250,6 +252,9 @@ def test_a_killed_scheduler_has_its_replica_replaced(
     cluster: ClusterProcess, client: openai.OpenAI
 ) -> None:
     before = chat(client, QUESTIONS[0]).choices[0].message.content
+    story = "Tell me again, in other words: " + " ".join(QUESTIONS)
+    told = chat(client, story)
+    assert told.usage.prompt_tokens > 128
     (scheduler,) = [p for p in sglang_processes(cluster) if p.name().startswith("sglang::sched")]
     scheduler.kill()
 
@@ -261,6 +266,10 @@ def test_a_killed_scheduler_has_its_replica_replaced(
 
     wait_until(serves_again, timeout_s=START_TIMEOUT_S, what="an answer from a new replica")
     assert scheduler not in sglang_processes(cluster)
+    # The new one has computed nothing of it: its pages are those of the dead one.
+    again = chat(client, story)
+    assert again.usage.prompt_tokens_details.cached_tokens >= 128
+    assert again.choices[0].message.content == told.choices[0].message.content
 
 
 def test_a_stop_leaves_no_process(cluster: ClusterProcess) -> None:

@@ -10,9 +10,12 @@ import inspect
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployments.engine.errors import EngineSetupError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 KNOWN_VERSION = "0.5.23"
 
@@ -102,7 +105,7 @@ EXPECTATIONS = (
     Expectation("sglang.srt.utils.watchdog:SubprocessWatchdog.stop"),
 )
 
-TIER_EXPECTATIONS = (
+SHARING = (
     Expectation(
         "sglang.srt.server_args:ServerArgs",
         fields=(
@@ -171,14 +174,9 @@ TIER_EXPECTATIONS = (
 """What sharing pages relies on beside ``EXPECTATIONS``; without it an engine serves on its own."""
 
 
-def differences() -> list[str]:
+def differences(expectations: Iterable[Expectation] = EXPECTATIONS) -> list[str]:
     """What is missing, one line each; nothing where all is as expected."""
-    return [line for expected in EXPECTATIONS for line in _differences(expected)]
-
-
-def tier_differences() -> list[str]:
-    """What is missing for sharing pages, one line each."""
-    return [line for expected in TIER_EXPECTATIONS for line in _differences(expected)]
+    return [line for expected in expectations for line in _differences(expected)]
 
 
 def installed_version() -> str | None:
@@ -243,7 +241,7 @@ def main() -> int:
     except EngineSetupError as error:
         print(error)  # noqa: T201 - a command's answer
         return 1
-    differing = tier_differences()
+    differing = differences(SHARING)
     note = f"; pages cannot be shared: {'; '.join(differing)}" if differing else ""
     print(f"SGLang {installed_version()}{note}")  # noqa: T201
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
 from deployments.engine.sglang_engine.engine import SGLangEngine
 from deployments.engine.sglang_engine.runtime import SGLangRuntime
-from deployments.engine.sglang_engine.self_check import installed_version, tier_differences
+from deployments.engine.sglang_engine.self_check import SHARING, differences, installed_version
 from deployments.engine.sglang_engine.tier_link import TierSettings, check_codec
 from deployments.engine.validation import ModelLimits
 
@@ -64,7 +64,7 @@ def _tier_settings(
     config: EngineConfig, kv: KVStoreConfig, model_digest: Callable[[], str]
 ) -> TierSettings | None:
     """What a scheduler needs to share pages; None if this SGLang cannot, which costs speed only."""
-    if differing := tier_differences():
+    if differing := differences(SHARING):
         logger.warning("pages are not shared, SGLang differs: %s", "; ".join(differing))
         return None
     check_codec(kv)

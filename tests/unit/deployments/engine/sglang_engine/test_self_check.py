@@ -12,11 +12,10 @@ from deployments.engine.errors import EngineSetupError
 from deployments.engine.sglang_engine import self_check
 from deployments.engine.sglang_engine.self_check import (
     EXPECTATIONS,
-    TIER_EXPECTATIONS,
+    SHARING,
     Expectation,
     check_installed,
     differences,
-    tier_differences,
 )
 
 
@@ -31,7 +30,7 @@ def modules(monkeypatch) -> dict[str, ModuleType]:
     """Modules that hold exactly what is expected, until a test changes them."""
     found: dict[str, ModuleType] = {}
     wanted: dict[str, Expectation] = {}
-    for expected in (*EXPECTATIONS, *TIER_EXPECTATIONS):
+    for expected in (*EXPECTATIONS, *SHARING):
         known = wanted.get(expected.target, expected)
         fields = tuple(dict.fromkeys((*known.fields, *expected.fields)))
         wanted[expected.target] = replace(expected, fields=fields)
@@ -52,7 +51,7 @@ def modules(monkeypatch) -> dict[str, ModuleType]:
 def test_what_is_as_expected_differs_in_nothing(modules):
     assert modules
     assert differences() == []
-    assert tier_differences() == []
+    assert differences(SHARING) == []
 
 
 def test_what_only_sharing_pages_needs_is_named_apart(modules):
@@ -64,7 +63,7 @@ def test_what_only_sharing_pages_needs_is_named_apart(modules):
         name for name in arguments.__struct_fields__ if name != "hicache_mem_layout"
     )
     assert differences() == []
-    assert tier_differences() == [
+    assert differences(SHARING) == [
         "sglang.srt.server_args:ServerArgs has no field hicache_mem_layout",
         "sglang.srt.mem_cache.hicache_storage:HiCacheStorage.batch_get_v1 takes no extra_info",
         "sglang.srt.mem_cache.hicache_storage:HiCacheStorage.clear is missing",

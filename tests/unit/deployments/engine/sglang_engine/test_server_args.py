@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from deployments.engine.config import EngineConfig, SGLangConfig
 from deployments.engine.errors import EngineSetupError
-from deployments.engine.sglang_engine.self_check import EXPECTATIONS, TIER_EXPECTATIONS
+from deployments.engine.sglang_engine.self_check import EXPECTATIONS, SHARING
 from deployments.engine.sglang_engine.server_args import environment, server_args
 
-CHECKED = [e for e in (*EXPECTATIONS, *TIER_EXPECTATIONS) if e.target.endswith(":ServerArgs")]
+CHECKED = [e for e in (*EXPECTATIONS, *SHARING) if e.target.endswith(":ServerArgs")]
 KNOWN = tuple(name for expected in CHECKED for name in expected.fields)
 FOLDER = Path("model")
 
