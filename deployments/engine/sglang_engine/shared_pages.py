@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 _CONTEXT = b"paceline sglang namespace 1"
 _MAX_LOAD_BYTES = 256 << 20
 """Of pages between the store and the host memory at once."""
+_FIND_SHARE = 0.3
+_LOAD_SHARE = 0.6
+"""Of the time that a request waits. SGLang counts it from before the question, and takes nothing of
+a batch that is not over by then."""
 _SAVE_TIMEOUT_S = 5.0
 """That SGLang's backup thread waits for the pages before, at most."""
 _CLEAR_TIMEOUT_S = 30.0
@@ -73,13 +77,14 @@ class SharedPages:
         Args:
             store: owned from here on.
             layout: of every page.
-            load_timeout_s: what does not come within it is a miss.
+            load_timeout_s: that a request waits; most of it is for one batch.
             max_queued_pages: pages that the store's queue has room for.
             clock: seconds, monotonic.
         """
         self._store = store
         self._layout = layout
-        self._load_timeout_s = load_timeout_s
+        self._find_timeout_s = _FIND_SHARE * load_timeout_s
+        self._load_timeout_s = _LOAD_SHARE * load_timeout_s
         self._pages_per_load = max(1, _MAX_LOAD_BYTES // layout.nbytes)
         self._pages_per_save = max(1, max_queued_pages)
         self._clock = clock
@@ -103,8 +108,8 @@ class SharedPages:
 
     def num_held(self, names: Sequence[str]) -> int:
         """How many pages at the head of a chain the tier seems to have."""
-        found = self._store.find([*map(self.key, names)], timeout_s=self._load_timeout_s)
-        return found.result(self._load_timeout_s + _GRACE_S)
+        found = self._store.find([*map(self.key, names)], timeout_s=self._find_timeout_s)
+        return found.result(self._find_timeout_s + _GRACE_S)
 
     def load(self, names: Sequence[str], pages: Sequence[Tensor]) -> list[bool]:
         """Fill pages from the tier; once this has returned nothing writes to them any more.
