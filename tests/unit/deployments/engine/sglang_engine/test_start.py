@@ -1,0 +1,43 @@
+"""What a replica offers its SGLang for sharing pages."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deployments.engine.config import EngineConfig, SGLangConfig
+from deployments.engine.errors import EngineSetupError
+from deployments.engine.sglang_engine import start
+from kv_store import KVStoreConfig
+
+KV = KVStoreConfig(codec="lossless")
+
+
+def settings_of(monkeypatch, kv=KV, found=(), digest=lambda: "d", **changes):
+    monkeypatch.setattr(start, "differences", lambda _: list(found))
+    config = EngineConfig(kind="sglang", sglang=SGLangConfig(**changes), kv_load_timeout_s=3.0)
+    return start._tier_settings(config, kv, digest)
+
+
+def test_all_that_decides_bits_is_named(monkeypatch):
+    settings = settings_of(monkeypatch)
+    assert (settings.kv, settings.model_digest, settings.load_timeout_s) == (KV, "d", 3.0)
+    for changes in ({"attention_backend": "fa3"}, {"extra_args": {"quantization": "fp8"}}):
+        other = settings_of(monkeypatch, **changes)
+        assert other.arithmetic != settings.arithmetic
+        json.loads(other.arithmetic)
+
+
+def never() -> str:
+    raise AssertionError("the model was read in vain")
+
+
+def test_a_sglang_that_moved_serves_without_the_tier(monkeypatch, caplog):
+    assert settings_of(monkeypatch, found=["a method is missing"], digest=never) is None
+    assert "pages are not shared, SGLang differs: a method is missing" in caplog.text
+
+
+def test_a_lossy_codec_is_refused_before_the_model_is_read(monkeypatch):
+    with pytest.raises(EngineSetupError, match=r"kv\.codec: int8 loses"):
+        settings_of(monkeypatch, kv=KVStoreConfig(codec="int8"), digest=never)
