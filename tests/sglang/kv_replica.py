@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import sys
+from array import array
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
@@ -63,6 +64,16 @@ async def ask(engine: SGLangEngine, number: int, asked: dict[str, Any]) -> dict[
     }
 
 
+def page_name(extra_key: str | None, cache_salt: str | None) -> str:
+    """SGLang's name of a page that begins a prompt."""
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+    from sglang.srt.mem_cache.utils import get_storage_hash_str
+
+    key = RadixKey(array("q", range(64)), extra_key=extra_key, cache_salt=cache_salt)
+    (name,) = get_storage_hash_str(key, None, page_size=64)
+    return str(name)
+
+
 async def obey(engine: SGLangEngine, number: int, line: dict[str, Any]) -> Any:
     """Do one thing."""
     runtime: Any = engine._runtime
@@ -79,6 +90,8 @@ async def obey(engine: SGLangEngine, number: int, line: dict[str, Any]) -> Any:
             except EngineSetupError:
                 return False
             return True
+        case "name":
+            return page_name(line["extra_key"], line["cache_salt"])
         case "stats":
             return asdict(engine.page_store_stats())
     raise ValueError(line)

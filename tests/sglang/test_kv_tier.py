@@ -262,6 +262,12 @@ def test_a_tenant_does_not_meet_the_pages_of_another(
     assert reader.ask(prompts[0], tenant=THEIRS)["num_tier_cached"] == NUM_PAGES * PAGE
 
 
+def test_the_name_of_a_page_depends_on_whom_it_belongs_to(reader: Engine) -> None:
+    owners = [(None, None), (None, "one"), (None, "two"), ("one", None), ("one", "one")]
+    names = [reader.do("name", extra_key=key, cache_salt=salt) for key, salt in owners]
+    assert len(set(names)) == len(owners)
+
+
 def test_the_tier_is_detached_and_attached_while_the_engine_runs(
     prompts: list[list[int]], written: list[dict[str, Any]], reader: Engine
 ) -> None:
