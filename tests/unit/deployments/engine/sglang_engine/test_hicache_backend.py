@@ -14,6 +14,7 @@ import torch
 from pydantic import SecretStr
 
 from deployments.engine.errors import EngineSetupError
+from deployments.engine.sglang_engine import shared_pages
 from deployments.engine.sglang_engine.tier_link import (
     StatsWriter,
     TierLink,
@@ -174,7 +175,8 @@ class Rank:
 
 
 @pytest.fixture
-def open_rank(storage_class):
+def open_rank(storage_class, monkeypatch):
+    monkeypatch.setattr(shared_pages, "_SAVE_TIMEOUT_S", PATIENT_S)
     opened = []
 
     def open_one(kv=None, **changes):
@@ -331,6 +333,7 @@ def test_latent_attention_is_refused_at_the_start(open_rank):
         open_rank(is_mla_model=True)
 
 
+@pytest.mark.integration
 def test_a_damaged_page_is_not_loaded_and_a_dead_server_costs_no_error(open_rank):
     server = EmbeddedValkey(64 << 20)
     server.start()
