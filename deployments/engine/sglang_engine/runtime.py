@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from deployments.engine.errors import EngineSetupError
-from deployments.engine.sglang_engine.self_check import check_installed
+from deployments.engine.sglang_engine.self_check import SHARING, check_installed, differences
 from deployments.engine.sglang_engine.server_args import environment, server_args
 from deployments.engine.sglang_engine.tier_link import TierLink
 
@@ -90,7 +90,7 @@ class SGLangRuntime:
             config: the engine's settings.
             folder: the model's files.
             max_model_len: prompt and output tokens of one sequence, at most.
-            tier: where pages are shared, if they are.
+            tier: where pages are shared, if they are; a SGLang that cannot serves without.
 
         Raises:
             EngineSetupError: SGLang is missing, is not the one that is known, or does not start.
@@ -100,7 +100,7 @@ class SGLangRuntime:
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.server_args import ServerArgs
 
-        self._tier = TierLink(tier) if tier is not None else None
+        self._tier = TierLink(tier) if tier is not None and can_share() else None
         others = set(multiprocessing.active_children())
         try:
             with self._offered_tier() as offer, _own_signals_kept():
@@ -195,6 +195,14 @@ class SGLangRuntime:
     def _close_tier(self) -> None:
         if self._tier is not None:
             self._tier.close()
+
+
+def can_share() -> bool:
+    """Whether this SGLang can be given a KV tier; if not, says why."""
+    found = differences(SHARING)
+    if found:
+        logger.error("SGLang cannot share pages: %s", "; ".join(found))
+    return not found
 
 
 def _cancel(tasks: set[asyncio.Task[None]]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import TYPE_CHECKING
 
 from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
 from deployments.engine.sglang_engine.engine import SGLangEngine
 from deployments.engine.sglang_engine.runtime import SGLangRuntime
-from deployments.engine.sglang_engine.self_check import SHARING, differences, installed_version
+from deployments.engine.sglang_engine.self_check import installed_version
 from deployments.engine.sglang_engine.tier_link import TierSettings, check_codec
 from deployments.engine.validation import ModelLimits
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from deployments.engine.config import EngineConfig
     from deployments.engine.speculation.speculator import Speculator
     from kv_store.config import KVStoreConfig
-
-logger = logging.getLogger(__name__)
 
 
 def start_sglang_engine(
@@ -62,11 +59,8 @@ def start_sglang_engine(
 
 def _tier_settings(
     config: EngineConfig, kv: KVStoreConfig, model_digest: Callable[[], str]
-) -> TierSettings | None:
-    """What a scheduler needs to share pages; None if this SGLang cannot, which costs speed only."""
-    if differing := differences(SHARING):
-        logger.warning("pages are not shared, SGLang differs: %s", "; ".join(differing))
-        return None
+) -> TierSettings:
+    """What SGLang needs to share pages."""
     check_codec(kv)
     deciding = {
         "version": installed_version(),

@@ -8,23 +8,22 @@ import pytest
 
 from deployments.engine.config import EngineConfig, SGLangConfig
 from deployments.engine.errors import EngineSetupError
-from deployments.engine.sglang_engine import start
+from deployments.engine.sglang_engine import runtime, start
 from kv_store import KVStoreConfig
 
 KV = KVStoreConfig(codec="lossless")
 
 
-def settings_of(monkeypatch, kv=KV, found=(), digest=lambda: "d", **changes):
-    monkeypatch.setattr(start, "differences", lambda _: list(found))
+def settings_of(kv=KV, digest=lambda: "d", **changes):
     config = EngineConfig(kind="sglang", sglang=SGLangConfig(**changes), kv_load_timeout_s=3.0)
     return start._tier_settings(config, kv, digest)
 
 
-def test_all_that_decides_bits_is_named(monkeypatch):
-    settings = settings_of(monkeypatch)
+def test_all_that_decides_bits_is_named():
+    settings = settings_of()
     assert (settings.kv, settings.model_digest, settings.load_timeout_s) == (KV, "d", 3.0)
     for changes in ({"attention_backend": "fa3"}, {"extra_args": {"quantization": "fp8"}}):
-        other = settings_of(monkeypatch, **changes)
+        other = settings_of(**changes)
         assert other.arithmetic != settings.arithmetic
         json.loads(other.arithmetic)
 
@@ -34,10 +33,13 @@ def never() -> str:
 
 
 def test_a_sglang_that_moved_serves_without_the_tier(monkeypatch, caplog):
-    assert settings_of(monkeypatch, found=["a method is missing"], digest=never) is None
-    assert "pages are not shared, SGLang differs: a method is missing" in caplog.text
+    monkeypatch.setattr(runtime, "differences", lambda _: ["a method is missing"])
+    assert not runtime.can_share()
+    assert "SGLang cannot share pages: a method is missing" in caplog.text
+    monkeypatch.setattr(runtime, "differences", lambda _: [])
+    assert runtime.can_share()
 
 
-def test_a_lossy_codec_is_refused_before_the_model_is_read(monkeypatch):
+def test_a_lossy_codec_is_refused_before_the_model_is_read():
     with pytest.raises(EngineSetupError, match=r"kv\.codec: int8 loses"):
-        settings_of(monkeypatch, kv=KVStoreConfig(codec="int8"), digest=never)
+        settings_of(kv=KVStoreConfig(codec="int8"), digest=never)
