@@ -138,22 +138,6 @@ class TieredPageStore(PageStore):
             )
         return future
 
-    def find(self, keys: Sequence[PageKey], *, timeout_s: float) -> Future[int]:
-        """See ``PageStore``."""
-        deadline = time.monotonic() + timeout_s
-        chain = tuple(keys)
-        return self._ask(lambda: self._loader.find(chain, deadline), deadline)
-
-    def clear(self, namespace_id: bytes, *, timeout_s: float) -> Future[int]:
-        """See ``PageStore``."""
-
-        async def drop() -> int:
-            return sum(
-                await asyncio.gather(*(tier.drop_namespace(namespace_id) for tier in self._tiers))
-            )
-
-        return self._ask(drop, time.monotonic() + timeout_s)
-
     def save(self, key: PageKey, page: NDArray[np.uint8]) -> bool:
         """See ``PageStore``."""
         if page.dtype != np.uint8 or page.shape != (self._layout.nbytes,):
@@ -184,6 +168,22 @@ class TieredPageStore(PageStore):
             num_moves_dropped=self._mover.num_dropped if self._mover else 0,
             tiers={tier.name: tier.stats() for tier in self._tiers},
         )
+
+    def find(self, keys: Sequence[PageKey], *, timeout_s: float) -> Future[int]:
+        """See ``PageStore``."""
+        deadline = time.monotonic() + timeout_s
+        chain = tuple(keys)
+        return self._ask(lambda: self._loader.find(chain, deadline), deadline)
+
+    def clear(self, namespace_id: bytes, *, timeout_s: float) -> Future[int]:
+        """See ``PageStore``."""
+
+        async def drop() -> int:
+            return sum(
+                await asyncio.gather(*(tier.drop_namespace(namespace_id) for tier in self._tiers))
+            )
+
+        return self._ask(drop, time.monotonic() + timeout_s)
 
     def flush(self, timeout_s: float) -> bool:
         """See ``PageStore``."""

@@ -392,12 +392,6 @@ class FakePageStore(PageStore):
                 future.set_result(loaded)
         self.pending.clear()
 
-    def find(self, keys, *, timeout_s):
-        raise NotImplementedError
-
-    def clear(self, namespace_id, *, timeout_s):
-        raise NotImplementedError
-
     def save(self, key, page):
         assert page.nbytes == self.page_nbytes
         self.pages[key] = page
@@ -406,6 +400,12 @@ class FakePageStore(PageStore):
 
     def stats(self):
         return PageStoreStats(num_saved=len(self.pages))
+
+    def find(self, keys, *, timeout_s):
+        raise NotImplementedError
+
+    def clear(self, namespace_id, *, timeout_s):
+        raise NotImplementedError
 
     def flush(self, timeout_s):
         return True

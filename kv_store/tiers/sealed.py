@@ -90,14 +90,14 @@ class SealedTier(KVTier):
         names = self._outer([key for key, _ in items])
         return await self._tier.put_many(list(zip(names, sealed, strict=True)))
 
-    async def delete_many(self, keys: Sequence[PageKey]) -> int:
-        """See ``KVTier``."""
-        return await self._tier.delete_many(self._outer(keys))
-
     async def delete_namespace(self, namespace_id: bytes) -> int:
         """See ``KVTier``."""
         (outer,) = self._outer([PageKey(namespace_id, bytes(32), 0)])
         return await self._tier.delete_namespace(outer.namespace_id)
+
+    async def delete_many(self, keys: Sequence[PageKey]) -> int:
+        """See ``KVTier``."""
+        return await self._tier.delete_many(self._outer(keys))
 
     async def aclose(self) -> None:
         """Close the wrapped tier."""

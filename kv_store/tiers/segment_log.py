@@ -84,6 +84,11 @@ class SegmentLog:
         with self._lock:
             return key in self._index
 
+    def keys_of(self, namespace_id: bytes) -> list[PageKey]:
+        """The keys of one namespace that are held; no IO."""
+        with self._lock:
+            return [key for key in self._index if key.namespace_id == namespace_id]
+
     def read(self, key: PageKey) -> Blob | None:
         """The key's blob, or None.
 
@@ -135,11 +140,6 @@ class SegmentLog:
         finally:
             os.close(fd)
         return True
-
-    def keys_of(self, namespace_id: bytes) -> list[PageKey]:
-        """The keys of one namespace that are held; no IO."""
-        with self._lock:
-            return [key for key in self._index if key.namespace_id == namespace_id]
 
     def usage(self) -> TierUsage:
         """Blobs held, and bytes of all files."""
