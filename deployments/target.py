@@ -14,7 +14,7 @@ from opentelemetry.trace import SpanKind
 from ray import serve
 
 from deployments.draft_sessions import DraftSessions
-from deployments.engine.base import Embedder
+from deployments.engine.base import Embedder, SharesPages
 from deployments.engine.errors import EngineGoneError, RequestRejectedError
 from deployments.engine.factory import build_engine
 from deployments.engine.sglang_engine.draft_link import DraftLink, DraftSettings
@@ -254,6 +254,7 @@ class TargetReplica:
             speculator=speculator,
             detokenize=tokenizer.decode,
             tokenizer_json=tokenizer.to_json,
+            kv=kv,
         )
 
     async def _report(self) -> None:
@@ -264,6 +265,10 @@ class TargetReplica:
                 self._metrics.speculator(self._split.stats())
             if self._page_store is not None:
                 self._metrics.page_store(self._page_store.stats())
+            elif isinstance(self._engine, SharesPages):
+                pages = await asyncio.to_thread(self._engine.page_store_stats)
+                if pages is not None:
+                    self._metrics.page_store(pages)
             if self._sessions is not None:
                 self._metrics.draft_sessions(self._sessions.num_attached)
 

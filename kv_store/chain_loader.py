@@ -97,6 +97,15 @@ class ChainLoader:
             if not has_joined:
                 return
 
+    async def find(self, keys: Sequence[PageKey], deadline: float) -> int:
+        """How long a prefix of the chain ``load`` would begin with.
+
+        Args:
+            keys: consecutive keys of one chain.
+            deadline: see ``load``.
+        """
+        return len(await self._locate(keys, deadline))
+
     async def _take_in(self, found: Sequence[_Found], loaded: list[LoadedPage]) -> None:
         """Fetch and append what was located, up to the first page that does not come."""
         batches = [

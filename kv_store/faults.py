@@ -104,6 +104,13 @@ class FaultyTier(KVTier):
         held = iter(await self._tier.put_many(kept))
         return [next(held) if keep else True for keep in is_kept]
 
+    async def delete_namespace(self, namespace_id: bytes) -> int:
+        """See ``KVTier``."""
+        await self._before(1)
+        if self._happens(self.plan.read_only):
+            raise TierUnavailableError("a planned fault: read-only")
+        return await self._tier.delete_namespace(namespace_id)
+
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
         """See ``KVTier``."""
         await self._before(len(keys))

@@ -92,6 +92,17 @@ class PageStore(ABC):
         """``kv_store.keys.EXACT`` or ``lossy:<gate>``: the fidelity every key must be made with."""
 
     @abstractmethod
+    def find(self, keys: Sequence[PageKey], *, timeout_s: float) -> Future[int]:
+        """How many pages at the head of a chain some tier says it has. Never raises: see ``load``.
+
+        Nothing is read, so what is found may still turn out to be a miss.
+
+        Args:
+            keys: consecutive keys of one chain.
+            timeout_s: nothing is found if it takes longer.
+        """
+
+    @abstractmethod
     def load(
         self, keys: Sequence[PageKey], *, timeout_s: float, traceparent: str | None = None
     ) -> Future[LoadedPages]:
@@ -128,6 +139,18 @@ class PageStore(ABC):
 
         Returns:
             False on time-out.
+        """
+
+    @abstractmethod
+    def clear(self, namespace_id: bytes, *, timeout_s: float) -> Future[int]:
+        """Forget a namespace's pages in every tier, also those of other replicas. Never raises.
+
+        Args:
+            namespace_id: of the keys.
+            timeout_s: it may end half done.
+
+        Returns:
+            How many pages were forgotten; one that was in two tiers counts twice.
         """
 
     @abstractmethod

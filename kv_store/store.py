@@ -19,7 +19,7 @@ from kv_store.spans import describe, kv_span
 from kv_store.write_back import PageWriter, PendingWrite, WriteBackQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from contextlib import ExitStack
 
     from numpy.typing import NDArray
@@ -99,9 +99,10 @@ class TieredPageStore(PageStore):
             batch_pages=config.load_batch_pages,
             single_flight=self._flight,
         )
-        self._lock = threading.Lock()  # guards the four below
+        self._lock = threading.Lock()  # guards the five below
         self._is_closed = False
         self._pending: set[Future[LoadedPages]] = set()
+        self._questions: set[Future[int]] = set()
         self._num_loaded = 0
         self._num_refused = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -166,6 +167,22 @@ class TieredPageStore(PageStore):
             tiers={tier.name: tier.stats() for tier in self._tiers},
         )
 
+    def find(self, keys: Sequence[PageKey], *, timeout_s: float) -> Future[int]:
+        """See ``PageStore``."""
+        deadline = time.monotonic() + timeout_s
+        chain = tuple(keys)
+        return self._ask(lambda: self._loader.find(chain, deadline), deadline)
+
+    def clear(self, namespace_id: bytes, *, timeout_s: float) -> Future[int]:
+        """See ``PageStore``."""
+
+        async def drop() -> int:
+            return sum(
+                await asyncio.gather(*(tier.drop_namespace(namespace_id) for tier in self._tiers))
+            )
+
+        return self._ask(drop, time.monotonic() + timeout_s)
+
     def flush(self, timeout_s: float) -> bool:
         """See ``PageStore``."""
         ends_at = time.monotonic() + timeout_s
@@ -185,6 +202,45 @@ class TieredPageStore(PageStore):
         self._codec_threads.shutdown()
         self._owned.close()
 
+    def _ask(
+        self, count: Callable[[], Coroutine[object, object, int]], deadline: float
+    ) -> Future[int]:
+        """Count something on the IO thread; nothing, if that fails or takes too long."""
+        future: Future[int] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            if self._is_closed or len(self._questions) >= self._max_pending_loads:
+                future.set_result(0)
+                return future
+            self._questions.add(future)
+            self._loop.call_soon_threadsafe(
+                lambda: self._spawn(self._loop.create_task(self._count(count, deadline, future)))
+            )
+        return future
+
+    async def _count(
+        self,
+        count: Callable[[], Coroutine[object, object, int]],
+        deadline: float,
+        future: Future[int],
+    ) -> None:
+        """One question's task; answers whatever happens."""
+        number = 0
+        try:
+            async with asyncio.timeout_at(deadline):
+                number = await count()
+        except TimeoutError:
+            logger.debug("the KV tiers did not answer a question in time")
+        except Exception:
+            logger.exception("a question to the KV tiers failed")
+        finally:
+            self._answer(future, number)
+
+    def _answer(self, future: Future[int], number: int) -> None:
+        with self._lock:
+            self._questions.discard(future)
+        future.set_result(number)
+
     def _run_loop(self) -> None:
         """The IO thread."""
         asyncio.set_event_loop(self._loop)
@@ -200,6 +256,8 @@ class TieredPageStore(PageStore):
             self._loop.close()
             for future in list(self._pending):
                 self._resolve(future, [])
+            for question in list(self._questions):
+                self._answer(question, 0)
 
     async def _shut_down(self) -> None:
         for task in self._tasks:

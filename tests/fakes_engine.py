@@ -401,6 +401,12 @@ class FakePageStore(PageStore):
     def stats(self):
         return PageStoreStats(num_saved=len(self.pages))
 
+    def find(self, keys, *, timeout_s):
+        raise NotImplementedError
+
+    def clear(self, namespace_id, *, timeout_s):
+        raise NotImplementedError
+
     def flush(self, timeout_s):
         return True
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployments.engine.sglang_engine.runtime import Load
+
+if TYPE_CHECKING:
+    from kv_store import PageStoreStats
 
 
 def item(*token_ids: int, finish: dict[str, Any] | None = None, **meta: Any) -> dict[str, Any]:
@@ -27,6 +30,7 @@ class FakeRuntime:
         self.arguments: list[dict[str, Any]] = []
         self.num_unfinished = 0
         self.dead: str | None = None
+        self.pages: PageStoreStats | None = None
         self.is_closed = False
 
     async def generate(self, arguments):
@@ -54,6 +58,9 @@ class FakeRuntime:
 
     def dead_process(self):
         return self.dead
+
+    def page_store_stats(self):
+        return self.pages
 
     def close(self):
         self.is_closed = True

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from deployments.engine.embedding import Embedding, EmbeddingRequest
     from deployments.engine.types import EngineStats, GenerationRequest, TokenDelta
+    from kv_store.page_store import PageStoreStats
 
 
 class Engine(ABC):
@@ -58,6 +59,14 @@ class Engine(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Stop threads and free memory; requests still running end in EngineDeadError."""
+
+
+@runtime_checkable
+class SharesPages(Protocol):
+    """An engine that opens the KV tier itself, in processes of its own."""
+
+    def page_store_stats(self) -> PageStoreStats | None:
+        """A snapshot of the tier's counters; None where no pages are shared."""
 
 
 @runtime_checkable

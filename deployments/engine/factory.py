@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deployments.engine.base import Engine
     from deployments.engine.config import EngineConfig
     from deployments.engine.speculation.speculator import Speculator
+    from kv_store.config import KVStoreConfig
     from kv_store.layout import PageLayout
     from kv_store.page_store import PageStore
 
@@ -24,6 +25,7 @@ def build_engine(
     speculator: Speculator,
     detokenize: Callable[[Sequence[int]], str],
     tokenizer_json: Callable[[], str] | None = None,
+    kv: KVStoreConfig | None = None,
 ) -> Engine:
     """Load the model and start the engine; takes seconds, blocks.
 
@@ -36,18 +38,26 @@ def build_engine(
         detokenize: text of output tokens, for stop strings; called from the engine thread.
         tokenizer_json: the tokenizer as a ``tokenizer.json``, for structured output; called from
             any thread. Without it such requests are refused.
+        kv: the KV tier of SGLang, which opens it in its own processes.
 
     Raises:
         WeightsMissingError: the model, or its draft head, is not here and cannot be had.
         EngineError: the model cannot be run, or not deterministically where that is asked for.
     """
-    from deployments.engine.torch_engine.weights.loader import find_model_folder
+    from deployments.engine.torch_engine.weights.loader import find_model_folder, weights_digest
 
     if config.kind == "sglang":
         from deployments.engine.sglang_engine.start import start_sglang_engine
 
         folder = find_model_folder(config.model, cache_dir)
-        return start_sglang_engine(config, folder, detokenize=detokenize, speculator=speculator)
+        return start_sglang_engine(
+            config,
+            folder,
+            detokenize=detokenize,
+            speculator=speculator,
+            kv=kv,
+            model_digest=lambda: weights_digest(folder),
+        )
     if config.kind == "simulated":
         from deployments.engine.simulated_engine.start import start_simulated_engine
 

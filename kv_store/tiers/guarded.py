@@ -109,6 +109,15 @@ class GuardedTier:
         self._num_misses += 1
         await self._run(lambda: self._tier.delete_many([key]), self._writes)
 
+    async def drop_namespace(self, namespace_id: bytes) -> int:
+        """How many pages of a namespace were forgotten; none if the tier fails."""
+        try:
+            return await self._tier.delete_namespace(namespace_id)
+        except TierUnavailableError as exc:
+            self._num_errors += 1
+            logger.warning("KV tier %s was not cleared: %s", self.name, exc)
+            return 0
+
     def count_hit(self) -> None:
         """A page of this tier was verified and served."""
         self._num_hits += 1

@@ -59,6 +59,10 @@ class MemoryTier(KVTier):
         self._num_bytes -= sum(map(len, removed))
         return len(removed)
 
+    async def delete_namespace(self, namespace_id: bytes) -> int:
+        """See ``KVTier``."""
+        return await self.delete_many([k for k in self._blobs if k.namespace_id == namespace_id])
+
     async def aclose(self) -> None:
         """Drop everything."""
         self._is_closed = True

@@ -24,12 +24,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kv_store.errors import TierUnavailableError
+from kv_store.keys import PageKey
 from kv_store.tiers.base import Blob, KVTier, TierUsage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from kv_store.keys import PageKey
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -91,6 +90,11 @@ class SealedTier(KVTier):
         sealed = await self._each(self._seal, items)
         names = self._outer([key for key, _ in items])
         return await self._tier.put_many(list(zip(names, sealed, strict=True)))
+
+    async def delete_namespace(self, namespace_id: bytes) -> int:
+        """See ``KVTier``."""
+        (outer,) = self._outer([PageKey(namespace_id, bytes(32), 0)])
+        return await self._tier.delete_namespace(outer.namespace_id)
 
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
         """See ``KVTier``."""

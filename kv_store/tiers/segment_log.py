@@ -84,6 +84,11 @@ class SegmentLog:
         with self._lock:
             return key in self._index
 
+    def keys_of(self, namespace_id: bytes) -> list[PageKey]:
+        """The keys of one namespace that are held; no IO."""
+        with self._lock:
+            return [key for key in self._index if key.namespace_id == namespace_id]
+
     def read(self, key: PageKey) -> Blob | None:
         """The key's blob, or None.
 

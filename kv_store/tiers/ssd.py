@@ -106,6 +106,13 @@ class SsdTier(KVTier):
         log = await self.opened()
         return await self._in_thread(self._writer, lambda: sum(log.delete(key) for key in keys))
 
+    async def delete_namespace(self, namespace_id: bytes) -> int:
+        """See ``KVTier``; this process's sub-folder alone."""
+        log = await self.opened()
+        return await self._in_thread(
+            self._writer, lambda: sum(log.delete(key) for key in log.keys_of(namespace_id))
+        )
+
     async def aclose(self) -> None:
         """Close the files and let another process claim the folder."""
         if self._is_closed:

@@ -10,11 +10,14 @@ Blocking IO in threads of its own, one connection each; page bytes are never cop
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kv_store.errors import TierUnavailableError
 from kv_store.tiers.base import Blob, KVTier
+from kv_store.tiers.valkey_admin import admin_clients, drop_namespace
 from kv_store.tiers.valkey_batches import ValkeyBatches, default_breaker, page_name
 from kv_store.tiers.valkey_exchange import Exchange, PageRead, PageWrite
 from kv_store.tiers.valkey_quota import NewPage, TenantQuota
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from kv_store.keys import PageKey
     from kv_store.tiers.breaker import CircuitBreaker
     from kv_store.tiers.valkey_topology import ValkeyAddress
+
+_ADMIN_TIMEOUT_S = 5.0
 
 
 class ValkeyTier(KVTier):
@@ -78,7 +83,8 @@ class ValkeyTier(KVTier):
             max_connections=max_connections,
             make_breaker=make_breaker,
         )
-
+        self._address = address
+        self._is_closed = False
         self._quota: TenantQuota | None = None
         if tenant_quota_bytes is not None:
             self._quota = TenantQuota(self._batches, limit_bytes=tenant_quota_bytes, ttl_s=ttl_s)
@@ -118,6 +124,12 @@ class ValkeyTier(KVTier):
         )
         return existed.count(True)
 
+    async def delete_namespace(self, namespace_id: bytes) -> int:
+        """See ``KVTier``; asks the servers for all their names, so it takes its time."""
+        if self._is_closed:
+            raise TierUnavailableError(f"tier {self.name} is closed")
+        return await asyncio.to_thread(self._delete_namespace, namespace_id)
+
     async def claim_many(self, keys: Sequence[PageKey], duration_s: float) -> list[bool]:
         """See ``KVTier``."""
         names = [page_name(key) for key in keys]
@@ -130,7 +142,12 @@ class ValkeyTier(KVTier):
 
     async def aclose(self) -> None:
         """Close the connections; operations under way fail."""
+        self._is_closed = True
         self._batches.close()
+
+    def _delete_namespace(self, namespace_id: bytes) -> int:
+        with admin_clients(self._address, _ADMIN_TIMEOUT_S) as clients:
+            return sum(drop_namespace(client, namespace_id) for client in clients)
 
     def _ttl_ms(self, key: PageKey) -> int:
         return int(1000 * self.life_s(key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -113,6 +114,25 @@ def drop_page(client: Redis, name: bytes) -> bool:
         manifest = None if value is None else read_manifest(value)
     parts = manifest.part_names(name) if manifest else []
     return bool(client.unlink(name, *parts))
+
+
+def drop_namespace(client: Redis, namespace_id: bytes) -> int:
+    """Forget all pages of a namespace; how many there were.
+
+    Whatever goes with them goes too: their parts, claims and notes, and the ledger of the quota.
+    """
+    found = client.scan_iter(match=b"kv:{%b:*" % namespace_id.hex().encode(), count=_SCAN_COUNT)
+    num_pages = 0
+    while names := list(islice(found, _SCAN_COUNT)):
+        pipeline = client.pipeline(transaction=False)
+        for name in names:  # one by one: in a cluster they are of different slots
+            pipeline.unlink(name)
+        dropped = pipeline.execute()
+        num_pages += sum(
+            bool(count) and _NAME.fullmatch(name) is not None
+            for name, count in zip(names, dropped, strict=True)
+        )
+    return num_pages
 
 
 def _bytes(value: object) -> bytes | None:

@@ -112,6 +112,17 @@ async def test_the_same_page_hash_in_another_namespace_is_another_page(any_tier)
     assert await any_tier.get_many([other]) == [None]
 
 
+async def test_a_namespace_is_forgotten_as_a_whole_and_alone(any_tier):
+    other = [key._replace(namespace_id=secrets.token_bytes(16)) for key in KEYS[:2]]
+    large = secrets.token_bytes(3 << 20)  # a server holds it in parts
+    await any_tier.put_many([*ITEMS[:3], (KEYS[3], large), (other[0], b"other")])
+    assert await any_tier.delete_namespace(KEYS[0].namespace_id) == 4
+    assert await any_tier.contains_many([*KEYS[:4], *other]) == [False] * 4 + [True, False]
+    assert await any_tier.delete_namespace(KEYS[0].namespace_id) == 0
+    assert await any_tier.put_many([(KEYS[3], b"again")]) == [True]
+    assert await any_tier.get_many(KEYS[3:4]) == [b"again"]
+
+
 async def test_empty_batches(any_tier):
     assert await any_tier.contains_many([]) == []
     assert await any_tier.get_many([]) == []
@@ -144,6 +155,8 @@ async def test_a_closed_tier_is_unavailable(any_tier):
             await operation(KEYS)
     with pytest.raises(TierUnavailableError):
         await any_tier.put_many(ITEMS)
+    with pytest.raises(TierUnavailableError):
+        await any_tier.delete_namespace(KEYS[0].namespace_id)
 
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name != "none"])

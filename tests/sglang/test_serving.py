@@ -20,8 +20,10 @@ import grpc
 import openai
 import pytest
 
+from cluster.metrics_reader import MetricsSnapshot
 from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.engine.types import GenerationRequest, SamplingParams
+from deployments.metrics import TIER_PAGES
 from deployments.tokenizer import ChatTurn, Tokenizer
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
@@ -61,13 +63,14 @@ def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "num_pages": 64,
         "max_num_seqs": 4,
         "max_waiting": 16,
+        "kv_load_timeout_s": 30,
         "sglang": {"python": PYTHON, "attention_backend": "torch_native"},
     }
     settings = {
         "server": {"http_port": 0, "grpc_port": 0, "start_timeout_s": START_TIMEOUT_S},
         "engine": engine,
         "pools": {"draft": None},
-        "kv": None,
+        "kv": {"tiers": [{"kind": "embedded_valkey", "name": "hot", "operation_timeout_s": 10}]},
     }
     config = place / "config.yaml"
     config.write_text(json.dumps(settings))
@@ -106,6 +109,12 @@ def ask(rpc: pb_grpc.InferenceStub, question: str, **sampling: float) -> pb.Choi
 
 def sglang_processes(cluster: ClusterProcess) -> list[psutil.Process]:
     return [process for process in cluster.processes() if process.name().startswith("sglang::")]
+
+
+def tier_pages(cluster: ClusterProcess, event: str) -> float:
+    """Pages of the KV tier, as all replicas' metrics count them."""
+    snapshot = MetricsSnapshot.read(cluster.state.metrics_url)
+    return snapshot.total(TIER_PAGES.name, tier="hot", event=event)
 
 
 def test_both_surfaces_give_the_embedded_engines_text(
@@ -171,7 +180,8 @@ def test_a_seed_gives_the_embedded_engines_text_whoever_else_is_served(
 def test_a_stream_is_the_whole_text_and_a_repeated_prompt_is_cached(
     client: openai.OpenAI,
 ) -> None:
-    question = "Name three rivers of Europe and the seas they flow into."
+    # Prefixes are kept in pages of 64 tokens.
+    question = "Name three rivers of Europe and the seas they flow into. " * 12
     whole = chat(client, question)
     stream = chat(client, question, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
@@ -256,6 +266,16 @@ def test_a_killed_scheduler_has_its_replica_replaced(
     cluster: ClusterProcess, client: openai.OpenAI
 ) -> None:
     before = chat(client, QUESTIONS[0]).choices[0].message.content
+    story = "Tell me again, in other words: " + " ".join(QUESTIONS)
+    num_put = tier_pages(cluster, "put")
+    told = chat(client, story)
+    num_pages = told.usage.prompt_tokens // 64
+    assert num_pages >= 2
+    wait_until(
+        lambda: tier_pages(cluster, "put") >= num_put + num_pages,
+        timeout_s=120,
+        what="pages in the tier",
+    )
     (scheduler,) = [p for p in sglang_processes(cluster) if p.name().startswith("sglang::sched")]
     scheduler.kill()
 
@@ -267,6 +287,11 @@ def test_a_killed_scheduler_has_its_replica_replaced(
 
     wait_until(serves_again, timeout_s=START_TIMEOUT_S, what="an answer from a new replica")
     assert scheduler not in sglang_processes(cluster)
+    # The new one has computed nothing of it: its pages are those of the dead one.
+    again = chat(client, story)
+    assert again.usage.prompt_tokens_details.cached_tokens >= 64 * (num_pages - 1)
+    assert again.choices[0].message.content == told.choices[0].message.content
+    wait_until(lambda: tier_pages(cluster, "hit") > 0, timeout_s=120, what="the count of pages")
 
 
 def test_a_stop_leaves_no_process(cluster: ClusterProcess) -> None:

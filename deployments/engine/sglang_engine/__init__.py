@@ -1,1 +1,1 @@
-"""SGLang behind the engine seam. Only ``runtime`` and ``self_check`` touch SGLang itself."""
+"""SGLang behind the engine seam; ``runtime``, ``hicache_backend`` and ``self_check`` touch it."""

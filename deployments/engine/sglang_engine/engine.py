@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.types import GenerationRequest
     from deployments.engine.validation import ModelLimits
+    from kv_store.page_store import PageStoreStats
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,10 @@ class SGLangEngine(Engine):
             num_tier_cached_tokens=self._num_tier_cached_tokens,
             speculation=speculation_stats(self._rounds),
         )
+
+    def page_store_stats(self) -> PageStoreStats | None:
+        """See ``SharesPages``."""
+        return self._runtime.page_store_stats()
 
     def check_health(self) -> None:
         """See ``Engine.check_health``."""

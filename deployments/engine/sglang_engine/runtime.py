@@ -8,21 +8,30 @@ import os
 import signal
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from deployments.engine.errors import EngineSetupError
 from deployments.engine.sglang_engine import plugin
 from deployments.engine.sglang_engine.own_params import DRAFT_LINK
-from deployments.engine.sglang_engine.self_check import DRAFTING, check_installed, differences
+from deployments.engine.sglang_engine.self_check import (
+    DRAFTING,
+    SHARING,
+    check_installed,
+    differences,
+)
 from deployments.engine.sglang_engine.server_args import environment, server_args
+from deployments.engine.sglang_engine.tier_link import TierLink
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncGenerator, Iterator
+    from contextlib import AbstractContextManager
 
     from deployments.engine.config import EngineConfig
+    from deployments.engine.sglang_engine.tier_link import TierSettings
+    from kv_store.page_store import PageStoreStats
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +69,9 @@ class Runtime(Protocol):
     def dead_process(self) -> str | None:
         """The name of a process of SGLang's that has ended, if one has."""
 
+    def page_store_stats(self) -> PageStoreStats | None:
+        """Counters of the KV tier, some seconds old; None where no pages are shared."""
+
     def close(self) -> None:
         """End all processes; blocks."""
 
@@ -79,7 +91,9 @@ class SGLangRuntime:
         config: EngineConfig,
         folder: Path,
         max_model_len: int,
+        *,
         draft_address: str | None = None,
+        tier: TierSettings | None = None,
     ) -> None:
         """Load the model; takes from seconds to minutes, blocks.
 
@@ -89,6 +103,7 @@ class SGLangRuntime:
             max_model_len: prompt and output tokens of one sequence, at most.
             draft_address: where the scheduler hears of draft replicas, see ``draft_link``; a
                 SGLang that cannot be drafted for serves without.
+            tier: where pages are shared, if they are; a SGLang that cannot serves without.
 
         Raises:
             EngineSetupError: SGLang is missing, is not the one that is known, or does not start.
@@ -96,7 +111,7 @@ class SGLangRuntime:
         os.environ.update(environment(config, len(os.sched_getaffinity(0))))
         check_installed()
         os.environ.pop(DRAFT_LINK, None)
-        self.is_drafted = draft_address is not None and _can_draft()
+        self.is_drafted = draft_address is not None and can_draft()
         if self.is_drafted and draft_address is not None:
             os.environ[DRAFT_LINK] = draft_address
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-sglang-")
@@ -104,19 +119,22 @@ class SGLangRuntime:
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.server_args import ServerArgs
 
-        arguments = server_args(
-            config,
-            folder,
-            max_model_len=max_model_len,
-            known=ServerArgs.__struct_fields__,
-            is_drafted=self.is_drafted,
-        )
+        self._tier = TierLink(tier) if tier is not None and can_share() else None
         others = set(multiprocessing.active_children())
-        with _own_signals_kept():
-            try:
+        try:
+            with self._offered_tier() as offer, _own_signals_kept():
+                arguments = server_args(
+                    config,
+                    folder,
+                    max_model_len=max_model_len,
+                    known=ServerArgs.__struct_fields__,
+                    is_drafted=self.is_drafted,
+                    tier=offer,
+                )
                 self._engine = Engine(**arguments)
-            except (RuntimeError, ValueError, OSError) as error:
-                raise EngineSetupError(f"SGLang does not start: {error}") from error
+        except (RuntimeError, ValueError, OSError) as error:
+            self._close_folders()
+            raise EngineSetupError(f"SGLang does not start: {error}") from error
         self._processes = set(multiprocessing.active_children()) - others
         self._manager = self._engine.tokenizer_manager
         # It would end this process with a signal; the replica notices by itself and hands its
@@ -156,6 +174,31 @@ class SGLangRuntime:
         """See ``Runtime.dead_process``."""
         return next((child.name for child in self._processes if not child.is_alive()), None)
 
+    def page_store_stats(self) -> PageStoreStats | None:
+        """See ``Runtime.page_store_stats``."""
+        return None if self._tier is None else self._tier.stats()
+
+    async def attach_tier(self) -> None:
+        """Share pages again after ``detach_tier``; SGLang must be idle.
+
+        Raises:
+            EngineSetupError: SGLang refuses.
+        """
+        with self._offered_tier() as offer:
+            answer = await self._manager.attach_hicache_storage("dynamic", offer)
+        if not answer.success:
+            raise EngineSetupError(f"SGLang does not attach the KV tier: {answer.message}")
+
+    async def detach_tier(self) -> None:
+        """Close the tier in all of SGLang's processes and serve without; SGLang must be idle.
+
+        Raises:
+            EngineSetupError: SGLang refuses.
+        """
+        answer = await self._manager.detach_hicache_storage()
+        if not answer.success:
+            raise EngineSetupError(f"SGLang does not detach the KV tier: {answer.message}")
+
     def close(self) -> None:
         """See ``Runtime.close``."""
         loop = self._manager.event_loop
@@ -164,13 +207,30 @@ class SGLangRuntime:
         self._engine.shutdown()
         for child in self._processes:
             child.join()
+        self._close_folders()
+
+    def _offered_tier(self) -> AbstractContextManager[str | None]:
+        return nullcontext() if self._tier is None else self._tier.offered()
+
+    def _close_folders(self) -> None:
         self._folder.cleanup()
+        if self._tier is not None:
+            self._tier.close()
 
 
-def _can_draft() -> bool:
+def can_draft() -> bool:
+    """Whether this SGLang can verify drafts of the pool; if not, says why."""
     found = differences(DRAFTING)
     if found:
         logger.error("SGLang cannot verify drafts of the pool: %s", "; ".join(found))
+    return not found
+
+
+def can_share() -> bool:
+    """Whether this SGLang can be given a KV tier; if not, says why."""
+    found = differences(SHARING)
+    if found:
+        logger.error("SGLang cannot share pages: %s", "; ".join(found))
     return not found
 
 

@@ -126,6 +126,73 @@ EXPECTATIONS = (
     Expectation("sglang.srt.utils.watchdog:SubprocessWatchdog.stop"),
 )
 
+SHARING = (
+    Expectation(
+        "sglang.srt.server_args:ServerArgs",
+        fields=(
+            "page_size",
+            "enable_hierarchical_cache",
+            "hicache_write_policy",
+            "hicache_mem_layout",
+            "hicache_io_backend",
+            "hicache_storage_backend",
+            "hicache_storage_backend_extra_config",
+            "hicache_storage_prefetch_policy",
+        ),
+    ),
+    Expectation(
+        "sglang.srt.mem_cache.hicache_storage:HiCacheStorageConfig",
+        fields=(
+            "tp_rank",
+            "tp_size",
+            "pp_rank",
+            "pp_size",
+            "attn_cp_rank",
+            "attn_cp_size",
+            "is_mla_model",
+            "enable_storage_metrics",
+            "extra_config",
+        ),
+    ),
+    *(
+        Expectation(f"sglang.srt.mem_cache.hicache_storage:HiCacheStorage.{name}", parameters)
+        for name, parameters in {
+            "register_mem_pool_host": ("mem_pool_host",),
+            "on_host_pools_registered": (),
+            "batch_exists": ("keys", "extra_info"),
+            "batch_get_v1": ("keys", "host_indices", "extra_info"),
+            "batch_set_v1": ("keys", "host_indices", "extra_info"),
+            "batch_exists_v2": ("keys", "pool_transfers", "extra_info"),
+            "batch_get_v2": ("transfers", "extra_info"),
+            "batch_set_v2": ("transfers", "extra_info"),
+            "clear": (),
+            "get_stats": (),
+        }.items()
+    ),
+    Expectation("sglang.srt.mem_cache.hicache_storage:PoolTransferResult.empty"),
+    Expectation(
+        "sglang.srt.observability.metrics_collector:StorageMetrics",
+        fields=("prefetch_pgs", "backup_pgs", "prefetch_bandwidth", "backup_bandwidth"),
+    ),
+    Expectation(
+        "sglang.srt.mem_cache.storage.backend_factory:StorageBackendFactory._create_dynamic_backend",
+        parameters=("backend_config", "storage_config", "mem_pool_host"),
+    ),
+    # The salt of a request begins the chain of hashes that names its pages.
+    Expectation(
+        "sglang.srt.mem_cache.utils:storage_namespace_seed", parameters=("extra_key", "cache_salt")
+    ),
+    Expectation(
+        "sglang.srt.mem_cache.utils:get_storage_hash_str",
+        parameters=("key", "prior_hash", "page_size"),
+    ),
+    Expectation(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager.attach_hicache_storage",
+        parameters=("hicache_storage_backend", "hicache_storage_backend_extra_config_json"),
+    ),
+    Expectation("sglang.srt.managers.tokenizer_manager:TokenizerManager.detach_hicache_storage"),
+)
+"""What sharing pages relies on beside ``EXPECTATIONS``; without it an engine serves on its own."""
 
 DRAFTING = (
     Expectation(
@@ -223,7 +290,7 @@ DRAFTING = (
     Expectation("sglang.srt.runtime_context:get_device"),
     Expectation("sglang.srt.utils.async_probe:sanitize_nan_logits"),
 )
-"""What verifying drafts of the pool needs beside ``EXPECTATIONS``."""
+"""What verifying drafts of the pool needs beside ``EXPECTATIONS``; without it there are none."""
 
 
 def differences(expectations: Iterable[Expectation] = EXPECTATIONS) -> list[str]:
@@ -293,9 +360,12 @@ def main() -> int:
     except EngineSetupError as error:
         print(error)  # noqa: T201 - a command's answer
         return 1
-    found = differences(DRAFTING)
-    undrafted = f", which cannot verify drafts of the pool: {'; '.join(found)}" if found else ""
-    print(f"SGLang {installed_version()}{undrafted}")  # noqa: T201
+    lacks = {
+        "cannot verify drafts of the pool": differences(DRAFTING),
+        "cannot share pages": differences(SHARING),
+    }
+    notes = [f"{what}: {'; '.join(found)}" for what, found in lacks.items() if found]
+    print(", which ".join([f"SGLang {installed_version()}", *notes]))  # noqa: T201
     return 0
 
 

@@ -28,6 +28,7 @@ def server_args(
     max_model_len: int,
     known: Collection[str],
     is_drafted: bool = False,
+    tier: str | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of ``sglang.Engine``.
 
@@ -37,6 +38,7 @@ def server_args(
         max_model_len: prompt and output tokens of one sequence, at most.
         known: names of the installed SGLang's server arguments.
         is_drafted: whether drafts of the pool are verified.
+        tier: configuration of the storage backend, where pages are shared.
 
     Raises:
         EngineSetupError: ``engine.sglang.extra_args`` names an argument that does not exist, or
@@ -45,6 +47,8 @@ def server_args(
     own = _own(config, folder, max_model_len)
     if is_drafted:
         own |= _drafting(config.speculation.num_draft_tokens)
+    if tier is not None:
+        own |= _hierarchical_cache(tier)
     problems = []
     for name in config.sglang.extra_args:
         if name in own:
@@ -77,6 +81,25 @@ def environment(config: EngineConfig, num_cpus: int) -> dict[str, str]:
         # Compiling the first grammar's mask would take a minute, with no token for anybody.
         variables["TORCHDYNAMO_DISABLE"] = "1"
     return variables
+
+
+def _hierarchical_cache(tier: str) -> dict[str, Any]:
+    """Pages go from the GPU to host memory, and from there to the tier, as soon as they are full.
+
+    How large the host memory is may be said in ``extra_args``: ``hicache_ratio``, ``hicache_size``.
+    """
+    return {
+        "page_size": PAGE_TOKENS,
+        "enable_hierarchical_cache": True,
+        "hicache_write_policy": "write_through",
+        # All layers of a page's keys lie together, and all of its values.
+        "hicache_mem_layout": "page_first_direct",
+        "hicache_io_backend": "direct",
+        "hicache_storage_backend": "dynamic",
+        "hicache_storage_backend_extra_config": tier,
+        # A request goes on with what has come when its time is over.
+        "hicache_storage_prefetch_policy": "timeout",
+    }
 
 
 def _own(config: EngineConfig, folder: Path, max_model_len: int) -> dict[str, Any]:

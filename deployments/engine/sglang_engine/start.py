@@ -9,6 +9,8 @@ from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
 from deployments.engine.sglang_engine.draft_link import DraftLink
 from deployments.engine.sglang_engine.engine import SGLangEngine
 from deployments.engine.sglang_engine.runtime import SGLangRuntime
+from deployments.engine.sglang_engine.self_check import installed_version
+from deployments.engine.sglang_engine.tier_link import TierSettings, check_codec
 from deployments.engine.validation import ModelLimits
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from deployments.engine.config import EngineConfig
     from deployments.engine.speculation.speculator import Speculator
+    from kv_store.config import KVStoreConfig
 
 
 def start_sglang_engine(
@@ -25,6 +28,8 @@ def start_sglang_engine(
     *,
     detokenize: Callable[[Sequence[int]], str],
     speculator: Speculator,
+    kv: KVStoreConfig | None = None,
+    model_digest: Callable[[], str] | None = None,
 ) -> SGLangEngine:
     """Load the model; takes from seconds to minutes, blocks.
 
@@ -33,6 +38,8 @@ def start_sglang_engine(
         folder: the model's files.
         detokenize: text of output tokens.
         speculator: shut down with the engine; a ``DraftLink`` where drafts are to be verified.
+        kv: where pages are shared; None keeps them in this replica.
+        model_digest: of the model's files; needed with ``kv``.
 
     Raises:
         WeightsMissingError: the folder holds no weights that SGLang reads.
@@ -40,7 +47,10 @@ def start_sglang_engine(
     """
     max_model_len = config.context_length(_max_positions(folder))
     address = speculator.address if isinstance(speculator, DraftLink) else None
-    runtime = SGLangRuntime(config, folder, max_model_len, address)
+    tier = None
+    if kv is not None and model_digest is not None:
+        tier = _tier_settings(config, kv, model_digest)
+    runtime = SGLangRuntime(config, folder, max_model_len, draft_address=address, tier=tier)
     if not runtime.is_drafted:
         speculator.shutdown()
     limits = ModelLimits(
@@ -49,6 +59,25 @@ def start_sglang_engine(
         eos_token_ids=runtime.eos_token_ids,
     )
     return SGLangEngine(runtime, limits, detokenize=detokenize, speculator=speculator)
+
+
+def _tier_settings(
+    config: EngineConfig, kv: KVStoreConfig, model_digest: Callable[[], str]
+) -> TierSettings:
+    """What SGLang needs to share pages."""
+    check_codec(kv)
+    deciding = {
+        "version": installed_version(),
+        "device": config.device,
+        "attention_backend": config.sglang.attention_backend,
+        "extra_args": config.sglang.extra_args,
+    }
+    return TierSettings(
+        kv=kv,
+        model_digest=model_digest(),
+        arithmetic=json.dumps(deciding, sort_keys=True),
+        load_timeout_s=config.kv_load_timeout_s,
+    )
 
 
 def _max_positions(folder: Path) -> int:

@@ -105,6 +105,15 @@ async def test_pages_that_the_server_has_lost_make_room(running, admin):
         batches.close()
 
 
+async def test_a_forgotten_namespace_has_all_its_room_again(running, admin):
+    async with tier(running.url, 5 * SIZE) as ours:
+        assert sum(await put(ours, KEYS[:8])) == 5
+        assert await put(ours, OTHERS) == [True] * 4
+        assert await ours.delete_namespace(KEYS[0].namespace_id) == 5, "a ledger is no page"
+        assert (total(admin), total(admin, OTHERS[0].namespace_id)) == (None, 4 * SIZE)
+        assert await put(ours, KEYS[8:14]) == [True] * 5 + [False]
+
+
 def test_a_refusal_is_counted_and_no_error(running, admin):
     tier = ValkeyTierConfig(url=running.url, operation_timeout_s=PATIENT_S, tenant_quota_bytes=2500)
     store = build_page_store(KVStoreConfig(tiers=(tier,)), LAYOUT)
@@ -129,5 +138,7 @@ async def test_in_a_cluster_a_tenant_has_one_quota_over_all_shards():
             assert await put(ours, KEYS[:4]) == [True] * 4
             assert sum(await put(ours, KEYS[4:20])) == 3
             assert sum(await ours.contains_many(KEYS)) == 7
+            assert await ours.delete_namespace(KEYS[0].namespace_id) == 7
+            assert sum(await put(ours, KEYS[20:])) == 7
     finally:
         cluster.stop()

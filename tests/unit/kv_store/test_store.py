@@ -111,6 +111,54 @@ def test_saved_pages_are_loaded_up_to_the_first_that_is_missing():
         assert tier_counts(stats.tiers, "memory")[0] == 6
 
 
+def find(store, keys=KEYS, timeout_s=PATIENT_S):
+    return store.find(keys, timeout_s=timeout_s).result(timeout=PATIENT_S)
+
+
+def test_what_is_found_is_what_a_load_would_begin_with(tmp_path):
+    tiers = (memory(), ssd(tmp_path))
+    shelf = Shelf()
+    with opened(tiers=tiers, wrap_tier=shelf) as store:
+        save(store, [0, 1, 2, 4])
+        shelf.forget("memory", KEYS[1:2])  # the other tier still has it
+        assert find(store) == 3
+        assert find(store, KEYS[3:]) == 0
+        assert find(store, KEYS[4:]) == 1
+        assert find(store, []) == 0
+        assert store.stats().num_loaded == 0
+
+
+def test_a_namespace_is_cleared_in_every_tier_and_no_other(tmp_path):
+    others = [key._replace(namespace_id=bytes(16)) for key in KEYS]
+    with opened(tiers=(memory(), ssd(tmp_path))) as store:
+        save(store, [0, 1, 2])
+        save(store, [0, 1], others)
+        cleared = store.clear(KEYS[0].namespace_id, timeout_s=PATIENT_S)
+        assert cleared.result(timeout=PATIENT_S) == 6
+        assert find(store) == 0
+        assert find(store, others) == 2
+
+
+@pytest.mark.parametrize("fault", [{"fail": 1.0}, {"delay": 1.0, "delay_s": 60.0}])
+def test_a_tier_that_fails_or_is_silent_answers_questions_with_nothing(fault):
+    with opened(wrap_tier=lambda tier: FaultyTier(tier, FaultPlan(**fault))) as store:
+        assert find(store, timeout_s=0.05) == 0
+        cleared = store.clear(KEYS[0].namespace_id, timeout_s=0.05)
+        assert cleared.result(timeout=PATIENT_S) == 0
+
+
+def test_questions_end_with_the_store():
+    store = build_page_store(
+        KVStoreConfig(close_timeout_s=0),
+        LAYOUT,
+        wrap_tier=lambda tier: FaultyTier(tier, FaultPlan(delay=1.0, delay_s=60.0)),
+    )
+    waiting = [store.find(KEYS, timeout_s=60.0) for _ in range(4)]
+    store.close()
+    assert [question.result(timeout=PATIENT_S) for question in waiting] == [0] * 4
+    assert find(store) == 0
+
+
 def test_pages_that_are_held_are_not_written_again():
     with opened() as store:
         save(store, [0, 1])

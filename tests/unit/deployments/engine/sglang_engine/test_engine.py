@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from deployments.engine.base import SharesPages
 from deployments.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -18,6 +19,7 @@ from deployments.engine.sglang_engine.engine import SGLangEngine
 from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.types import FinishReason
 from deployments.engine.validation import ModelLimits
+from kv_store import PageStoreStats
 from tests.fakes_async import eventually
 from tests.fakes_engine import make_request
 from tests.fakes_sglang import FakeRuntime, item
@@ -33,6 +35,16 @@ def letters(token_ids):
 
 def engine_of(runtime):
     return SGLangEngine(runtime, LIMITS, detokenize=letters, speculator=NoSpeculation())
+
+
+async def test_what_is_shared_is_counted_where_it_is_shared():
+    runtime = FakeRuntime()
+    engine = engine_of(runtime)
+    assert isinstance(engine, SharesPages)
+    assert engine.page_store_stats() is None
+    runtime.pages = PageStoreStats(num_saved=3)
+    assert engine.page_store_stats() == runtime.pages
+    await engine.close()
 
 
 async def collect(engine, request):

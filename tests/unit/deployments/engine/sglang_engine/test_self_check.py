@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
@@ -14,6 +13,7 @@ from deployments.engine.sglang_engine import self_check
 from deployments.engine.sglang_engine.self_check import (
     DRAFTING,
     EXPECTATIONS,
+    SHARING,
     Expectation,
     check_installed,
     differences,
@@ -30,11 +30,13 @@ def _stand_in(expected: Expectation) -> object:
 def modules(monkeypatch) -> dict[str, ModuleType]:
     """Modules that hold exactly what is expected, until a test changes them."""
     found: dict[str, ModuleType] = {}
-    fields: defaultdict[str, tuple[str, ...]] = defaultdict(tuple)
-    for expected in (*EXPECTATIONS, *DRAFTING):
-        # What two of them say of one record is true of it together.
-        fields[expected.target] += expected.fields
-        expected = replace(expected, fields=fields[expected.target])
+    wanted: dict[str, Expectation] = {}
+    for expected in (*EXPECTATIONS, *DRAFTING, *SHARING):
+        # What several of them say of one record is true of it together.
+        known = wanted.get(expected.target, expected)
+        fields = tuple(dict.fromkeys((*known.fields, *expected.fields)))
+        wanted[expected.target] = replace(expected, fields=fields)
+    for expected in wanted.values():
         name, _, path = expected.target.partition(":")
         place = found.setdefault(name, ModuleType(name))
         *parents, last = path.split(".")
@@ -52,6 +54,23 @@ def test_what_is_as_expected_differs_in_nothing(modules):
     assert modules
     assert differences() == []
     assert differences(DRAFTING) == []
+    assert differences(SHARING) == []
+
+
+def test_what_only_sharing_pages_needs_is_named_apart(modules):
+    storage = modules["sglang.srt.mem_cache.hicache_storage"].HiCacheStorage
+    del storage.clear
+    storage.batch_get_v1 = lambda self, keys, host_indices: None
+    arguments = modules["sglang.srt.server_args"].ServerArgs
+    arguments.__struct_fields__ = tuple(
+        name for name in arguments.__struct_fields__ if name != "hicache_mem_layout"
+    )
+    assert differences() == []
+    assert differences(SHARING) == [
+        "sglang.srt.server_args:ServerArgs has no field hicache_mem_layout",
+        "sglang.srt.mem_cache.hicache_storage:HiCacheStorage.batch_get_v1 takes no extra_info",
+        "sglang.srt.mem_cache.hicache_storage:HiCacheStorage.clear is missing",
+    ]
 
 
 def test_a_missing_parameter_is_named(modules):
@@ -114,14 +133,18 @@ def test_an_engine_with_another_sglang_names_versions_and_differences(modules, m
     assert "SubprocessWatchdog.stop is missing" in str(caught.value)
 
 
-def test_what_only_drafting_needs_is_named_and_does_not_keep_from_serving(
+def test_what_only_drafts_or_the_tier_need_is_named_and_does_not_keep_from_serving(
     modules, monkeypatch, capsys
 ):
     del modules["sglang.srt.speculative.spec_utils"].GrammarTree.from_linear_chain
+    del modules["sglang.srt.mem_cache.hicache_storage"].HiCacheStorage.clear
     monkeypatch.setattr(self_check, "installed_version", lambda: "0.5.23")
     check_installed()
     line = "sglang.srt.speculative.spec_utils:GrammarTree.from_linear_chain is missing"
     assert differences(DRAFTING) == [line]
     assert self_check.main() == 0
     said = capsys.readouterr().out.strip()
-    assert said == f"SGLang 0.5.23, which cannot verify drafts of the pool: {line}"
+    assert said == (
+        f"SGLang 0.5.23, which cannot verify drafts of the pool: {line}, which cannot share pages: "
+        "sglang.srt.mem_cache.hicache_storage:HiCacheStorage.clear is missing"
+    )

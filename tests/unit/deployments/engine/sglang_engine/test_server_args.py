@@ -9,18 +9,19 @@ from pydantic import ValidationError
 
 from deployments.engine.config import EngineConfig, SGLangConfig, SpeculationConfig
 from deployments.engine.errors import EngineSetupError
-from deployments.engine.sglang_engine.self_check import DRAFTING, EXPECTATIONS
+from deployments.engine.sglang_engine.self_check import DRAFTING, EXPECTATIONS, SHARING
 from deployments.engine.sglang_engine.server_args import environment, server_args
 
-(KNOWN,) = (e.fields for e in EXPECTATIONS if e.target.endswith(":ServerArgs"))
-KNOWN = (*KNOWN, "page_size")
+CHECKED = [e for e in (*EXPECTATIONS, *SHARING) if e.target.endswith(":ServerArgs")]
+KNOWN = tuple(name for expected in CHECKED for name in expected.fields)
 FOLDER = Path("model")
 
 
 def arguments(**changes):
     sglang = SGLangConfig(**changes.pop("sglang", {}))
+    tier = changes.pop("tier", None)
     config = EngineConfig(kind="sglang", sglang=sglang, **changes)
-    return server_args(config, FOLDER, max_model_len=512, known=KNOWN)
+    return server_args(config, FOLDER, max_model_len=512, known=KNOWN, tier=tier)
 
 
 def test_settings_keep_their_meaning():
@@ -41,7 +42,18 @@ def test_a_memory_fraction_takes_the_place_of_pages():
 
 def test_all_that_is_passed_is_checked_for_at_the_start():
     everything = {"memory_fraction": 0.5, "attention_backend": "triton"}
-    assert set(arguments()) | set(arguments(sglang=everything)) <= set(KNOWN)
+    assert set(arguments()) | set(arguments(sglang=everything, tier="{}")) <= set(KNOWN)
+
+
+def test_a_tier_is_attached_through_the_hierarchical_cache():
+    own = arguments(tier='{"a": 1}')
+    assert own["page_size"] == 64
+    assert own["hicache_storage_backend_extra_config"] == '{"a": 1}'
+    assert set(own) - set(arguments()) == {"page_size", "enable_hierarchical_cache"} | {
+        name for name in own if name.startswith("hicache_")
+    }
+    with pytest.raises(EngineSetupError, match="page_size is decided by other settings"):
+        arguments(sglang={"extra_args": {"page_size": 16}}, tier="{}")
 
 
 def test_a_draft_is_as_wide_as_the_settings_say_and_plain_serving_knows_nothing_of_it():
@@ -52,6 +64,9 @@ def test_a_draft_is_as_wide_as_the_settings_say_and_plain_serving_knows_nothing_
     assert drafted["disable_overlap_schedule"]
     (checked,) = (e.fields for e in DRAFTING if e.target.endswith(":ServerArgs"))
     assert drafted.keys() - plain.keys() == set(checked)
+    shared = server_args(config, FOLDER, max_model_len=512, known=KNOWN, tier="{}")
+    both = server_args(config, FOLDER, max_model_len=512, known=KNOWN, is_drafted=True, tier="{}")
+    assert both == drafted | shared
 
 
 @pytest.mark.parametrize(
