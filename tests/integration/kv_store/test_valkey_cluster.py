@@ -137,6 +137,8 @@ async def test_a_frozen_shard_costs_its_own_pages_only(cluster):
         await writer.put_many(ITEMS)
     # Long enough for the others on a busy machine; the frozen one is waited for a few times.
     async with of_cluster(cluster, operation_timeout_s=3.0) as tier:
+        # It may ask any of them for the way, even the frozen one.
+        assert await tier.contains_many(KEYS) == [True] * len(KEYS)
         frozen.freeze()
         try:
             for _ in range(5):  # its breaker opens on the way
