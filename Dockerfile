@@ -41,7 +41,7 @@ RUN python -m venv /opt/sglang-venv \
     && /opt/sglang-venv/bin/pip install --no-cache-dir sglang==0.5.23 \
     && /opt/sglang-venv/bin/pip install --no-cache-dir "ray[serve]==2.60.0" blake3 cryptography grpcio \
         grpcio-health-checking grpcio-reflection opentelemetry-api opentelemetry-sdk \
-        opentelemetry-exporter-otlp-proto-grpc redis gguf
+        opentelemetry-exporter-otlp-proto-grpc redis gguf numba xxhash zstandard
 USER paceline
 
 # What is built without --target.
