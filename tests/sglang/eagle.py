@@ -162,6 +162,10 @@ class _Reader:
         """The target's ids of the likeliest tokens."""
         return self._head.draft_token_ids[logits.argmax(-1)]
 
+    def token(self, logits: Tensor) -> int:
+        """The target's id of the likeliest token of one row."""
+        return int(self.tokens(logits))
+
 
 def _compare(
     found: HeadInSGLang,
@@ -177,30 +181,33 @@ def _compare(
     found.num_other_tokens += sum(int(wanted[row]) != text[row + 1] for row in range(first, last))
     found.num_rounds += answer["num_rounds"]
     found.num_own_rounds += _rounds(text, first, [reader.tokens(each) for each in ours])
-    # The row of the text behind which a chain is drafted, and how many tokens it has been given.
-    at, step = first, 0
+    # The row of the text behind which a chain is drafted, and the chain.
+    at, chain = first, [-1]
     for forward in forwards:
-        token_ids, positions = forward["token_ids"].tolist(), forward["positions"].tolist()
         logits = forward["logits"]
         if bool(forward["is_draft"]):
-            step += 1
+            step = len(chain)
             # Behind a wrong token the head is asked about another text than ours was.
-            is_right = step < found.num_steps and text[at + 1 + step : at + 2 + step] == token_ids
-            step = step if is_right else found.num_steps
-            if is_right:
+            if step < found.num_steps and text[at + 2 : at + 2 + step] == chain:
                 _count(found, logits[0], ours[step][at], step)
+            chain.append(reader.token(logits[0]))
             continue
-        step = 0
         if _is_prompt(forward):
-            at = positions[-1]
-            _count(found, logits[-1], ours[0][at], 0)
-            continue
-        for row, (token_id, position) in enumerate(zip(token_ids, positions, strict=True)):
-            # The rows of what was not accepted follow.
-            if text[position + 1 : position + 2] != [token_id]:
-                break
-            at = position
-            _count(found, logits[row], ours[0][at], 0)
+            rows, at = slice(-1, None), int(forward["positions"][-1])
+        else:
+            accepted = _num_equal(chain[: found.num_steps], text[at + 2 :])
+            # The rows of what was not accepted follow; their tokens may be the text's by chance.
+            rows, at = slice(accepted + 1), at + accepted + 1
+        for row, position in zip(logits[rows], forward["positions"][rows].tolist(), strict=True):
+            if position < last:  # the last round may go beyond the answer
+                _count(found, row, ours[0][position], 0)
+        chain = [reader.token(logits[rows][-1])]
+
+
+def _num_equal(chain: Sequence[int], text: Sequence[int]) -> int:
+    """How many tokens of a chain a text begins with."""
+    pairs = zip(chain, text, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chain), len(text)))
 
 
 def _count(found: HeadInSGLang, theirs: Tensor, own: Tensor, step: int) -> None:
