@@ -55,18 +55,19 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for column, name in enumerate(names):
         own = [row for row in rows if row["prompts"] == name]
         paced = [row for row in own if row["clock"] == "simulated"]
-        batches = sorted({row["batch"] for row in paced})
-        paced = [row for row in paced if row["batch"] == batches[0]]
+        smallest = min((row["batch"] for row in paced), default=1)
+        paced = [row for row in paced if row["batch"] == smallest]
         above, below = grid[0][column], grid[1][column]
         _lines(above, paced, "round_trip", with_model=True)
         _lines(below, [row for row in own if row["clock"] == "own"], "batch", with_model=False)
-        above.set_title(f"{name}, batch {batches[0]}, simulated clock", fontsize=9)
+        above.set_title(f"{name}, batch {smallest}, simulated clock", fontsize=9)
         above.set_xlabel("round trip / target step")
         below.set_title(f"{name}, this machine", fontsize=9)
         below.set_xlabel("batch")
     for axes in grid[:, 0]:
         axes.set_ylabel("speed-up over plain")
-    grid[0][0].legend(frameon=False, fontsize=8)
+    measured = [axes for axes in grid[:, 0] if axes.get_legend_handles_labels()[0]]
+    measured[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
