@@ -86,6 +86,8 @@ class StepPlanner:
                 tried.add(index)
         chances = [() if index in tried else draft.chances for index, draft in enumerate(drafts)]
         choice = choose(chances, num_rows + len(tried), num_tokens, self.times.seconds, targets_s)
+        if tried:  # what pays for itself is no trial's cost
+            self._num_rows_untried = num_rows + sum(choice.lengths)
         for index in tried:
             choice.lengths[index] = 1
         return choice

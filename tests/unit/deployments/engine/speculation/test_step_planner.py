@@ -70,3 +70,18 @@ def test_nobody_misses_a_target_because_of_a_trial():
     assert planner.plan(due, 2, 2, {0: 0.035}).lengths == [1, 0]
     assert planner.plan(due, 2, 2, {0: 0.021, 1: 1.0}).lengths == [0, 0]
     assert planner.plan(due, 2, 2, {0: 0.001}).lengths == [1, 1], "missed in any case"
+
+
+def test_drafts_that_pay_are_no_trials_cost():
+    planner = StepPlanner()
+
+    def step(drafts):
+        lengths = planner.plan(drafts, 4, 4, {}).lengths
+        planner.observe(4 + sum(lengths), 0.01 + 0.002 * sum(lengths))
+        return lengths
+
+    good = [AtHand((0.95, 0.9, 0.85, 0.8))] * 3
+    for _ in range(40):
+        step([*good, AtHand((0.01,))])
+    tried = [step([*good, AtHand((0.01,), is_due=number % 16 == 0)])[3] for number in range(320)]
+    assert sum(tried) >= 10, "as good as all of its twenty turns"
