@@ -12,6 +12,7 @@ from kv_store.codecs.registry import readable_codecs
 from kv_store.errors import KVStoreError, PageUnsupportedError
 from kv_store.page_format import decode_page
 from kv_store.spans import describe, kv_span
+from kv_store.tiers.buffers import BufferPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +71,7 @@ class ChainLoader:
         self._codec_threads = codec_threads
         self._batch_pages = batch_pages
         self._single_flight = single_flight
+        self._buffers = BufferPool()
 
     async def load(
         self, keys: Sequence[PageKey], loaded: list[LoadedPage], deadline: float
@@ -200,7 +202,7 @@ class ChainLoader:
         return LoadedPage(page, item.tier.name)
 
     def _decode(self, key: PageKey, blob: Blob) -> NDArray[np.uint8]:
-        page = np.empty(self._layout.nbytes, dtype=np.uint8)
+        page = np.frombuffer(self._buffers.take(self._layout.nbytes), dtype=np.uint8)
         decode_page(blob, key, self._layout, self._codecs, page)
         return page
 

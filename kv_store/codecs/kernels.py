@@ -29,6 +29,7 @@ _ROUND = np.float32(12582912)  # 1.5 * 2**23: adding it leaves the nearest integ
 _ROUND_BITS = np.uint32(0x4B400000)
 _TINIEST_HALF = np.float32(2**-24)
 _HALVES_OF_ONE = np.float32(2**24)
+_BLOCK_ROWS = 64  # at a time: row by row, short loops would cost more than their work
 _MAX_HALF = np.float32(65504)
 _INF_HALF = np.uint32(0x7C00)
 
@@ -156,36 +157,42 @@ def _narrow(source: Floats, is_half: bool, target: Words) -> None:
 @compiled
 def encode_symmetric(words: Words, is_half: bool, width: int, levels: Raw, scales: Raw) -> bool:
     """Rows of ``width`` values to int8 [rows, width] and one half each; False: not finite."""
-    row = np.empty(width, np.float32)
-    for r in range(words.size // width):
-        start = r * width
-        _widen(words[start : start + width], is_half, row)
-        largest = np.uint32(0)
-        for i in range(width):
-            largest = max(largest, np.uint32(to_bits(row[i]) & np.uint32(0x7FFFFFFF)))
-        if largest >= np.uint32(0x7F800000):
-            return False
-        half = _scale_half(float_of_bits(largest), np.float32(127))
-        if half >= _INF_HALF:
-            return False
-        _put_half(scales, r, half)
-        scale = _half_to_float(half)
-        inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
-        for i in range(width):
-            levels[start + i] = _level(row[i] * inverse)
+    block = np.empty(_BLOCK_ROWS * width, np.float32)
+    for begin in range(0, words.size, block.size):
+        values = block[: min(block.size, words.size - begin)]
+        _widen(words[begin : begin + values.size], is_half, values)
+        for r in range(values.size // width):
+            row = values[r * width : (r + 1) * width]
+            largest = np.uint32(0)
+            for i in range(width):
+                largest = max(largest, np.uint32(to_bits(row[i]) & np.uint32(0x7FFFFFFF)))
+            if largest >= np.uint32(0x7F800000):
+                return False
+            half = _scale_half(float_of_bits(largest), np.float32(127))
+            if half >= _INF_HALF:
+                return False
+            _put_half(scales, begin // width + r, half)
+            scale = _half_to_float(half)
+            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+            level = levels[begin + r * width : begin + (r + 1) * width]
+            for i in range(width):
+                level[i] = _level(row[i] * inverse)
     return True
 
 
 @compiled
 def decode_symmetric(levels: Raw, scales: Raw, is_half: bool, width: int, words: Words) -> None:
     """The way back."""
-    row = np.empty(width, np.float32)
-    for r in range(words.size // width):
-        start = r * width
-        scale = _get_half(scales, r)
-        for i in range(width):
-            row[i] = np.float32(np.int8(levels[start + i])) * scale
-        _narrow(row, is_half, words[start : start + width])
+    block = np.empty(_BLOCK_ROWS * width, np.float32)
+    for begin in range(0, words.size, block.size):
+        values = block[: min(block.size, words.size - begin)]
+        for r in range(values.size // width):
+            scale = _get_half(scales, begin // width + r)
+            level = levels[begin + r * width : begin + (r + 1) * width]
+            row = values[r * width : (r + 1) * width]
+            for i in range(width):
+                row[i] = np.float32(np.int8(level[i])) * scale
+        _narrow(values, is_half, words[begin : begin + values.size])
 
 
 @compiled
@@ -294,7 +301,8 @@ def _decode_piece(
     scratch: tuple[Raw, Floats, Floats, Floats],
 ) -> None:
     """The way back."""
-    wide, minima, scales, row = scratch
+    wide, minima, scales, values = scratch
+    values = values[: words.size]
     for g in range(ranges.size // GROUP_BYTES):
         minima[g] = _get_half(ranges, 2 * g)
         scales[g] = _get_half(ranges, 2 * g + 1)
@@ -306,9 +314,9 @@ def _decode_piece(
     else:
         for i in range(levels.size):
             wide[i] = levels[i]
-    row = row[:width]
     for r in range(words.size // width):
         level = wide[r * width : (r + 1) * width]
+        row = values[r * width : (r + 1) * width]
         if per_channel:
             for i in range(width):
                 row[i] = np.float32(level[i]) * scales[i] + minima[i]
@@ -316,7 +324,8 @@ def _decode_piece(
             minimum, scale = minima[r], scales[r]
             for i in range(width):
                 row[i] = np.float32(level[i]) * scale + minimum
-        _narrow(row, is_half, words[r * width : (r + 1) * width])
+    # All at once: row by row, short loops would cost more than their work.
+    _narrow(values, is_half, words)
 
 
 @compiled
@@ -353,14 +362,9 @@ def encode_ranged(
     channels = num_heads * head_dim
     run = num_tokens * channels
     max_groups = max(channels, num_tokens * num_heads)
-    scratch = (
-        np.empty(run, np.float32),
-        np.empty(run, np.uint8),
-        np.empty(max_groups, np.int32),
-        np.empty(max_groups, np.int32),
-        np.empty(max_groups, np.float32),
-        np.empty(max_groups, np.float32),
-    )
+    keys, ranged = np.empty((2, max_groups), np.int32), np.empty((2, max_groups), np.float32)
+    wide = np.empty(run, np.uint8)
+    scratch = np.empty(run, np.float32), wide, keys[0], keys[1], ranged[0], ranged[1]
     start = 0
     for number in range(words.size // run):
         is_key, is_packed, mid, end = _bounds(start, number, dims, num_tokens - first, packs_keys)
@@ -382,12 +386,8 @@ def decode_ranged(
     channels = num_heads * head_dim
     run = num_tokens * channels
     max_groups = max(channels, num_tokens * num_heads)
-    scratch = (
-        np.empty(run + 1, np.uint8),
-        np.empty(max_groups, np.float32),
-        np.empty(max_groups, np.float32),
-        np.empty(channels, np.float32),
-    )
+    ranged = np.empty((2, max_groups), np.float32)
+    scratch = np.empty(run + 1, np.uint8), ranged[0], ranged[1], np.empty(run, np.float32)
     start = 0
     for number in range(words.size // run):
         is_key, is_packed, mid, end = _bounds(start, number, dims, num_tokens - first, packs_keys)

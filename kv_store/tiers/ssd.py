@@ -13,7 +13,7 @@ from kv_store.tiers.folder_lock import ClaimedFolder, claim_folder
 from kv_store.tiers.segment_log import SegmentLog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from kv_store.keys import PageKey
@@ -84,11 +84,14 @@ class SsdTier(KVTier):
     async def get_many(self, keys: Sequence[PageKey]) -> list[Blob | None]:
         """See ``KVTier``."""
         log = await self.opened()
-        # A share for each thread: handing over page by page costs more than reading small ones.
-        size = max(1, -(-len(keys) // self._num_read_threads))
-        shares = [keys[start : start + size] for start in range(0, len(keys), size)]
-        reads = [self._in_thread(self._readers, partial(_read_all, log, share)) for share in shares]
-        return [blob for blobs in await asyncio.gather(*reads) for blob in blobs]
+        blobs: list[Blob | None] = [None] * len(keys)
+        # Each thread takes the next page once it has read one: handing over page by page costs more
+        # than reading small ones, and a share fixed beforehand leaves the faster thread idle.
+        rest = iter(enumerate(keys))
+        num_threads = min(self._num_read_threads, len(keys))
+        read = partial(_read_rest, log, rest, blobs)
+        await asyncio.gather(*(self._in_thread(self._readers, read) for _ in range(num_threads)))
+        return blobs
 
     async def put_many(self, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
         """See ``KVTier``; refuses a blob larger than a segment."""
@@ -151,5 +154,8 @@ class SsdTier(KVTier):
             raise TierUnavailableError(f"{type(exc).__name__}: {exc}") from exc
 
 
-def _read_all(log: SegmentLog, keys: Sequence[PageKey]) -> list[Blob | None]:
-    return [log.read(key) for key in keys]
+def _read_rest(
+    log: SegmentLog, rest: Iterator[tuple[int, PageKey]], blobs: list[Blob | None]
+) -> None:
+    for index, key in rest:
+        blobs[index] = log.read(key)

@@ -91,14 +91,17 @@ class KVCache:
         if raw.nbytes != self.page_nbytes:
             raise LayoutMismatchError(f"a page has {self.page_nbytes} bytes, got {raw.nbytes}")
         layers, _, heads, dim = self.k.shape
-        if self._pinned is None:
-            # frombuffer on a copy: received pages may be read-only, which torch refuses to wrap.
-            flat = torch.frombuffer(bytearray(raw.tobytes()), dtype=torch.uint8)
-        else:
-            self._pinned.numpy()[:] = raw.reshape(-1).view(np.uint8)
-            flat = self._pinned.to(self.k.device)
-        both = flat.view(self.k.dtype).view(layers, 2, PAGE_TOKENS, heads, dim)
         rows = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
+        if self._pinned is None:
+            # By numpy, without a copy between: received pages may be read-only, which torch
+            # refuses to wrap, and numpy has no bfloat16.
+            pair = raw.reshape(-1).view(np.uint8).reshape(layers, 2, PAGE_TOKENS, heads, -1)
+            self.k.view(torch.uint8).numpy()[:, rows] = pair[:, 0]
+            self.v.view(torch.uint8).numpy()[:, rows] = pair[:, 1]
+            return
+        self._pinned.numpy()[:] = raw.reshape(-1).view(np.uint8)
+        flat = self._pinned.to(self.k.device)
+        both = flat.view(self.k.dtype).view(layers, 2, PAGE_TOKENS, heads, dim)
         self.k[:, rows] = both[:, 0]
         self.v[:, rows] = both[:, 1]
 

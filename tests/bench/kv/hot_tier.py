@@ -17,6 +17,7 @@ from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.resp import ReplyReader, command
 from kv_store.tiers.valkey import ValkeyTier
 from kv_store.tiers.valkey_connection import ValkeyConnection
+from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES
 from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.bench.kv.lmcache_peer import LMCacheClient, load_library
 from tests.bench.kv.measure import race
@@ -51,7 +52,10 @@ def measure_hot_tier() -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 
 class _DataPath:
-    """The tier's connections without its event loop: GET into buffers of the caller's."""
+    """The tier's connections without its event loop: GET into buffers of the caller's.
+
+    Pages are cut to values of the size that the tier writes.
+    """
 
     def __init__(self, url: str) -> None:
         pool = redis.ConnectionPool.from_url(url, protocol=2)
@@ -139,8 +143,13 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
             loop.run_until_complete(tier.put_many([(key, os.urandom(page_bytes))]))
 
         whole = [f"whole:{name}" for name in names]  # for those who do not split values
+        num_parts = -(-page_bytes // MAX_VALUE_BYTES)
+        part_bytes = page_bytes // num_parts
         for name in whole:
-            client.set(name, os.urandom(page_bytes))
+            page = os.urandom(page_bytes)
+            client.set(name, page)
+            for part in range(num_parts):
+                client.set(f"{name}:{part}", page[part * part_bytes : (part + 1) * part_bytes])
 
         def plain_socket() -> int:
             for batch in _batches(keys):
@@ -157,9 +166,17 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
 
         data_path = _DataPath(url)
 
+        parts_of = {name: [f"{name}:{part}" for part in range(num_parts)] for name in whole}
+        cut = [
+            buffer[part * part_bytes : (part + 1) * part_bytes]
+            for buffer in buffers
+            for part in range(num_parts)
+        ]
+
         def into_buffers() -> int:
             for batch in _batches(whole):
-                data_path.get(batch, buffers[: len(batch)])
+                parts = [part for name in batch for part in parts_of[name]]
+                data_path.get(parts, cut[: len(parts)])
             return total
 
         contestants: dict[str, Callable[[], int]] = {

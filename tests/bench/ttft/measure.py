@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sys
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,7 @@ class TtftRuns:
         warm: dict[tuple[str, float], list[float]] = {}
         overheads: dict[str, list[float]] = {source: [] for source in sources}
         for number in range(rounds):
+            sys.stderr.write(f"{length} tokens, round {number + 1} of {rounds}\n")
             for source, hits in _cases(sources):
                 samples = warm.setdefault((source, hits), [])
                 if hits > 0:

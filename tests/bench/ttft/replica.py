@@ -90,7 +90,10 @@ class Replica:
             num_pages: of its pool.
         """
         config = TorchEngineConfig(
-            num_threads=num_threads, num_pages=num_pages, kv_load_timeout_s=LOAD_TIMEOUT_S
+            num_threads=num_threads,
+            num_pages=num_pages,
+            max_model_len=loaded.config.max_positions,
+            kv_load_timeout_s=LOAD_TIMEOUT_S,
         )
         self.store = build_page_store(tiers, loaded.page_layout()) if tiers else None
         memory = KVCache(loaded.config, num_pages, dtype=loaded.model.dtype)
