@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Keys = NDArray[np.int32]
 
-GROUP_BYTES = 4
-"""Of one group's minimum and scale."""
-
+GROUP_BYTES = 4  # of one group's minimum and scale
 _INF_KEY = np.int32(0x7F800000)
 _ROUND = np.float32(12582912)  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 _ROUND_BITS = np.uint32(0x4B400000)
@@ -37,13 +35,12 @@ _INF_HALF = np.uint32(0x7C00)
 @compiled
 def _half_to_float(half: np.uint32) -> np.float32:
     magnitude = np.uint32(half & np.uint32(0x7FFF))
-    sign = np.uint32(np.uint32(half & np.uint32(0x8000)) << np.uint32(16))
     normal = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(0x38000000))
     if magnitude >= _INF_HALF:
         normal = np.uint32(normal + np.uint32(0x38000000))
     tiny = to_bits(np.float32(np.int32(magnitude)) * _TINIEST_HALF)
     bits = normal if magnitude >= np.uint32(0x0400) else tiny
-    return float_of_bits(np.uint32(bits | sign))
+    return float_of_bits(np.uint32(bits | np.uint32((half & np.uint32(0x8000)) << np.uint32(16))))
 
 
 @compiled
@@ -119,8 +116,8 @@ def _put_half(target: Raw, index: int, half: np.uint32) -> None:
 
 @compiled
 def _get_half(source: Raw, index: int) -> np.float32:
-    low, high = np.uint32(source[2 * index]), np.uint32(source[2 * index + 1])
-    return _half_to_float(np.uint32(low | np.uint32(high << np.uint32(8))))
+    high = np.uint32(source[2 * index + 1])
+    return _half_to_float(np.uint32(np.uint32(source[2 * index]) | np.uint32(high << np.uint32(8))))
 
 
 @compiled
@@ -138,15 +135,18 @@ def _widen(source: Words, is_half: bool, target: Floats) -> None:
 
 
 @compiled
+def _floats_of(words: Words, scratch: Floats) -> Floats:
+    """Where to make the values of words: in place if these are float32."""
+    return words.view(np.float32) if words.itemsize == 4 else scratch[: words.size]
+
+
+@compiled
 def _narrow(source: Floats, is_half: bool, target: Words) -> None:
     """Finite float32 to the page's words, to nearest even."""
-    if target.itemsize == 4:
-        for i in range(source.size):
-            target[i] = to_bits(source[i])
-    elif is_half:
+    if target.itemsize == 2 and is_half:
         for i in range(source.size):
             target[i] = _float_to_half(source[i])
-    else:
+    elif target.itemsize == 2:  # else they were made in place
         for i in range(source.size):
             bits = to_bits(source[i])
             odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
@@ -185,14 +185,15 @@ def decode_symmetric(levels: Raw, scales: Raw, is_half: bool, width: int, words:
     """The way back."""
     block = np.empty(_BLOCK_ROWS * width, np.float32)
     for begin in range(0, words.size, block.size):
-        values = block[: min(block.size, words.size - begin)]
+        target = words[begin : begin + block.size]
+        values = _floats_of(target, block)
         for r in range(values.size // width):
             scale = _get_half(scales, begin // width + r)
             level = levels[begin + r * width : begin + (r + 1) * width]
             row = values[r * width : (r + 1) * width]
             for i in range(width):
                 row[i] = np.float32(np.int8(level[i])) * scale
-        _narrow(values, is_half, words[begin : begin + values.size])
+        _narrow(values, is_half, target)
 
 
 @compiled
@@ -302,7 +303,7 @@ def _decode_piece(
 ) -> None:
     """The way back."""
     wide, minima, scales, values = scratch
-    values = values[: words.size]
+    values = _floats_of(words, values)
     for g in range(ranges.size // GROUP_BYTES):
         minima[g] = _get_half(ranges, 2 * g)
         scales[g] = _get_half(ranges, 2 * g + 1)

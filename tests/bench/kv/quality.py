@@ -36,7 +36,7 @@ _TEXTS = {
 
 
 def measure_quality() -> list[dict[str, Any]]:
-    """Means over the windows of each text for each codec; ratio counts headers, KL in nats a token."""
+    """Each codec on each text, means over windows; ratio counts headers, KL is in nats a token."""
     folder = prepare_builtin(default_cache_dir(), print)
     [gguf] = folder.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(folder)
