@@ -183,16 +183,17 @@ def encode_symmetric(words: Words, is_half: bool, width: int, levels: Raw, scale
 @compiled
 def decode_symmetric(levels: Raw, scales: Raw, is_half: bool, width: int, words: Words) -> None:
     """The way back."""
-    block = np.empty(_BLOCK_ROWS * width, np.float32)
+    block, scale = np.empty(_BLOCK_ROWS * width, np.float32), np.empty(_BLOCK_ROWS, np.float32)
     for begin in range(0, words.size, block.size):
         target = words[begin : begin + block.size]
         values = _floats_of(target, block)
         for r in range(values.size // width):
-            scale = _get_half(scales, begin // width + r)
+            scale[r] = _get_half(scales, begin // width + r)
+        for r in range(values.size // width):
             level = levels[begin + r * width : begin + (r + 1) * width]
-            row = values[r * width : (r + 1) * width]
+            row, step = values[r * width : (r + 1) * width], scale[r]
             for i in range(width):
-                row[i] = np.float32(np.int8(level[i])) * scale
+                row[i] = np.float32(np.int8(level[i])) * step
         _narrow(values, is_half, target)
 
 
