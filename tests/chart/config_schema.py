@@ -15,6 +15,8 @@ SCHEMA_PATH = Path("k8s/chart/values.schema.json")
 
 _PREFIX = "config."
 _SET_BY_THE_CHART = ("server", "auth")
+_TIERS = ("ValkeyTierConfig", "SsdTierConfig", "PeersTierConfig")
+_KNOWN_OF_A_TIER = ("kind", "name", "url", "is_cluster", "sentinels", "root", "budget_bytes")
 
 
 def with_config_schema(values_schema: dict[str, Any]) -> dict[str, Any]:
@@ -29,6 +31,8 @@ def with_config_schema(values_schema: dict[str, Any]) -> dict[str, Any]:
     del definitions["KVStoreConfig"]["properties"]["tiers"]
     for definition in definitions.values():
         _drop_secrets(definition)
+    for tier in _TIERS:
+        _drop_known(definitions[tier])
     for name in _SET_BY_THE_CHART:
         del schema["properties"][name]
     schema.pop("$schema")
@@ -37,7 +41,7 @@ def with_config_schema(values_schema: dict[str, Any]) -> dict[str, Any]:
         for name, definition in values_schema["$defs"].items()
         if not name.startswith(_PREFIX)
     }
-    used = _reachable(schema, definitions)
+    used = _reachable(schema, definitions) | set(_TIERS)
     return values_schema | {
         "$defs": own | {_PREFIX + name: definitions[name] for name in sorted(used)},
         "properties": values_schema["properties"] | {"config": schema},
@@ -49,6 +53,13 @@ def _drop_secrets(definition: dict[str, Any]) -> None:
     secrets = [name for name, field in properties.items() if '"password"' in json.dumps(field)]
     for name in secrets:
         del properties[name]
+
+
+def _drop_known(tier: dict[str, Any]) -> None:
+    """Leave out what the chart knows of a tier from other values."""
+    for name in _KNOWN_OF_A_TIER:
+        tier["properties"].pop(name, None)
+    tier.pop("required", None)
 
 
 def _reachable(schema: dict[str, Any], definitions: dict[str, Any]) -> set[str]:
