@@ -42,6 +42,30 @@ def objects(rendered: dict[str, str]) -> list[dict[str, Any]]:
     ]
 
 
+def named_ports(template: dict[str, Any]) -> dict[str, int]:
+    """Names and numbers of the ports that a pod template's containers have."""
+    return {
+        port["name"]: port["containerPort"]
+        for container in containers(template["spec"])
+        for port in container.get("ports", [])
+    }
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a label selector takes a pod with these labels."""
+    matches = selector.get("matchLabels", {}).items() <= labels.items()
+    return matches and all(
+        rule["operator"] == "In" and labels.get(rule["key"]) in rule["values"]
+        for rule in selector.get("matchExpressions", [])
+    )
+
+
+def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """All containers of a pod, those that start before the others too."""
+    found: list[dict[str, Any]] = [*spec.get("initContainers", []), *spec["containers"]]
+    return found
+
+
 @dataclass(frozen=True)
 class Rendering:
     """What one values file makes of the chart."""
@@ -73,7 +97,7 @@ class Rendering:
         cluster = self.ray_cluster
         templates = [cluster["headGroupSpec"]["template"]]
         templates += [group["template"] for group in cluster["workerGroupSpecs"]]
-        templates += [item["spec"]["template"] for item in self.of_kind("Deployment")]
+        templates += [item["spec"]["template"] for item in self.of_kind("StatefulSet")]
         for template in templates:
             yield template["metadata"]["labels"]["app.kubernetes.io/component"], template
 

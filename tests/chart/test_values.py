@@ -35,11 +35,20 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("image.pullPolicy", "Sometimes", "pullPolicy"),
         ("ray.version", "2.9.0", "version"),
         ("ray.upgradeStrategy", "Recreate", "upgradeStrategy"),
-        ("ray.gcsFaultTolerance", {"enabled": True}, "address"),
+        ("ray.gcsFaultTolerance.address", "gcs-redis", "address"),
+        ("ray.gcsFaultTolerance.server.storage", "1 GiB", "storage"),
         ("ray.upgradeStrategy", "NewClusterWithIncrementalUpgrade", "gatewayClassName"),
         ("ray.incrementalUpgrade.stepSizePercent", 0, "stepSizePercent"),
         ("ingress.enabled", True, "Host"),
         ("ingress.httpHost", "https://llm.example", "httpHost"),
+        ("gateway.enabled", True, "parentRefs"),
+        ("gateway", {"enabled": True, "parentRefs": [{"name": "public"}]}, "Hosts"),
+        ("gateway.parentRefs", [{"gateway": "public"}], "gateway"),
+        ("gateway.grpcHosts", ["grpc.example:443"], "grpcHosts"),
+        ("gateway.httpTimeout", "never", "httpTimeout"),
+        ("tls.existingSecret", "Certificates!", "existingSecret"),
+        ("tls.surfaces", "yes", "surfaces"),
+        ("spreadOver", "zone", "spreadOver"),
         ("podMonitor.interval", "often", "interval"),
         ("dashboards.labels", {"grafana_dashboard": 1}, "grafana_dashboard"),
         ("serve.httpPort", 70000, "httpPort"),
@@ -60,6 +69,14 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("config.draft.secret", "in the clear", "secret"),
         ("config.auth", {"cluster_secret": "in the clear"}, "auth"),
         ("valkey.maxMemory", "80%", "maxMemory"),
+        ("valkey.shards", 0, "shards"),
+        # Two shards have no majority when one is gone.
+        ("valkey.shards", 2, "shards"),
+        ("valkey.port", 60_000, "port"),
+        ("tiers.valkey", {"ttl": 60}, "ttl"),
+        ("tiers.valkey", {"url": "redis://elsewhere"}, "url"),
+        ("tiers.ssd", {"num_read_threads": 0}, "num_read_threads"),
+        ("auth.pageEncryptionKey", "short", "pageEncryptionKey"),
         ("auth.tenants", [{"name": "acme"}], "tenants"),
         ("auth.tenants", [{**GOOD_TENANT, "name": "Not A Name"}], "name"),
         ("auth.tenants", [{**GOOD_TENANT, "api_key_sha256": ["abc"]}], "api_key_sha256"),
@@ -79,9 +96,11 @@ def test_wrong_values_are_refused_by_name(path: str, value: Any, named: str) -> 
     [
         ("auth.clusterSecret", "short", "at least 32 characters"),
         ("auth.valkeyPassword", "short", "at least 16 characters"),
+        ("ray.gcsFaultTolerance.enabled", True, "gcsPassword needs at least 16 characters"),
+        ("auth.encryptPages", True, "needs auth.pageEncryptionKey"),
     ],
 )
-def test_weak_secrets_are_refused(path: str, value: str, message: str) -> None:
+def test_weak_or_missing_secrets_are_refused(path: str, value: Any, message: str) -> None:
     with pytest.raises(helm.HelmRenderError, match=message):
         render(_with(path, value))
 

