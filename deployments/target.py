@@ -221,7 +221,9 @@ class TargetReplica:
             speculator = SplitSpeculator(
                 engine.speculation,
                 vocab_size=tokenizer.vocab_size,
-                connect=grpc_connector(identity, self._replica_id, pool_secret),
+                connect=grpc_connector(
+                    identity, self._replica_id, pool_secret, tls=engine.speculation.pool_tls
+                ),
                 on_link_lost=self._on_link_lost,
             )
         self._sessions = DraftSessions(draft, speculator)

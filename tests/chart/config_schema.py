@@ -29,6 +29,7 @@ def with_config_schema(values_schema: dict[str, Any]) -> dict[str, Any]:
     definitions = schema.pop("$defs")
     del definitions["PoolConfig"]["properties"]["labels"]
     del definitions["KVStoreConfig"]["properties"]["tiers"]
+    del definitions["SpeculationConfig"]["properties"]["pool_tls"]
     for definition in definitions.values():
         _drop_secrets(definition)
     for tier in _TIERS:

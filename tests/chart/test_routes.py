@@ -108,6 +108,22 @@ def test_the_proxy_takes_tls_in_front_of_what_serve_listens_on(rendering: Render
             assert f"server ray 127.0.0.1:{values['serve']['grpcPort']} proto h2\n" in text
 
 
+def test_draft_streams_have_the_mounted_certificate(rendering: Rendering) -> None:
+    (application,) = rendering.serve_config["applications"]
+    speculation = application["args"].get("engine", {}).get("speculation", {})
+    tls = speculation.get("pool_tls")
+    assert (tls is not None) == _is_tls(rendering, "drafts")
+    if tls is None:
+        return
+    # One of the names that the chart's page asks of the certificate.
+    assert tls.pop("server_name") == client_service(rendering)["metadata"]["name"]
+    for component, template in rendering.pod_templates():
+        if component in ("target", "draft"):
+            (container,) = template["spec"]["containers"]
+            folders = {mount["mountPath"] for mount in container["volumeMounts"]}
+            assert {path.rpartition("/")[0] for path in tls.values()} <= folders
+
+
 def test_whoever_is_told_of_certificates_has_them(rendering: Rendering) -> None:
     secret = rendering.values["tls"]["existingSecret"]
     for component, template in rendering.pod_templates():

@@ -48,6 +48,7 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("gateway.httpTimeout", "never", "httpTimeout"),
         ("tls.existingSecret", "Certificates!", "existingSecret"),
         ("tls.surfaces", "yes", "surfaces"),
+        ("config.engine.speculation.pool_tls", {"server_name": "mine"}, "pool_tls"),
         ("spreadOver", "zone", "spreadOver"),
         ("podMonitor.interval", "often", "interval"),
         ("dashboards.labels", {"grafana_dashboard": 1}, "grafana_dashboard"),
