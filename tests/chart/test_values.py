@@ -106,6 +106,22 @@ def test_weak_or_missing_secrets_are_refused(path: str, value: Any, message: str
         render(_with(path, value))
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("pools.target.minPods", 9, "pools.target.minPods is above its maxPods"),
+        ("config.pools.draft.num_gpus", 0.5, "needs a GPU in pools.draft.resources.limits"),
+        ("serve.grpcPort", 8000, "must all differ"),
+        ("tls", {"existingSecret": "certificates", "httpPort": 9000}, "must all differ"),
+        ("ray.gcsFaultTolerance.existingSecret", "mine", "set its address as well"),
+        ("externalValkey.existingSecret", "mine", "not used while valkey.enabled"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(path: str, value: Any, message: str) -> None:
+    with pytest.raises(helm.HelmRenderError, match=message):
+        render(_with(path, value))
+
+
 def test_nothing_has_a_default_secret() -> None:
     with pytest.raises(helm.HelmRenderError, match="clusterSecret"):
         render({})
