@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 _LOOK_TIMEOUT_S = 0.25
 _MIN_LEARNT_TOKENS = 128
 """Of a shorter prompt most of the time goes to other things than its tokens."""
+_DEADLINE_SHARE = 0.5
+"""Of the time a request has left; a pool that gives nothing must leave time to do without it."""
 _MAX_FAILURES = 3
 _LEFT_ALONE_S = 1.0
 _MAX_LEFT_ALONE_S = 30.0
@@ -137,7 +139,7 @@ class PrefillPool:
         Whatever goes wrong at the pool, the caller computes the prompt.
 
         Args:
-            request: a deadline of its own bounds the wait as well.
+            request: half of the time to its deadline bounds the wait as well.
             num_backlog: tokens that this replica has to compute before it.
 
         Raises:
@@ -196,7 +198,9 @@ class PrefillPool:
         if prefilled is not None:
             num_computed = prefilled.num_prompt_tokens - prefilled.num_cached_tokens
             self._metrics.computed(num_computed)
-            self.learn(self.costs.pool, seconds, num_computed)
+            # One that waited for another request's computing says nothing of a token's cost.
+            if num_computed >= _MIN_LEARNT_TOKENS:
+                self.learn(self.costs.pool, seconds, num_computed)
         return prefilled
 
     async def _outcome(
@@ -223,7 +227,8 @@ class PrefillPool:
     async def _call(self, request: GenerationRequest, traceparent: str | None) -> Prefilled:
         timeout_s = self._config.timeout_s
         if request.deadline is not None:
-            timeout_s = min(timeout_s, max(0.0, request.deadline - time.time()))
+            left_s = max(0.0, request.deadline - time.time())
+            timeout_s = min(timeout_s, _DEADLINE_SHARE * left_s)
         asked = replace(
             request,
             # A request that another target resumes may meet its own first prefill.

@@ -176,6 +176,24 @@ async def test_a_long_prompt_is_computed_ahead_under_a_name_of_its_own(exporter:
     assert ("prefill_in_flight",) not in exporter.scrape(), "none is there now"
 
 
+async def test_half_of_a_request_s_time_is_left_to_do_without(exporter: Exporter) -> None:
+    pool = Pool(WHOLE)
+    target = Target(pool, exporter, timeout_s=10_000)
+    await target.ahead(make_request(deadline=time.time() + 2000))
+    [asked] = pool.asked
+    assert asked.deadline is not None
+    assert time.time() < asked.deadline <= time.time() + 1000
+
+
+async def test_who_waited_for_another_s_prompt_teaches_no_cost(exporter: Exporter) -> None:
+    shared = Prefilled(num_prompt_tokens=960, num_cached_tokens=896, num_shared_tokens=960)
+    target = Target(Pool(shared, WHOLE), exporter)
+    await target.ahead(make_request())
+    assert target.pool.costs.pool.at(target.now) is None
+    await target.ahead(make_request())
+    assert target.pool.costs.pool.at(target.now) is not None
+
+
 async def test_short_prompts_are_not_even_looked_up(exporter: Exporter) -> None:
     target = Target(Pool(WHOLE), exporter)
     await target.ahead(make_request(499))
