@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 CHART = Path("k8s/chart")
 RELEASE = "demo"
 NAMESPACE = "serving"
+PAGE_COMPONENTS = {"target", "prefill"}
+"""Kinds of pods that read and write pages."""
 CI_VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
 
 

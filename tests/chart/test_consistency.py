@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tests.chart.conftest import Rendering
 
-RAY_COMPONENTS = {"head", "ingress", "target", "draft"}
+RAY_COMPONENTS = {"head", "ingress", "target", "prefill", "draft"}
 SERVERS = {"valkey", "gcs"}
 
 

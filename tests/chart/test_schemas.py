@@ -12,10 +12,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, ServerConfig
 from cluster.config_loader import parse_config
 from cluster.manifest import render
-from tests.chart.conftest import CHART, Rendering
+from tests.chart.conftest import CHART, Rendering, containers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -151,29 +151,6 @@ def test_serve_accepts_its_config(rendering: Rendering) -> None:
     assert set(config["grpc_options"]) <= set(type(parsed.grpc_options).model_fields)
 
 
-def test_build_app_accepts_its_arguments(rendering: Rendering) -> None:
-    (application,) = rendering.serve_config["applications"]
-    config = ClusterConfig.model_validate(application["args"])
-    assert config.pools.target.labels == {"paceline.io/pool": "target"}
-    scales = "autoscaling" in rendering.values["config"]["pools"]["target"]
-    assert (config.pools.target.autoscaling is not None) == scales
-    assert (config.pools.draft is None) == ("draft" not in rendering.values["config"]["pools"])
-
-
-def test_the_chart_deploys_what_the_command_line_renders(rendering: Rendering) -> None:
-    expected = copy.deepcopy(rendering.serve_config)
-    (application,) = expected["applications"]
-    server = {
-        "http_port": expected["http_options"]["port"],
-        "grpc_port": expected["grpc_options"]["port"],
-    }
-    rendered = render(ClusterConfig.model_validate({**application["args"], "server": server}))
-    (rendered_application,) = rendered.serve_config["applications"]
-    # The command line writes only what differs from the defaults.
-    rendered_application["args"] = application["args"]
-    assert rendered.serve_config == expected
-
-
 ELSEWHERE = {"url": "redis://elsewhere", "page-encryption-key": "0f" * 32}
 """What Secrets hold that the chart does not make."""
 
@@ -192,25 +169,56 @@ def _environment(container: dict[str, Any], secrets: dict[str, dict[str, str]]) 
     return environment
 
 
-def test_the_pods_environment_completes_the_config(rendering: Rendering) -> None:
+def _complete(rendering: Rendering, component: str) -> ClusterConfig:
+    """What a pod of this kind makes of the arguments and its environment."""
     (application,) = rendering.serve_config["applications"]
     secrets = {item["metadata"]["name"]: item["stringData"] for item in rendering.of_kind("Secret")}
+    (template,) = (spec for name, spec in rendering.pod_templates() if name == component)
+    environment = _environment(template["spec"]["containers"][0], secrets)
+    assert "$(" not in environment["PACELINE_KV__TIERS"]
+    if not secrets:
+        # The tenants are in a Secret of the operator's.
+        del environment["PACELINE_AUTH__TENANTS"]
+    return parse_config(application["args"], environment)
+
+
+def test_build_app_accepts_its_arguments(rendering: Rendering) -> None:
+    config = _complete(rendering, "head")
+    assert config.pools.target.labels == {"paceline.io/pool": "target"}
+    scales = "autoscaling" in rendering.values["config"]["pools"]["target"]
+    assert (config.pools.target.autoscaling is not None) == scales
+    assert (config.pools.draft is None) == ("draft" not in rendering.values["config"]["pools"])
+
+
+def test_the_chart_deploys_what_the_command_line_renders(rendering: Rendering) -> None:
+    expected = copy.deepcopy(rendering.serve_config)
+    (application,) = expected["applications"]
+    server = ServerConfig(
+        http_port=expected["http_options"]["port"], grpc_port=expected["grpc_options"]["port"]
+    )
+    rendered = render(_complete(rendering, "head").model_copy(update={"server": server}))
+    (rendered_application,) = rendered.serve_config["applications"]
+    # The command line writes only what differs from the defaults.
+    rendered_application["args"] = application["args"]
+    assert rendered.serve_config == expected
+
+
+def test_the_pods_environment_completes_the_config(rendering: Rendering) -> None:
+    has_secrets = bool(rendering.of_kind("Secret"))
     for component, template in rendering.pod_templates():
         if component in ("valkey", "gcs"):
             continue
-        environment = _environment(template["spec"]["containers"][0], secrets)
-        assert "$(" not in environment["PACELINE_KV__TIERS"]
-        if not secrets:
-            # The tenants are in a Secret of the operator's.
-            del environment["PACELINE_AUTH__TENANTS"]
-        complete = parse_config(application["args"], environment)
+        complete = _complete(rendering, component)
+        told = {
+            entry["name"]: entry.get("value") for entry in containers(template["spec"])[-1]["env"]
+        }
         assert complete.kv is not None
         assert [tier.kind for tier in complete.kv.tiers] == [
-            tier["kind"] for tier in yaml.safe_load(environment["PACELINE_KV__TIERS"])
+            tier["kind"] for tier in yaml.safe_load(told["PACELINE_KV__TIERS"])
         ]
         has_key = complete.kv.encryption_key is not None
         assert has_key == rendering.values["auth"]["encryptPages"]
-        if secrets:
+        if has_secrets:
             assert [tenant.name for tenant in complete.auth.tenants] == [
                 tenant["name"] for tenant in rendering.values["auth"]["tenants"]
             ]

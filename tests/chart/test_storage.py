@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tests.chart.conftest import containers
+from tests.chart.conftest import PAGE_COMPONENTS, containers
 
 if TYPE_CHECKING:
     from tests.chart.conftest import Rendering
@@ -26,7 +26,11 @@ def test_pages_go_where_the_values_say(rendering: Rendering) -> None:
         folders = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert tiers["ssd"]["root"] in folders
         assert tiers["ssd"]["budget_bytes"] == values["ssd"]["budgetBytesPerReplica"]
-    may_share = values["ssd"]["shared"] and values["pools"]["target"]["maxPods"] > 1
+    groups = rendering.ray_cluster["workerGroupSpecs"]
+    num_pods = sum(
+        group["maxReplicas"] for group in groups if group["groupName"] in PAGE_COMPONENTS
+    )
+    may_share = values["ssd"]["shared"] and num_pods > 1
     assert ("peers" in tiers) == (may_share and {"ssd", "valkey"} <= tiers.keys())
     if values["valkey"]["enabled"]:
         (service,) = (
@@ -149,7 +153,7 @@ def test_the_ssd_tier_has_its_folder(rendering: Rendering) -> None:
         volumes = {volume["name"]: volume for volume in template["spec"].get("volumes", [])}
         (container,) = template["spec"]["containers"]
         folders = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-        expected = component == "target" and values["enabled"]
+        expected = component in PAGE_COMPONENTS and values["enabled"]
         assert ("/var/lib/paceline/kv" in folders) == expected
         if not expected:
             continue

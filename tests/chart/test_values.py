@@ -55,7 +55,7 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("serve.httpPort", 70000, "httpPort"),
         ("serve.grpcPort", "9000", "grpcPort"),
         ("service.type", "Headless", "type"),
-        ("pools.prefill", {}, "prefill"),
+        ("pools.embedding", {}, "embedding"),
         ("pools.target.minPods", -1, "minPods"),
         ("pools.target.maxPods", 0, "maxPods"),
         ("pools.target.resources", {"limits": None}, "limits"),
@@ -120,6 +120,14 @@ def test_weak_or_missing_secrets_are_refused(path: str, value: Any, message: str
 def test_values_that_do_not_fit_together_are_refused(path: str, value: Any, message: str) -> None:
     with pytest.raises(helm.HelmRenderError, match=message):
         render(_with(path, value))
+
+
+def test_a_prefill_pool_needs_a_hot_tier() -> None:
+    values = _with("config.pools.prefill", {"shutdown_timeout_s": 60})
+    kinds = [item["kind"] for item in objects(render(values))]
+    assert "RayService" in kinds
+    with pytest.raises(helm.HelmRenderError, match="hands pages over through Valkey"):
+        render(values | {"valkey": {"enabled": False}})
 
 
 def test_nothing_has_a_default_secret() -> None:

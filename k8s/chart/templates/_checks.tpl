@@ -10,6 +10,9 @@
 {{- fail (printf "config.pools.%s.num_gpus needs a GPU in pools.%s.resources.limits, such as nvidia.com/gpu" $pool $pool) -}}
 {{- end -}}
 {{- end -}}
+{{- if and .Values.config.pools.prefill (not (include "paceline.hasValkey" .)) -}}
+{{- fail "config.pools.prefill hands pages over through Valkey: enable valkey or set externalValkey" -}}
+{{- end -}}
 {{- $ports := list .Values.serve.httpPort .Values.serve.grpcPort -}}
 {{- if include "paceline.hasTls" (list . "surfaces") -}}
 {{- $ports = concat $ports (list .Values.tls.httpPort .Values.tls.grpcPort) -}}

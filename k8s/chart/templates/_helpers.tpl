@@ -67,7 +67,22 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{/* Those that read and write pages. */}}
 {{- define "paceline.pageComponents" -}}
-{{- list "target" | toJson -}}
+{{- $found := list -}}
+{{- range $pool := include "paceline.pools" . | splitList " " -}}
+{{- if has $pool (list "target" "prefill") -}}
+{{- $found = append $found $pool -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $found -}}
+{{- end -}}
+
+{{/* How many pods those are at most. */}}
+{{- define "paceline.maxPagePods" -}}
+{{- $pods := 0 -}}
+{{- range include "paceline.pageComponents" . | fromJsonArray -}}
+{{- $pods = add $pods (index $.Values.pools . "maxPods") -}}
+{{- end -}}
+{{- $pods -}}
 {{- end -}}
 
 {{/*
@@ -174,7 +189,7 @@ that the values give it.
 {{- $tiers = append $tiers (merge $known (deepCopy $set.ssd)) -}}
 {{- end -}}
 {{- /* Pods find each other's folders through the hot tier. */ -}}
-{{- if and .Values.ssd.shared (eq (len $tiers) 2) (gt (int .Values.pools.target.maxPods) 1) -}}
+{{- if and .Values.ssd.shared (eq (len $tiers) 2) (gt (int (include "paceline.maxPagePods" .)) 1) -}}
 {{- $tiers = append $tiers (merge (dict "kind" "peers") (deepCopy $set.peers)) -}}
 {{- end -}}
 {{- if not $tiers -}}

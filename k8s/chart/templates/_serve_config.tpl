@@ -4,7 +4,7 @@ and scaling follow from this list.
 */}}
 {{- define "paceline.pools" -}}
 {{- $pools := list -}}
-{{- range $name := list "ingress" "target" "draft" -}}
+{{- range $name := list "ingress" "target" "prefill" "draft" -}}
 {{- if index $.Values.config.pools $name -}}
 {{- $pools = append $pools $name -}}
 {{- end -}}
