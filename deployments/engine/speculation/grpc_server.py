@@ -95,18 +95,21 @@ class GrpcDraftTransport(Transport[draft_pb2.DraftFrame, draft_pb2.TargetFrame])
 def _credentials(tls: PoolTlsConfig) -> grpc.ServerCredentials:
     """Those of the files, as they are at each handshake."""
 
-    def now() -> grpc.ServerCertificateConfiguration:
+    def read() -> grpc.ServerCertificateConfiguration:
         pair = tls.key_file.read_bytes(), tls.certificate_file.read_bytes()
         return grpc.ssl_server_certificate_configuration([pair])
 
-    def renewed() -> grpc.ServerCertificateConfiguration | None:
+    last = read()
+
+    def renewed() -> grpc.ServerCertificateConfiguration:
+        nonlocal last
         try:
-            return now()
+            last = read()
         except (OSError, ValueError):
             logger.exception("the certificate cannot be read; the last one stays")
-            return None
+        return last
 
-    return grpc.dynamic_ssl_server_credentials(now(), renewed)
+    return grpc.dynamic_ssl_server_credentials(last, renewed)
 
 
 class GrpcDraftFront:
