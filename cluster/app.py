@@ -1,4 +1,4 @@
-"""Binds the deployments of one cluster: ingress -> target -> draft.
+"""Binds the deployments of one cluster: ingress -> target -> draft and prefill.
 
 ``build_app`` is what a Serve config file names (``import_path: cluster.app:build_app``).
 """
@@ -66,16 +66,16 @@ def build_application(config: ClusterConfig) -> serve.Application:
             cache_dir=config.cache_dir,
             tracing=config.tracing,
         )
-    target = TargetDeployment.options(
-        **target_options(config),
-        request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
-    ).bind(
+    router = RequestRouterConfig(request_router_class=_ROUTER)
+    target = TargetDeployment.options(**target_options(config), request_router_config=router).bind(
         draft,
+        _prefill(config, router),
         engine=engine,
         cache_dir=config.cache_dir,
         kv=config.kv,
         pool_secret=pool.secret,
         tracing=config.tracing,
+        prefill_config=config.prefill,
     )
     return IngressDeployment.options(**deployment_options(config.pools.ingress)).bind(
         target,
@@ -84,6 +84,29 @@ def build_application(config: ClusterConfig) -> serve.Application:
         config=config.ingress,
         auth=config.auth,
         tracing=config.tracing,
+    )
+
+
+def _prefill(config: ClusterConfig, router: RequestRouterConfig) -> serve.Application | None:
+    """The prefill pool: target replicas that are asked for prompts alone, and draft nothing."""
+    pool = config.pools.prefill
+    if pool is None:
+        return None
+    engine = config.engine.model_copy(
+        update={
+            "num_threads": engine_threads(config, pool),
+            "speculation": config.engine.speculation.model_copy(update={"enabled": False}),
+        }
+    )
+    options = deployment_options(pool)
+    return TargetDeployment.options(name="prefill", **options, request_router_config=router).bind(
+        None,
+        engine=engine,
+        cache_dir=config.cache_dir,
+        kv=config.kv,
+        pool_secret=SecretStr(""),
+        tracing=config.tracing,
+        service="paceline-prefill",
     )
 
 

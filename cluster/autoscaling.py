@@ -35,12 +35,10 @@ def application_policy(config: ClusterConfig) -> dict[str, Any] | None:
 
     Ray Serve takes it in a config file alone, not from an application that is built in code.
     """
-    pools = config.pools
-    named = {"ingress": pools.ingress, "target": pools.target, "draft": pools.draft}
     scaled = {
         name: pool.autoscaling.model_dump(mode="json", exclude_unset=True)
-        for name, pool in named.items()
-        if pool is not None and pool.autoscaling is not None
+        for name, pool in config.pools.by_name.items()
+        if pool.autoscaling is not None
     }
     if not scaled:
         return None

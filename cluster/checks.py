@@ -225,6 +225,8 @@ def _pools(config: ClusterConfig) -> Iterator[Finding]:
     threads = max_replicas(config.pools.target) * engine_threads(config)
     if config.pools.draft is not None:
         threads += max_replicas(config.pools.draft) * config.draft.num_threads
+    if (prefill := config.pools.prefill) is not None:
+        threads += max_replicas(prefill) * engine_threads(config, prefill)
     cores = len(os.sched_getaffinity(0))
     detail = f"{threads} arithmetic threads on {cores} cores"
     if config.engine.device == "cpu" and threads > cores:
@@ -235,8 +237,9 @@ def _pools(config: ClusterConfig) -> Iterator[Finding]:
 
 
 def _memory(config: ClusterConfig) -> Iterator[Finding]:
-    replicas = max_replicas(config.pools.target)
-    replicas += max_replicas(config.pools.draft) if config.pools.draft else 0
+    replicas = sum(
+        max_replicas(pool) for name, pool in config.pools.by_name.items() if name != "ingress"
+    )
     needed = _BASE_MEMORY_BYTES + replicas * _REPLICA_MEMORY_BYTES
     for tier in config.kv.tiers if config.kv else ():
         if isinstance(tier, EmbeddedValkeyTierConfig):

@@ -9,7 +9,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.scaling.config import AutoscaleConfig, ScalingConfig
-from deployments.config import AuthConfig, DraftPoolConfig, IngressConfig, TracingConfig
+from deployments.config import (
+    AuthConfig,
+    DraftPoolConfig,
+    IngressConfig,
+    PrefillConfig,
+    TracingConfig,
+)
 from deployments.engine.config import EngineConfig, TorchEngineConfig
 from deployments.engine.training.config import DraftTrainingConfig
 from kv_store.config import EmbeddedValkeyTierConfig, KVStoreConfig, SsdTierConfig
@@ -49,7 +55,7 @@ class PoolConfig(_Config):
 
 
 class PoolsConfig(_Config):
-    """The three pools."""
+    """The pools of a cluster."""
 
     ingress: PoolConfig = PoolConfig(num_cpus=0.5, max_ongoing_requests=512, max_surge_percent=100)
     """HTTP and gRPC surfaces, tokenisation, transcripts."""
@@ -57,11 +63,27 @@ class PoolsConfig(_Config):
     """Replicas that own the text: prefill, verification, KV pages."""
     draft: PoolConfig | None = PoolConfig(max_ongoing_requests=256)
     """Replicas that guess ahead; ``null`` serves without a draft pool."""
+    prefill: PoolConfig | None = None
+    """Replicas that compute long prompts for the targets, which load their pages from the KV tier
+    (see ``prefill``); ``null`` leaves all prompts to the targets."""
+
+    @property
+    def by_name(self) -> dict[str, PoolConfig]:
+        """Those that the cluster has."""
+        pools = {
+            "ingress": self.ingress,
+            "target": self.target,
+            "draft": self.draft,
+            "prefill": self.prefill,
+        }
+        return {name: pool for name, pool in pools.items() if pool is not None}
 
     @model_validator(mode="after")
     def _only_drafts_may_be_none(self) -> PoolsConfig:
-        for name, pool in (("ingress", self.ingress), ("target", self.target)):
-            if pool.autoscaling is not None and not pool.autoscaling.min_replicas:
+        for name, pool in self.by_name.items():
+            if name == "draft" or pool.autoscaling is None:
+                continue
+            if not pool.autoscaling.min_replicas:
                 raise ValueError(f"{name}.autoscaling.min_replicas must be at least 1")
         return self
 
@@ -107,6 +129,8 @@ class ClusterConfig(_Config):
     """What runs in a target replica."""
     draft: DraftPoolConfig = DraftPoolConfig()
     """What runs in a draft replica."""
+    prefill: PrefillConfig = PrefillConfig()
+    """Which prompts the prefill pool computes, where ``pools.prefill`` makes one."""
     kv: KVStoreConfig | None = Field(default_factory=_default_kv)
     """Where KV pages are shared; a Valkey of the cluster's own and a folder below ``cache_dir`` by
     default. ``null`` keeps pages inside their replica."""
@@ -135,6 +159,17 @@ class ClusterConfig(_Config):
                 f"ingress.traffic_log.tenants names {', '.join(unknown)}; tenants are "
                 f"{', '.join(sorted(known))}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _prefilled_pages_have_a_way(self) -> ClusterConfig:
+        if self.pools.prefill is None:
+            return self
+        if self.engine.kind == "sglang":
+            raise ValueError("pools.prefill needs engine.kind torch: SGLang's pages are its own")
+        kinds = {tier.kind for tier in self.kv.tiers} if self.kv is not None else set()
+        if not kinds & {"valkey", "embedded_valkey"}:
+            raise ValueError("pools.prefill hands pages over through a Valkey tier: add one to kv")
         return self
 
     @property

@@ -74,9 +74,13 @@ def max_replicas(pool: PoolConfig) -> int:
     return pool.autoscaling.max_replicas if pool.autoscaling else pool.replicas
 
 
-def engine_threads(config: ClusterConfig) -> int:
-    """Threads of one target replica: as set, or else its share of the machine."""
-    return config.engine.num_threads or max(1, math.floor(config.pools.target.num_cpus))
+def engine_threads(config: ClusterConfig, pool: PoolConfig | None = None) -> int:
+    """Threads of one replica of the target pool, or of another one that runs its engine.
+
+    As set, or else the replica's share of the machine.
+    """
+    pool = pool or config.pools.target
+    return config.engine.num_threads or max(1, math.floor(pool.num_cpus))
 
 
 def machine_resources(pools: PoolsConfig) -> MachineResources:
@@ -85,13 +89,10 @@ def machine_resources(pools: PoolsConfig) -> MachineResources:
     Raises:
         ConfigError: pools insist on different values of one label; that takes several machines.
     """
-    named = {"ingress": pools.ingress, "target": pools.target, "draft": pools.draft}
     num_cpus = _SPARE_CPUS
     resources: dict[str, float] = {}
     labels: dict[str, str] = {}
-    for name, pool in named.items():
-        if pool is None:
-            continue
+    for name, pool in pools.by_name.items():
         replicas = max_replicas(pool)
         replicas += math.ceil(replicas * pool.max_surge_percent / 100)
         num_cpus += replicas * pool.num_cpus

@@ -140,6 +140,22 @@ class DraftPoolConfig(_Config):
         return name or None if prefix == "model" else None
 
 
+class PrefillConfig(_Config):
+    """Which prompts the prefill pool computes, where there is one (``pools.prefill``)."""
+
+    min_tokens: int = Field(default=1024, ge=64)
+    """Prompt tokens in no cache from which on the pool is asked; shorter prompts are computed where
+    they are answered."""
+    timeout_s: float = Field(default=15.0, gt=0)
+    """Seconds that a request waits for its pages, at most, and never more than half of the time to
+    its deadline; then the target computes what is not there."""
+    max_in_flight: int = Field(default=16, ge=1)
+    """Prompts that one target replica has at the pool at once; it computes further ones itself."""
+    max_slowdown: float = Field(default=1.5, gt=0)
+    """Expected time by way of the pool, over the target's own, up to which the pool is asked. Above
+    1, because a prompt that is computed elsewhere does not hold up other requests' tokens."""
+
+
 class TracingConfig(_Config):
     """Where spans go."""
 

@@ -190,6 +190,7 @@ class DraftReplica:
             limits=DraftLimits(
                 max_sessions=draft.max_sessions, max_session_tokens=draft.max_session_tokens
             ),
+            tls=engine.speculation.pool_tls,
         )
         self._refresh = self._follow(draft, server, drafter)
         port = server.start(self._host)

@@ -175,6 +175,37 @@ TRAFFIC_LOG = Metric(
     ("result",),
 )
 
+PREFILL_PROMPTS = Metric(
+    "paceline_prefill_prompts_total",
+    "Prompts at a target replica that has a prefill pool, by whether they went there (sent) or why "
+    "not (short, cached, unused, busy, failing, cost).",
+    ("reason",),
+)
+PREFILL_CALLS = Metric(
+    "paceline_prefill_calls_total",
+    "Prompts sent to the prefill pool, by what came of it: pages to load, or none in the tier "
+    "(in_vain), timeout, overloaded, lost, failed, cancelled.",
+    ("outcome",),
+)
+PREFILL_SECONDS = Metric(
+    "paceline_prefill_seconds",
+    "How long a target replica waited for the prefill pool, by what came of it.",
+    ("outcome",),
+    _SECONDS,
+)
+PREFILL_TOKENS = Metric(
+    "paceline_prefill_tokens_total", "Prompt tokens that the prefill pool computed for targets."
+)
+PREFILL_IN_FLIGHT = Metric(
+    "paceline_prefill_in_flight", "Prompts of this target replica at the prefill pool."
+)
+PREFILL_TOKEN_COST = Metric(
+    "paceline_prefill_token_cost_seconds",
+    "What a prompt token has cost of late, by where it came from: computed here, by the pool, or "
+    "loaded; 0 while unknown.",
+    ("place",),
+)
+
 SCALING_REPLICAS = Metric(
     "paceline_autoscaling_replicas", "Replicas that the autoscaling policy decided on.", ("pool",)
 )

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, cast
 from opentelemetry.trace import SpanKind
 from ray import serve
 
+from deployments.config import PrefillConfig
 from deployments.draft_sessions import DraftSessions
-from deployments.engine.base import Embedder, SharesPages
+from deployments.engine.base import Embedder, Prefiller, SharesPages
 from deployments.engine.errors import EngineGoneError, RequestRejectedError
 from deployments.engine.factory import build_engine
 from deployments.engine.sglang_engine.draft_link import DraftLink, DraftSettings
@@ -24,6 +25,8 @@ from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.types import TokenDelta
 from deployments.model_files import model_folder, served_model_name
+from deployments.prefill_metrics import PrefillMetrics
+from deployments.prefill_pool import PrefillPool
 from deployments.scaling_stats import TargetScalingStats
 from deployments.serve_compat import current_replica_id
 from deployments.target_metrics import TargetMetrics
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from deployments.engine.config import EngineConfig
     from deployments.engine.embedding import Embedding, EmbeddingRequest
     from deployments.engine.speculation.speculator import Speculator
-    from deployments.engine.types import GenerationRequest
+    from deployments.engine.types import GenerationRequest, Prefilled
     from deployments.ping import Ping
     from deployments.serve_compat import Handle
     from kv_store.config import KVStoreConfig
@@ -61,31 +64,38 @@ class TargetReplica:
     """Generates tokens and embeds texts; called by the ingress through a handle.
 
     A request of the handle may also ask for hidden states (``GenerationRequest.capture``); none of
-    the public surfaces does.
+    the public surfaces does. Replicas of the prefill pool are of this class as well: targets call
+    them with prompts whose pages they then load from the KV tier.
     """
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
         self,
         draft: Handle | None,
+        prefill: Handle | None = None,
         *,
         engine: EngineConfig,
         cache_dir: Path,
         kv: KVStoreConfig | None,
         pool_secret: SecretStr,
         tracing: TracingConfig,
+        prefill_config: PrefillConfig | None = None,
+        service: str = "paceline-target",
     ) -> None:
         """Load the model; takes seconds, on a thread of its own.
 
         Args:
             draft: handle of the draft pool, or None where there is none.
+            prefill: handle of the prefill pool, or None where there is none.
             engine: the engine and its model.
             cache_dir: where models lie that are not local folders.
             kv: the shared KV tier, or None to keep pages in this replica.
             pool_secret: shared with the draft pool, shown when a stream to it is opened.
             tracing: where spans go.
+            prefill_config: which prompts the prefill pool computes.
+            service: what spans call this process.
         """
         self._replica_id = current_replica_id()
-        self._tracing = Tracing(tracing, "paceline-target")
+        self._tracing = Tracing(tracing, service)
         self._metrics = TargetMetrics()
         self._scaling = TargetScalingStats()
         self._model = served_model_name(engine)
@@ -100,6 +110,15 @@ class TargetReplica:
         self._engine: Engine = await loop.run_in_executor(
             self._executor, self._build_engine, engine, cache_dir, kv, speculator, tokenizer
         )
+        self._prefill_pool: PrefillPool | None = None
+        if prefill is not None and isinstance(self._engine, Prefiller):
+            self._prefill_pool = PrefillPool(
+                prefill,
+                prefill_config or PrefillConfig(),
+                self._engine,
+                self._tracing,
+                PrefillMetrics(),
+            )
         self._reporting = asyncio.create_task(self._report(), name="target-metrics")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
@@ -128,20 +147,53 @@ class TargetReplica:
                 )
             )
             request = replace(request, traceparent=traceparent_of(span))
-            came_at, has_tokens = time.monotonic(), False
-            if self._sessions is not None and request.speculation:
-                stack.enter_context(self._sessions.session(request.request_id))
-            deltas = await stack.enter_async_context(
-                aclosing(_closable(self._engine.generate(request)))
-            )
             try:
+                ahead = None
+                if self._prefill_pool is not None:
+                    num_backlog = self._engine.stats().num_backlog_tokens
+                    ahead = await self._prefill_pool.ahead(request, num_backlog)
+                # More targets would not shorten the wait for the prefill pool.
+                came_at, has_tokens = time.monotonic(), False
+                if self._sessions is not None and request.speculation:
+                    stack.enter_context(self._sessions.session(request.request_id))
+                deltas = await stack.enter_async_context(
+                    aclosing(_closable(self._engine.generate(request)))
+                )
                 async for delta in deltas:
                     if delta.token_ids and not has_tokens:
                         has_tokens = True
                         self._scaling.first_token(time.monotonic() - came_at)
+                        if ahead is not None:
+                            ahead.first_token()
+                    if ahead is not None and delta.usage is not None:
+                        delta = replace(delta, usage=ahead.usage(delta.usage))
                     yield replace(delta, replica_id=self._replica_id)
             except EngineGoneError as error:
                 raise error.at(self._replica_id) from error
+
+    async def prefill(self, request: GenerationRequest) -> Prefilled:
+        """Compute a prompt's pages for a target replica; returns once they are in the KV tier.
+
+        Cancelling the call aborts it and frees its pages.
+
+        Raises:
+            RequestRejectedError: this replica's engine does not compute prompts for others.
+            EngineError: see ``Prefiller.prefill``.
+        """
+        if not isinstance(self._engine, Prefiller):
+            raise RequestRejectedError("This model's engine computes no prompts for others.")
+        attributes: dict[str, str | int | float] = {"paceline.replica": self._replica_id}
+        came_at = time.monotonic()
+        with self._tracing.span(
+            "target.prefill", request.traceparent, attributes, kind=SpanKind.SERVER
+        ) as span:
+            request = replace(request, traceparent=traceparent_of(span))
+            try:
+                prefilled = await self._engine.prefill(request)
+            except EngineGoneError as error:
+                raise error.at(self._replica_id) from error
+        self._scaling.first_token(time.monotonic() - came_at)
+        return prefilled
 
     async def embed(self, request: EmbeddingRequest) -> Embedding:
         """Embed one text; cancelling the call aborts it and frees its pages.
@@ -221,7 +273,9 @@ class TargetReplica:
             speculator = SplitSpeculator(
                 engine.speculation,
                 vocab_size=tokenizer.vocab_size,
-                connect=grpc_connector(identity, self._replica_id, pool_secret),
+                connect=grpc_connector(
+                    identity, self._replica_id, pool_secret, tls=engine.speculation.pool_tls
+                ),
                 on_link_lost=self._on_link_lost,
             )
         self._sessions = DraftSessions(draft, speculator)

@@ -108,6 +108,13 @@ class ChainLoader:
         """
         return len(await self._locate(keys, deadline))
 
+    async def find_shared(self, keys: Sequence[PageKey]) -> int:
+        """How long a prefix of the chain lies in tiers that all replicas reach."""
+        tiers = [tier for tier in self._tiers if tier.is_shared]
+        held = await asyncio.gather(*(tier.contains(keys) for tier in tiers))
+        is_there = [any(each) for each in zip(*held, strict=True)]
+        return is_there.index(False) if False in is_there else len(is_there)
+
     async def _take_in(self, found: Sequence[_Found], loaded: list[LoadedPage]) -> None:
         """Fetch and append what was located, up to the first page that does not come."""
         batches = [

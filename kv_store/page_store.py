@@ -130,6 +130,18 @@ class PageStore(ABC):
         """
 
     @abstractmethod
+    def settle(self, keys: Sequence[PageKey], *, timeout_s: float) -> Future[int]:
+        """Wait until what is queued of a chain is written. Never raises: see ``load``.
+
+        Args:
+            keys: consecutive keys of one chain.
+            timeout_s: what is not written shortly before its end does not count.
+
+        Returns:
+            How many pages at the chain's head other replicas find in a tier that all share.
+        """
+
+    @abstractmethod
     def stats(self) -> PageStoreStats:
         """A snapshot."""
 

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _NOTHING = LoadedPages((), ())
 _SHUTDOWN_S = 5.0
+_WRITING_SHARE = 0.8
+"""Of the time that a chain's pages are waited for; the rest is for looking which are there."""
 
 
 class TieredPageStore(PageStore):
@@ -173,6 +175,12 @@ class TieredPageStore(PageStore):
         chain = tuple(keys)
         return self._ask(lambda: self._loader.find(chain, deadline), deadline)
 
+    def settle(self, keys: Sequence[PageKey], *, timeout_s: float) -> Future[int]:
+        """See ``PageStore``."""
+        deadline = time.monotonic() + timeout_s
+        chain = tuple(keys)
+        return self._ask(lambda: self._settle(chain, deadline), deadline)
+
     def clear(self, namespace_id: bytes, *, timeout_s: float) -> Future[int]:
         """See ``PageStore``."""
 
@@ -201,6 +209,15 @@ class TieredPageStore(PageStore):
         self._thread.join()
         self._codec_threads.shutdown()
         self._owned.close()
+
+    async def _settle(self, keys: Sequence[PageKey], deadline: float) -> int:
+        left_s = max(0.0, deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(_WRITING_SHARE * left_s):
+                await self._writer.until_written(keys)
+        except TimeoutError:
+            logger.debug("not all of %d pages were written in time", len(keys))
+        return await self._loader.find_shared(keys)
 
     def _ask(
         self, count: Callable[[], Coroutine[object, object, int]], deadline: float

@@ -95,6 +95,11 @@ class WriteBackQueue:
                 self._num_bytes -= self._unfinished.pop(write.key)
             self._changed.notify_all()
 
+    def holds_any(self, keys: Sequence[PageKey]) -> bool:
+        """Whether one of these is waiting or being written."""
+        with self._changed:
+            return any(key in self._unfinished for key in keys)
+
     def wait_until_empty(self, timeout_s: float) -> bool:
         """Whether everything was finished in time."""
         with self._changed:
@@ -137,6 +142,7 @@ class PageWriter:
         self._on_written = on_written
         self._clock = clock
         self._wake = asyncio.Event()
+        self._has_finished = asyncio.Event()
         self.num_saved = 0
         self.num_failed = 0
 
@@ -159,6 +165,13 @@ class PageWriter:
                     logger.exception("%d pages were not written", len(batch))
                 finally:
                     self._queue.finish(batch)
+                    self._has_finished.set()
+
+    async def until_written(self, keys: Sequence[PageKey]) -> None:
+        """Return once none of these is queued: each was written, given up, or never came here."""
+        while self._queue.holds_any(keys):
+            self._has_finished.clear()
+            await self._has_finished.wait()
 
     async def _write(self, batch: Sequence[PendingWrite]) -> None:
         tiers = [tier for tier in self._tiers if tier.is_writable]

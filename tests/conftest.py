@@ -26,5 +26,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kuberay-crds",
         type=Path,
         default=Path(__file__).parents[2] / "shared" / "data" / "kuberay-crds",
-        help="folder with KubeRay's CRD manifests, for a strict check of the rendered chart",
+        help="folder with CRDs of KubeRay and others, for a strict check of the rendered chart",
     )

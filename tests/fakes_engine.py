@@ -402,7 +402,13 @@ class FakePageStore(PageStore):
         return PageStoreStats(num_saved=len(self.pages))
 
     def find(self, keys, *, timeout_s):
-        raise NotImplementedError
+        future: Future[int] = Future()
+        held = [key in self.pages for key in keys]
+        future.set_result([*held, False].index(False))
+        return future
+
+    def settle(self, keys, *, timeout_s):
+        return self.find(keys, timeout_s=timeout_s)
 
     def clear(self, namespace_id, *, timeout_s):
         raise NotImplementedError

@@ -42,6 +42,18 @@ class Exporter:
 
         return SimpleNamespace(set=set_)
 
+    def histogram(
+        self, name: str, description: str, boundaries: list[float], labels: tuple[str, ...]
+    ) -> SimpleNamespace:
+        metric = prometheus_client.Histogram(
+            name, description, labels, registry=self._registry, buckets=boundaries
+        )
+
+        def observe(value: float, tags: dict[str, str] | None = None) -> None:
+            (metric.labels(**tags) if tags else metric).observe(value)
+
+        return SimpleNamespace(observe=observe)
+
     def scrape(self) -> Scrape:
         """What is not zero, by name without the prefix, then by the labels' values.
 
@@ -59,6 +71,8 @@ class Exporter:
 def exporter_for(monkeypatch: pytest.MonkeyPatch) -> Exporter:
     """Have metrics made from here on exported by a new exporter."""
     exporter = Exporter()
-    classes = SimpleNamespace(Counter=exporter.counter, Gauge=exporter.gauge)
+    classes = SimpleNamespace(
+        Counter=exporter.counter, Gauge=exporter.gauge, Histogram=exporter.histogram
+    )
     monkeypatch.setattr(metrics, "metrics", classes)
     return exporter

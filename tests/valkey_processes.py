@@ -44,7 +44,8 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError("no ports are free")
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Ends a child with this process, however that ends; for ``preexec_fn``."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when pytest is killed
 
 
@@ -91,7 +92,7 @@ class ValkeyProcess:
             self._command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         wait_until(self._answers)
 

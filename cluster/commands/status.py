@@ -61,6 +61,7 @@ def _report(state: ClusterState) -> dict[str, Any]:
         "autoscaling": _autoscaling(snapshot) if snapshot else {},
         "speculation": _speculation(snapshot) if snapshot else {},
         "drafters": _drafters(snapshot) if snapshot else {},
+        "prefill": _prefill(snapshot) if snapshot else {},
         "owner_pid": state.pid,
         "processes": len(processes),
         "memory_mib": sum(map(_proportional_bytes, processes)) >> 20,
@@ -128,6 +129,20 @@ def _drafters(snapshot: MetricsSnapshot) -> dict[str, float]:
     if running := int(snapshot.total("paceline_draft_trial_running")):
         scores["replicas with a candidate"] = running
     return scores
+
+
+def _prefill(snapshot: MetricsSnapshot) -> dict[str, float]:
+    """Where prompts were computed and why, and what came of those that the prefill pool had."""
+    chosen = snapshot.by_label("paceline_prefill_prompts_total", "reason")
+    calls = snapshot.by_label("paceline_prefill_calls_total", "outcome")
+    told: dict[str, float] = {reason: int(number) for reason, number in chosen.items()}
+    told |= {f"outcome {outcome.replace('_', ' ')}": int(n) for outcome, n in calls.items()}
+    if num_tokens := int(snapshot.total("paceline_prefill_tokens_total")):
+        told["tokens computed for targets"] = num_tokens
+    if num_calls := snapshot.total("paceline_prefill_seconds_count"):
+        seconds = snapshot.total("paceline_prefill_seconds_sum")
+        told["seconds waited (mean)"] = round(seconds / num_calls, 3)
+    return told
 
 
 def _proportional_bytes(process: psutil.Process) -> int:

@@ -92,6 +92,7 @@ class Signals:
     ingress: PoolSignals | None = None
     target: TargetSignals | None = None
     draft: DraftSignals | None = None
+    prefill: TargetSignals | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,10 @@ def decide(memory: Memory, signals: Signals, rules: Rules) -> tuple[list[Decisio
         needs, memory = _draft_needs(memory, signals.draft, signals, target, rules.scaling)
         decision, memory = _sized(memory, signals.draft, needs, signals.now_s, rules)
         decisions.append(decision)
+    if signals.prefill is not None:
+        needs = _prefill_needs(signals.prefill, rules)
+        decision, memory = _sized(memory, signals.prefill, needs, signals.now_s, rules)
+        decisions.append(decision)
     return decisions, memory
 
 
@@ -161,6 +166,16 @@ def _target_needs(
         elif signals.num_requests >= _SAME_LOAD * floor.load:
             needs["ttft_before"] = floor.need
     return needs, memory
+
+
+def _prefill_needs(signals: TargetSignals, rules: Rules) -> dict[str, float]:
+    """A prefill pool's replicas hold no sequence for long: prompts are all they have to do."""
+    scaling, pool = rules.scaling, rules.pools[signals.name]
+    needs = {"requests": _by_requests(signals.num_requests, pool)}
+    if signals.prefill_tokens_per_s:
+        planned_s = scaling.ttft_slo_s * scaling.slo_headroom
+        needs["prefill"] = signals.num_backlog_tokens / (signals.prefill_tokens_per_s * planned_s)
+    return needs
 
 
 def _higher(old: LearnedFloor | None, new: LearnedFloor) -> LearnedFloor:

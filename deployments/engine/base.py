@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from deployments.engine.embedding import Embedding, EmbeddingRequest
-    from deployments.engine.types import EngineStats, GenerationRequest, TokenDelta
+    from deployments.engine.types import EngineStats, GenerationRequest, Prefilled, TokenDelta
     from kv_store.page_store import PageStoreStats
 
 
@@ -67,6 +67,35 @@ class SharesPages(Protocol):
 
     def page_store_stats(self) -> PageStoreStats | None:
         """A snapshot of the tier's counters; None where no pages are shared."""
+
+
+@runtime_checkable
+class Prefiller(Protocol):
+    """The ability to compute prompts for other replicas, and to tell whether that is worth it."""
+
+    async def count_cached(self, request: GenerationRequest, timeout_s: float) -> int:
+        """Leading tokens of a text whose pages this replica or the KV tier has: a hint.
+
+        Args:
+            request: whose prompt and resumed output it is.
+            timeout_s: after which the tier has nothing.
+
+        Raises:
+            EngineError: ``Engine.generate`` would refuse it.
+        """
+
+    async def prefill(self, request: GenerationRequest) -> Prefilled:
+        """Compute a text's full pages and wait until they are written to the KV tier.
+
+        Cancelling the task aborts the request and frees its pages.
+
+        Args:
+            request: whose prompt and resumed output it is. Its deadline bounds the wait as well:
+                what is not written shortly before it does not count.
+
+        Raises:
+            EngineError: as ``Engine.generate``.
+        """
 
 
 @runtime_checkable

@@ -16,6 +16,22 @@ class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class PoolTlsConfig(_Config):
+    """Files, the same in target and draft replicas, for TLS on the streams between them.
+
+    Renewed files are read for the next stream.
+    """
+
+    certificate_file: Path
+    """PEM: what draft replicas show, with the chain to the authority."""
+    key_file: Path
+    """PEM: its private key."""
+    ca_file: Path
+    """PEM: the authority that target replicas trust."""
+    server_name: str = Field(min_length=1)
+    """A name that the certificate is for; targets reach draft replicas by address."""
+
+
 class SpeculationConfig(_Config):
     """Split speculation as the target sees it."""
 
@@ -30,6 +46,8 @@ class SpeculationConfig(_Config):
     head: str | None = None
     """Folder of an EAGLE-3 head, as SGLang loads it and ``paceline train draft`` writes it. It
     drafts beside the model, in every target replica, where its tokens are worth its time."""
+    pool_tls: PoolTlsConfig | None = None
+    """TLS on the streams to the draft pool; they are in the clear without."""
     min_match_tokens: int = Field(default=1, ge=1)
     """Tokens the local drafter must match before it proposes. What rests on few of them is seldom
     right; it is verified where nothing better is at hand and a row costs next to nothing."""

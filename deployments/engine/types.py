@@ -148,6 +148,8 @@ class GenerationRequest:
         avoid_replicas: target replicas the router should not choose (they failed this request).
         capture: hidden states to deliver; with them ``sampling.max_tokens`` may be 0, which ends
             the request behind its prompt.
+        num_tier_pages: leading pages that the KV tier has. Those behind them are queued for it
+            even where this replica had them before; None queues only what it computes.
     """
 
     request_id: str
@@ -164,6 +166,22 @@ class GenerationRequest:
     tpot_target_s: float | None = None
     avoid_replicas: tuple[str, ...] = ()
     capture: CaptureSpec | None = None
+    num_tier_pages: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefilled:
+    """What became of a prompt that was computed for another replica.
+
+    Attributes:
+        num_prompt_tokens: of its full pages.
+        num_cached_tokens: those of them that were not computed for it.
+        num_shared_tokens: leading ones whose pages every replica finds in the KV tier now.
+    """
+
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    num_shared_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

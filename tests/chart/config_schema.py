@@ -15,6 +15,8 @@ SCHEMA_PATH = Path("k8s/chart/values.schema.json")
 
 _PREFIX = "config."
 _SET_BY_THE_CHART = ("server", "auth")
+_TIERS = ("ValkeyTierConfig", "SsdTierConfig", "PeersTierConfig")
+_KNOWN_OF_A_TIER = ("kind", "name", "url", "is_cluster", "sentinels", "root", "budget_bytes")
 
 
 def with_config_schema(values_schema: dict[str, Any]) -> dict[str, Any]:
@@ -27,8 +29,11 @@ def with_config_schema(values_schema: dict[str, Any]) -> dict[str, Any]:
     definitions = schema.pop("$defs")
     del definitions["PoolConfig"]["properties"]["labels"]
     del definitions["KVStoreConfig"]["properties"]["tiers"]
+    del definitions["SpeculationConfig"]["properties"]["pool_tls"]
     for definition in definitions.values():
         _drop_secrets(definition)
+    for tier in _TIERS:
+        _drop_known(definitions[tier])
     for name in _SET_BY_THE_CHART:
         del schema["properties"][name]
     schema.pop("$schema")
@@ -37,7 +42,7 @@ def with_config_schema(values_schema: dict[str, Any]) -> dict[str, Any]:
         for name, definition in values_schema["$defs"].items()
         if not name.startswith(_PREFIX)
     }
-    used = _reachable(schema, definitions)
+    used = _reachable(schema, definitions) | set(_TIERS)
     return values_schema | {
         "$defs": own | {_PREFIX + name: definitions[name] for name in sorted(used)},
         "properties": values_schema["properties"] | {"config": schema},
@@ -49,6 +54,13 @@ def _drop_secrets(definition: dict[str, Any]) -> None:
     secrets = [name for name, field in properties.items() if '"password"' in json.dumps(field)]
     for name in secrets:
         del properties[name]
+
+
+def _drop_known(tier: dict[str, Any]) -> None:
+    """Leave out what the chart knows of a tier from other values."""
+    for name in _KNOWN_OF_A_TIER:
+        tier["properties"].pop(name, None)
+    tier.pop("required", None)
 
 
 def _reachable(schema: dict[str, Any], definitions: dict[str, Any]) -> set[str]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 CHART = Path("k8s/chart")
 RELEASE = "demo"
 NAMESPACE = "serving"
+PAGE_COMPONENTS = {"target", "prefill"}
+"""Kinds of pods that read and write pages."""
 CI_VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
 
 
@@ -40,6 +42,30 @@ def objects(rendered: dict[str, str]) -> list[dict[str, Any]]:
         for document in yaml.safe_load_all(text)
         if document
     ]
+
+
+def named_ports(template: dict[str, Any]) -> dict[str, int]:
+    """Names and numbers of the ports that a pod template's containers have."""
+    return {
+        port["name"]: port["containerPort"]
+        for container in containers(template["spec"])
+        for port in container.get("ports", [])
+    }
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a label selector takes a pod with these labels."""
+    matches = selector.get("matchLabels", {}).items() <= labels.items()
+    return matches and all(
+        rule["operator"] == "In" and labels.get(rule["key"]) in rule["values"]
+        for rule in selector.get("matchExpressions", [])
+    )
+
+
+def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """All containers of a pod, those that start before the others too."""
+    found: list[dict[str, Any]] = [*spec.get("initContainers", []), *spec["containers"]]
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,7 +99,7 @@ class Rendering:
         cluster = self.ray_cluster
         templates = [cluster["headGroupSpec"]["template"]]
         templates += [group["template"] for group in cluster["workerGroupSpecs"]]
-        templates += [item["spec"]["template"] for item in self.of_kind("Deployment")]
+        templates += [item["spec"]["template"] for item in self.of_kind("StatefulSet")]
         for template in templates:
             yield template["metadata"]["labels"]["app.kubernetes.io/component"], template
 

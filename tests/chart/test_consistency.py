@@ -13,30 +13,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tests.chart.conftest import CHART, CI_VALUES
+from tests.chart.conftest import CHART, CI_VALUES, named_ports, selects
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.chart.conftest import Rendering
 
-RAY_COMPONENTS = {"head", "ingress", "target", "draft"}
-
-
-def _named_ports(template: dict[str, Any]) -> dict[str, int]:
-    return {
-        port["name"]: port["containerPort"]
-        for container in template["spec"]["containers"]
-        for port in container.get("ports", [])
-    }
-
-
-def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    matches = selector.get("matchLabels", {}).items() <= labels.items()
-    return matches and all(
-        rule["operator"] == "In" and labels.get(rule["key"]) in rule["values"]
-        for rule in selector.get("matchExpressions", [])
-    )
+RAY_COMPONENTS = {"head", "ingress", "target", "prefill", "draft"}
+SERVERS = {"valkey", "gcs"}
 
 
 def _secret_references(value: Any) -> Iterator[tuple[str, str]]:
@@ -53,9 +38,10 @@ def _secret_references(value: Any) -> Iterator[tuple[str, str]]:
 def test_every_ci_file_says_what_it_is_for() -> None:
     assert {path.name for path in CI_VALUES} >= {
         "default-values.yaml",
-        "gpu-values.yaml",
+        "one-node-values.yaml",
+        "8-gpus-values.yaml",
+        "64-gpus-values.yaml",
         "external-valkey-values.yaml",
-        "large-gpu-values.yaml",
     }
     for path in CI_VALUES:
         assert path.read_text(encoding="utf-8").startswith("# "), path
@@ -68,58 +54,17 @@ def test_object_names_are_unique_and_short(rendering: Rendering) -> None:
     assert len(rendering.ray_service["metadata"]["name"]) <= 40
 
 
-def test_services_reach_a_port_of_the_pods_they_select(rendering: Rendering) -> None:
-    for service in rendering.of_kind("Service"):
-        selected = [
-            template
-            for _, template in rendering.pod_templates()
-            if service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
-        ]
-        assert len(selected) == 1, service["metadata"]["name"]
-        ports = {port["name"] for port in service["spec"]["ports"]}
-        component = selected[0]["metadata"]["labels"]["app.kubernetes.io/component"]
-        assert (component, ports) in (("ingress", {"http", "grpc"}), ("valkey", {"valkey"}))
-        for port in service["spec"]["ports"]:
-            assert _named_ports(selected[0])[port["targetPort"]] == port["port"]
-
-
-def _client_service(rendering: Rendering) -> dict[str, Any]:
-    (service,) = (
-        item
-        for item in rendering.of_kind("Service")
-        if item["spec"]["selector"]["app.kubernetes.io/component"] == "ingress"
-    )
-    return service
-
-
-def test_ways_in_lead_to_a_port_of_the_service(rendering: Rendering) -> None:
-    values, service = rendering.values["ingress"], _client_service(rendering)
-    ways = rendering.of_kind("Ingress")
-    hosts = [values["httpHost"], values["grpcHost"]] if values["enabled"] else []
-    assert {way["spec"]["rules"][0]["host"] for way in ways} == {host for host in hosts if host}
-    ports = {port["name"] for port in service["spec"]["ports"]}
-    for way in ways:
-        (rule,) = way["spec"]["rules"]
-        (path,) = rule["http"]["paths"]
-        backend = path["backend"]["service"]
-        assert backend["name"] == service["metadata"]["name"]
-        assert backend["port"]["name"] in ports
-        assert rule["host"] == values[f"{backend['port']['name']}Host"]
-        covered = [host for entry in way["spec"].get("tls", []) for host in entry["hosts"]]
-        assert covered == ([rule["host"]] if values["tlsSecret"] else [])
-
-
 def test_the_monitor_finds_a_metrics_port_on_every_ray_pod(rendering: Rendering) -> None:
     monitors = rendering.of_kind("PodMonitor")
     assert bool(monitors) == rendering.values["podMonitor"]["enabled"]
     for monitor in monitors:
         (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
         selected = {
-            component: _named_ports(template)
+            component: named_ports(template)
             for component, template in rendering.pod_templates()
-            if _selects(monitor["spec"]["selector"], template["metadata"]["labels"])
+            if selects(monitor["spec"]["selector"], template["metadata"]["labels"])
         }
-        assert selected.keys() == {name for name, _ in rendering.pod_templates()} - {"valkey"}
+        assert selected.keys() == {name for name, _ in rendering.pod_templates()} - SERVERS
         assert all(endpoint["port"] in ports for ports in selected.values())
 
 
@@ -151,23 +96,6 @@ def test_dashboards_show_metrics_that_exist(rendering: Rendering) -> None:
                 assert metric in labels, name
 
 
-def test_helm_test_asks_the_service_and_is_let_in(rendering: Rendering) -> None:
-    (pod,) = rendering.of_kind("Pod")
-    service = _client_service(rendering)
-    name = service["metadata"]["name"]
-    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
-    (container,) = pod["spec"]["containers"]
-    assert container["args"] == [f"http://{name}:{ports['http']}", f"{name}:{ports['grpc']}"]
-    for policy in rendering.of_kind("NetworkPolicy"):
-        if policy["metadata"]["name"].endswith("-clients"):
-            (rule,) = policy["spec"]["ingress"]
-            assert "from" not in rule or any(
-                _selects(peer["podSelector"], pod["metadata"]["labels"])
-                for peer in rule["from"]
-                if "podSelector" in peer
-            )
-
-
 def test_only_an_incremental_upgrade_has_steps(rendering: Rendering) -> None:
     strategy = rendering.ray_service["spec"]["upgradeStrategy"]
     is_incremental = strategy["type"] == "NewClusterWithIncrementalUpgrade"
@@ -177,7 +105,7 @@ def test_only_an_incremental_upgrade_has_steps(rendering: Rendering) -> None:
 def test_serve_listens_where_the_pods_say(rendering: Rendering) -> None:
     config = rendering.serve_config
     for component, template in rendering.pod_templates():
-        ports = _named_ports(template)
+        ports = named_ports(template)
         if component == "head":
             # KubeRay makes its Serve service from the head's port of this name.
             assert ports["serve"] == config["http_options"]["port"]
@@ -256,7 +184,13 @@ def test_secrets_exist_with_the_keys_that_are_read(rendering: Rendering) -> None
         item["metadata"]["name"]: set(item["stringData"]) for item in rendering.of_kind("Secret")
     }
     given = {
-        values["auth"]["existingSecret"]: {"cluster-secret", "tenants", "valkey-password"},
+        values["auth"]["existingSecret"]: {
+            "cluster-secret",
+            "tenants",
+            "valkey-password",
+            "gcs-password",
+            "page-encryption-key",
+        },
         values["externalValkey"]["existingSecret"]: {values["externalValkey"]["urlKey"]},
         values["ray"]["gcsFaultTolerance"]["existingSecret"]: {
             values["ray"]["gcsFaultTolerance"]["passwordKey"]
@@ -274,7 +208,10 @@ def test_secrets_exist_with_the_keys_that_are_read(rendering: Rendering) -> None
 
 def test_no_secret_is_in_the_clear(rendering: Rendering) -> None:
     auth = rendering.values["auth"]
-    secrets = [auth["clusterSecret"], auth["valkeyPassword"]]
+    secrets = [
+        auth[name]
+        for name in ("clusterSecret", "valkeyPassword", "gcsPassword", "pageEncryptionKey")
+    ]
     secrets += [key for tenant in auth["tenants"] for key in tenant.get("api_keys", [])]
     for path, text in rendering.files.items():
         if not path.endswith("/secret.yaml"):
@@ -287,100 +224,6 @@ def test_the_tenants_secret_is_a_list_of_tenants(rendering: Rendering) -> None:
         assert [tenant["name"] for tenant in tenants] == [
             tenant["name"] for tenant in rendering.values["auth"]["tenants"]
         ]
-
-
-def test_budgets_select_exactly_one_kind_of_pod(rendering: Rendering) -> None:
-    budgets = rendering.of_kind("PodDisruptionBudget")
-    assert bool(budgets) == rendering.values["podDisruptionBudget"]["enabled"]
-    for budget in budgets:
-        selected = [
-            (component, template)
-            for component, template in rendering.pod_templates()
-            if _selects(budget["spec"]["selector"], template["metadata"]["labels"])
-        ]
-        assert len(selected) == 1
-        # With a percentage or maxUnavailable the budget of a RayCluster's pods cannot be computed.
-        assert isinstance(budget["spec"]["minAvailable"], int)
-
-
-def test_network_policies_cover_every_pod(rendering: Rendering) -> None:
-    policies = rendering.of_kind("NetworkPolicy")
-    assert bool(policies) == rendering.values["networkPolicy"]["enabled"]
-    if not policies:
-        return
-    for policy in policies:
-        selector = policy["spec"]["podSelector"]
-        assert any(
-            _selects(selector, template["metadata"]["labels"])
-            for _, template in rendering.pod_templates()
-        ), policy["metadata"]["name"]
-    for component, template in rendering.pod_templates():
-        labels = template["metadata"]["labels"]
-        types = {
-            direction
-            for policy in policies
-            if _selects(policy["spec"]["podSelector"], labels)
-            for direction in policy["spec"]["policyTypes"]
-        }
-        assert types == {"Ingress", "Egress"}, component
-
-
-def test_pages_go_where_the_values_say(rendering: Rendering) -> None:
-    (target,) = (spec for name, spec in rendering.pod_templates() if name == "target")
-    (container,) = target["spec"]["containers"]
-    (value,) = (item["value"] for item in container["env"] if item["name"] == "PACELINE_KV__TIERS")
-    tiers = {tier["kind"]: tier for tier in yaml.safe_load(value)}
-    values = rendering.values
-    assert ("ssd" in tiers) == values["ssd"]["enabled"]
-    if values["ssd"]["enabled"]:
-        folders = {mount["mountPath"] for mount in container["volumeMounts"]}
-        assert tiers["ssd"]["root"] in folders
-        assert tiers["ssd"]["budget_bytes"] == values["ssd"]["budgetBytesPerReplica"]
-    may_share = values["ssd"]["shared"] and values["pools"]["target"]["maxPods"] > 1
-    assert ("peers" in tiers) == (may_share and {"ssd", "valkey"} <= tiers.keys())
-    if values["valkey"]["enabled"]:
-        (service,) = (
-            item["metadata"]["name"]
-            for item in rendering.of_kind("Service")
-            if item["spec"]["selector"]["app.kubernetes.io/component"] == "valkey"
-        )
-        address = f"@{service}:{values['valkey']['port']}/"
-        assert address in tiers["valkey"]["url"]
-    elif values["externalValkey"]["existingSecret"]:
-        assert tiers["valkey"]["url"] == "$(VALKEY_URL)"
-    # Kubernetes replaces $(NAME) only by variables that stand before it.
-    names = [item["name"] for item in container["env"]]
-    for name in ("VALKEY_PASSWORD", "VALKEY_URL"):
-        if f"$({name})" in value:
-            assert names.index(name) < names.index("PACELINE_KV__TIERS")
-
-
-def test_valkey_evicts_and_forgets(rendering: Rendering) -> None:
-    if not rendering.values["valkey"]["enabled"]:
-        assert not rendering.of_kind("Deployment")
-        return
-    (config,) = (item for item in rendering.of_kind("ConfigMap") if "valkey.conf" in item["data"])
-    lines = config["data"]["valkey.conf"].splitlines()
-    assert "maxmemory-policy allkeys-lfu" in lines
-    assert 'save ""' in lines
-    assert "appendonly no" in lines
-    (deployment,) = rendering.of_kind("Deployment")
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    limit = container["resources"]["limits"]["memory"]
-    assert limit.endswith("Gi")
-    assert rendering.values["valkey"]["maxMemory"].endswith("gb")
-    # Valkey needs room above maxmemory for buffers and fragmentation.
-    assert int(limit.removesuffix("Gi")) > int(rendering.values["valkey"]["maxMemory"][:-2])
-
-
-def test_the_ssd_tier_has_its_folder(rendering: Rendering) -> None:
-    for component, template in rendering.pod_templates():
-        (container,) = template["spec"]["containers"]
-        folders = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", [])}
-        volumes = {volume["name"] for volume in template["spec"].get("volumes", [])}
-        assert set(folders.values()) == volumes
-        expected = component == "target" and rendering.values["ssd"]["enabled"]
-        assert ("/var/lib/paceline/kv" in folders) == expected
 
 
 def test_the_chart_is_of_this_version() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 import helm_python as helm
@@ -11,16 +12,22 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, ServerConfig
 from cluster.config_loader import parse_config
 from cluster.manifest import render
-from tests.chart.conftest import CHART, Rendering
+from tests.chart.conftest import CHART, Rendering, containers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 KUBERNETES_VERSIONS = ("1.30", "1.37")
-OF_OPERATORS = {"ray.io/v1": "RayService", "monitoring.coreos.com/v1": "PodMonitor"}
+OF_OPERATORS = {
+    "RayService": ("ray.io", "v1"),
+    "PodMonitor": ("monitoring.coreos.com", "v1"),
+    "HTTPRoute": ("gateway.networking.k8s.io", "v1"),
+    "GRPCRoute": ("gateway.networking.k8s.io", "v1"),
+}
 """Kinds that Kubernetes itself does not know."""
 
 
@@ -34,9 +41,7 @@ def test_lint_finds_nothing(ci_values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 def test_core_objects_are_valid(rendering: Rendering, version: str) -> None:
-    core = [item for item in rendering.objects if item["apiVersion"] not in OF_OPERATORS]
-    others = [item for item in rendering.objects if item not in core]
-    assert all(item["kind"] == OF_OPERATORS[item["apiVersion"]] for item in others)
+    core = [item for item in rendering.objects if item["kind"] not in OF_OPERATORS]
     assert core
     for item in core:
         kubernetes_validate.validate(item, version, strict=True)
@@ -61,19 +66,25 @@ def test_an_invalid_object_would_be_found(rendering: Rendering) -> None:
         kubernetes_validate.validate(service, KUBERNETES_VERSIONS[0], strict=True)
 
 
-@pytest.fixture(scope="session")
-def ray_service_schema(pytestconfig: pytest.Config) -> dict[str, Any]:
-    """The v1 schema of KubeRay's CRD, made strict."""
-    folder: Path = pytestconfig.getoption("--kuberay-crds")
-    path = folder / "ray.io_rayservices.yaml"
+def _crd_schema(folder: Path, kind: str) -> dict[str, Any]:
+    """The schema of a kind's CRD, made strict."""
+    group, wanted = OF_OPERATORS[kind]
+    path = folder / f"{group}_{kind.lower()}s.yaml"
     if not path.is_file():
-        pytest.skip(f"no KubeRay CRDs in {folder}; --kuberay-crds=FOLDER names another folder")
+        pytest.skip(f"no {path.name} in {folder}; --kuberay-crds=FOLDER names another folder")
     with path.open(encoding="utf-8") as stream:
         crd = yaml.load(stream, Loader=yaml.CSafeLoader)
-    (version,) = (version for version in crd["spec"]["versions"] if version["name"] == "v1")
+    (version,) = (version for version in crd["spec"]["versions"] if version["name"] == wanted)
     schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]
     schema["properties"]["metadata"] = {"x-kubernetes-preserve-unknown-fields": True}
     return _strict(schema)
+
+
+@pytest.fixture(scope="session")
+def crd_schema(pytestconfig: pytest.Config) -> Callable[[str], dict[str, Any]]:
+    """The strict schema of each kind of an operator, whose CRD the folder has."""
+    folder: Path = pytestconfig.getoption("--kuberay-crds")
+    return functools.cache(functools.partial(_crd_schema, folder))
 
 
 def _strict(schema: dict[str, Any]) -> dict[str, Any]:
@@ -105,20 +116,24 @@ def _with_defaults(value: Any, schema: dict[str, Any]) -> Any:
     return value
 
 
-def test_the_ray_service_fits_kuberays_crd(
-    rendering: Rendering, ray_service_schema: dict[str, Any]
+@pytest.mark.parametrize("kind", OF_OPERATORS)
+def test_objects_of_operators_fit_their_crds(
+    rendering: Rendering, kind: str, crd_schema: Callable[[str], dict[str, Any]]
 ) -> None:
-    service = _with_defaults(copy.deepcopy(rendering.ray_service), ray_service_schema)
-    jsonschema.validate(service, ray_service_schema)
+    schema = crd_schema(kind)
+    for item in rendering.of_kind(kind):
+        assert item["apiVersion"] == "/".join(OF_OPERATORS[kind])
+        jsonschema.validate(_with_defaults(copy.deepcopy(item), schema), schema)
 
 
 def test_a_misspelt_ray_field_would_be_found(
-    rendering: Rendering, ray_service_schema: dict[str, Any]
+    rendering: Rendering, crd_schema: Callable[[str], dict[str, Any]]
 ) -> None:
-    service = _with_defaults(copy.deepcopy(rendering.ray_service), ray_service_schema)
+    schema = crd_schema("RayService")
+    service = _with_defaults(copy.deepcopy(rendering.ray_service), schema)
     service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplica"] = 3
     with pytest.raises(jsonschema.ValidationError, match="maxReplica"):
-        jsonschema.validate(service, ray_service_schema)
+        jsonschema.validate(service, schema)
 
 
 def test_serve_accepts_its_config(rendering: Rendering) -> None:
@@ -136,58 +151,74 @@ def test_serve_accepts_its_config(rendering: Rendering) -> None:
     assert set(config["grpc_options"]) <= set(type(parsed.grpc_options).model_fields)
 
 
-def test_build_app_accepts_its_arguments(rendering: Rendering) -> None:
-    (application,) = rendering.serve_config["applications"]
-    config = ClusterConfig.model_validate(application["args"])
-    assert config.pools.target.labels == {"paceline.io/pool": "target"}
-    assert config.pools.target.autoscaling is not None
-    assert (config.pools.draft is None) == ("draft" not in rendering.values["config"]["pools"])
-
-
-def test_the_chart_deploys_what_the_command_line_renders(rendering: Rendering) -> None:
-    expected = copy.deepcopy(rendering.serve_config)
-    (application,) = expected["applications"]
-    server = {
-        "http_port": expected["http_options"]["port"],
-        "grpc_port": expected["grpc_options"]["port"],
-    }
-    rendered = render(ClusterConfig.model_validate({**application["args"], "server": server}))
-    (rendered_application,) = rendered.serve_config["applications"]
-    # The command line writes only what differs from the defaults.
-    rendered_application["args"] = application["args"]
-    assert rendered.serve_config == expected
+ELSEWHERE = {"url": "redis://elsewhere", "page-encryption-key": "0f" * 32}
+"""What Secrets hold that the chart does not make."""
 
 
 def _environment(container: dict[str, Any], secrets: dict[str, dict[str, str]]) -> dict[str, str]:
-    """What a container sees; a Secret that the chart does not make holds ``redis://elsewhere``."""
+    """What a container sees."""
     environment: dict[str, str] = {}
     for entry in container["env"]:
         value = entry.get("value", "")
         if reference := entry.get("valueFrom", {}).get("secretKeyRef"):
-            value = secrets.get(reference["name"], {}).get(reference["key"], "redis://elsewhere")
+            name, key = reference["name"], reference["key"]
+            value = secrets.get(name, {}).get(key) or ELSEWHERE.get(key, "s" * 32)
         for name, known in environment.items():
             value = value.replace(f"$({name})", known)
         environment[entry["name"]] = value
     return environment
 
 
-def test_the_pods_environment_completes_the_config(rendering: Rendering) -> None:
+def _complete(rendering: Rendering, component: str) -> ClusterConfig:
+    """What a pod of this kind makes of the arguments and its environment."""
     (application,) = rendering.serve_config["applications"]
     secrets = {item["metadata"]["name"]: item["stringData"] for item in rendering.of_kind("Secret")}
+    (template,) = (spec for name, spec in rendering.pod_templates() if name == component)
+    environment = _environment(template["spec"]["containers"][0], secrets)
+    assert "$(" not in environment["PACELINE_KV__TIERS"]
+    if not secrets:
+        # The tenants are in a Secret of the operator's.
+        del environment["PACELINE_AUTH__TENANTS"]
+    return parse_config(application["args"], environment)
+
+
+def test_build_app_accepts_its_arguments(rendering: Rendering) -> None:
+    config = _complete(rendering, "head")
+    assert config.pools.target.labels == {"paceline.io/pool": "target"}
+    scales = "autoscaling" in rendering.values["config"]["pools"]["target"]
+    assert (config.pools.target.autoscaling is not None) == scales
+    assert (config.pools.draft is None) == ("draft" not in rendering.values["config"]["pools"])
+
+
+def test_the_chart_deploys_what_the_command_line_renders(rendering: Rendering) -> None:
+    expected = copy.deepcopy(rendering.serve_config)
+    (application,) = expected["applications"]
+    server = ServerConfig(
+        http_port=expected["http_options"]["port"], grpc_port=expected["grpc_options"]["port"]
+    )
+    rendered = render(_complete(rendering, "head").model_copy(update={"server": server}))
+    (rendered_application,) = rendered.serve_config["applications"]
+    # The command line writes only what differs from the defaults.
+    rendered_application["args"] = application["args"]
+    assert rendered.serve_config == expected
+
+
+def test_the_pods_environment_completes_the_config(rendering: Rendering) -> None:
+    has_secrets = bool(rendering.of_kind("Secret"))
     for component, template in rendering.pod_templates():
-        if component == "valkey":
+        if component in ("valkey", "gcs"):
             continue
-        environment = _environment(template["spec"]["containers"][0], secrets)
-        assert "$(" not in environment["PACELINE_KV__TIERS"]
-        if not secrets:
-            # The tenants are in a Secret of the operator's.
-            del environment["PACELINE_AUTH__TENANTS"]
-        complete = parse_config(application["args"], environment)
+        complete = _complete(rendering, component)
+        told = {
+            entry["name"]: entry.get("value") for entry in containers(template["spec"])[-1]["env"]
+        }
         assert complete.kv is not None
         assert [tier.kind for tier in complete.kv.tiers] == [
-            tier["kind"] for tier in yaml.safe_load(environment["PACELINE_KV__TIERS"])
+            tier["kind"] for tier in yaml.safe_load(told["PACELINE_KV__TIERS"])
         ]
-        if secrets:
+        has_key = complete.kv.encryption_key is not None
+        assert has_key == rendering.values["auth"]["encryptPages"]
+        if has_secrets:
             assert [tenant.name for tenant in complete.auth.tenants] == [
                 tenant["name"] for tenant in rendering.values["auth"]["tenants"]
             ]

@@ -35,17 +35,27 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("image.pullPolicy", "Sometimes", "pullPolicy"),
         ("ray.version", "2.9.0", "version"),
         ("ray.upgradeStrategy", "Recreate", "upgradeStrategy"),
-        ("ray.gcsFaultTolerance", {"enabled": True}, "address"),
+        ("ray.gcsFaultTolerance.address", "gcs-redis", "address"),
+        ("ray.gcsFaultTolerance.server.storage", "1 GiB", "storage"),
         ("ray.upgradeStrategy", "NewClusterWithIncrementalUpgrade", "gatewayClassName"),
         ("ray.incrementalUpgrade.stepSizePercent", 0, "stepSizePercent"),
         ("ingress.enabled", True, "Host"),
         ("ingress.httpHost", "https://llm.example", "httpHost"),
+        ("gateway.enabled", True, "parentRefs"),
+        ("gateway", {"enabled": True, "parentRefs": [{"name": "public"}]}, "Hosts"),
+        ("gateway.parentRefs", [{"gateway": "public"}], "gateway"),
+        ("gateway.grpcHosts", ["grpc.example:443"], "grpcHosts"),
+        ("gateway.httpTimeout", "never", "httpTimeout"),
+        ("tls.existingSecret", "Certificates!", "existingSecret"),
+        ("tls.surfaces", "yes", "surfaces"),
+        ("config.engine.speculation.pool_tls", {"server_name": "mine"}, "pool_tls"),
+        ("spreadOver", "zone", "spreadOver"),
         ("podMonitor.interval", "often", "interval"),
         ("dashboards.labels", {"grafana_dashboard": 1}, "grafana_dashboard"),
         ("serve.httpPort", 70000, "httpPort"),
         ("serve.grpcPort", "9000", "grpcPort"),
         ("service.type", "Headless", "type"),
-        ("pools.prefill", {}, "prefill"),
+        ("pools.embedding", {}, "embedding"),
         ("pools.target.minPods", -1, "minPods"),
         ("pools.target.maxPods", 0, "maxPods"),
         ("pools.target.resources", {"limits": None}, "limits"),
@@ -60,6 +70,14 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("config.draft.secret", "in the clear", "secret"),
         ("config.auth", {"cluster_secret": "in the clear"}, "auth"),
         ("valkey.maxMemory", "80%", "maxMemory"),
+        ("valkey.shards", 0, "shards"),
+        # Two shards have no majority when one is gone.
+        ("valkey.shards", 2, "shards"),
+        ("valkey.port", 60_000, "port"),
+        ("tiers.valkey", {"ttl": 60}, "ttl"),
+        ("tiers.valkey", {"url": "redis://elsewhere"}, "url"),
+        ("tiers.ssd", {"num_read_threads": 0}, "num_read_threads"),
+        ("auth.pageEncryptionKey", "short", "pageEncryptionKey"),
         ("auth.tenants", [{"name": "acme"}], "tenants"),
         ("auth.tenants", [{**GOOD_TENANT, "name": "Not A Name"}], "name"),
         ("auth.tenants", [{**GOOD_TENANT, "api_key_sha256": ["abc"]}], "api_key_sha256"),
@@ -79,11 +97,37 @@ def test_wrong_values_are_refused_by_name(path: str, value: Any, named: str) -> 
     [
         ("auth.clusterSecret", "short", "at least 32 characters"),
         ("auth.valkeyPassword", "short", "at least 16 characters"),
+        ("ray.gcsFaultTolerance.enabled", True, "gcsPassword needs at least 16 characters"),
+        ("auth.encryptPages", True, "needs auth.pageEncryptionKey"),
     ],
 )
-def test_weak_secrets_are_refused(path: str, value: str, message: str) -> None:
+def test_weak_or_missing_secrets_are_refused(path: str, value: Any, message: str) -> None:
     with pytest.raises(helm.HelmRenderError, match=message):
         render(_with(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("pools.target.minPods", 9, "pools.target.minPods is above its maxPods"),
+        ("config.pools.draft.num_gpus", 0.5, "needs a GPU in pools.draft.resources.limits"),
+        ("serve.grpcPort", 8000, "must all differ"),
+        ("tls", {"existingSecret": "certificates", "httpPort": 9000}, "must all differ"),
+        ("ray.gcsFaultTolerance.existingSecret", "mine", "set its address as well"),
+        ("externalValkey.existingSecret", "mine", "not used while valkey.enabled"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(path: str, value: Any, message: str) -> None:
+    with pytest.raises(helm.HelmRenderError, match=message):
+        render(_with(path, value))
+
+
+def test_a_prefill_pool_needs_a_hot_tier() -> None:
+    values = _with("config.pools.prefill", {"shutdown_timeout_s": 60})
+    kinds = [item["kind"] for item in objects(render(values))]
+    assert "RayService" in kinds
+    with pytest.raises(helm.HelmRenderError, match="hands pages over through Valkey"):
+        render(values | {"valkey": {"enabled": False}})
 
 
 def test_nothing_has_a_default_secret() -> None:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
 import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import grpc
 import pytest
 from pydantic import SecretStr
 
-from deployments.engine.config import SpeculationConfig
+from deployments.engine.config import PoolTlsConfig, SpeculationConfig
 from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.grpc_transport import (
     GrpcLimits,
-    GrpcTransport,
     grpc_connector,
 )
 from deployments.engine.speculation.pool_link import LinkLimits
 from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.speculation.transport import TransportState
 from deployments.engine.speculation.types import DraftSampling
+from tests.certificates import Authority
 from tests.chaos.drafts.proxy import DroppingProxy
 from tests.fakes_speculation import (
     IDENTITY,
@@ -219,33 +216,39 @@ def test_no_drafter_at_all_is_plain_decoding():
         speculator.shutdown()
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
 def test_streams_may_be_encrypted(tmp_path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
-            *("-keyout", str(key), "-out", str(certificate), "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=DNS:localhost"),
-        ],
-        check=True,
-        capture_output=True,
+    authority = Authority()
+    authority.write(tmp_path, ["draft.example"])
+    tls = PoolTlsConfig(
+        certificate_file=tmp_path / "tls.crt",
+        key_file=tmp_path / "tls.key",
+        ca_file=tmp_path / "ca.crt",
+        server_name="draft.example",
     )
-    server = DraftServer(
-        ModelDrafter(ToyModel(seed=5)),
-        IDENTITY,
-        SECRET,
-        credentials=grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())]),
-    )
-    endpoint = f"localhost:{server.start('localhost')}"
-    trusting = grpc.ssl_channel_credentials(certificate.read_bytes())
-    hello = IDENTITY.hello("t")
+    server = DraftServer(ModelDrafter(ToyModel(seed=5)), IDENTITY, SECRET, tls=tls)
+    endpoint = f"127.0.0.1:{server.start()}"
+
+    def is_taken(connect) -> bool:
+        stream = connect(endpoint)
+        try:
+            wait_until(
+                lambda: stream.is_alive or stream.state is TransportState.CLOSED, "an answer"
+            )
+            return stream.welcome is not None
+        finally:
+            stream.close()
+
+    trusting = grpc_connector(IDENTITY, "target-1", SECRET, tls=tls)
     try:
-        encrypted = GrpcTransport(endpoint, hello, SECRET, credentials=trusting)
-        wait_until(lambda: encrypted.is_alive, "the handshake over TLS")
-        plain = GrpcTransport(endpoint, hello, SECRET)
-        wait_until(lambda: plain.state is TransportState.CLOSED, "a plain connection is refused")
-        assert plain.welcome is None
-        encrypted.close()
+        assert is_taken(trusting)
+        assert not is_taken(grpc_connector(IDENTITY, "target-2", SECRET))
+        elsewhere = tls.model_copy(update={"server_name": "elsewhere.example"})
+        assert not is_taken(grpc_connector(IDENTITY, "target-3", SECRET, tls=elsewhere))
+        # Another authority: both ends read the renewed files, and the old trust is worth nothing.
+        kept = (tmp_path / "ca.crt").read_bytes()
+        Authority().write(tmp_path, ["draft.example"])
+        assert is_taken(trusting)
+        (tmp_path / "ca.crt").write_bytes(kept)
+        assert not is_taken(trusting)
     finally:
         server.close()

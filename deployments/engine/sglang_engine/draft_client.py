@@ -44,7 +44,12 @@ class DraftClient:
         self.speculator = SplitSpeculator(
             self.settings.speculation,
             vocab_size=identity.vocab_size,
-            connect=grpc_connector(identity, self.settings.replica_id, self.settings.secret),
+            connect=grpc_connector(
+                identity,
+                self.settings.replica_id,
+                self.settings.secret,
+                tls=self.settings.speculation.pool_tls,
+            ),
             on_link_lost=lambda endpoint: self._tell({"lost": endpoint}),
         )
         self._is_over = threading.Event()

@@ -14,9 +14,9 @@ from deployments.engine.speculation.handshake import PROTOCOL_VERSION
 from protos import draft_pb2
 
 if TYPE_CHECKING:
-    import grpc
     from pydantic import SecretStr
 
+    from deployments.engine.config import PoolTlsConfig
     from deployments.engine.speculation.draft_stats import DraftServerStats
     from deployments.engine.speculation.drafters.base import Drafter
     from deployments.engine.speculation.grpc_transport import GrpcLimits
@@ -38,7 +38,10 @@ class DraftServer:
     Args:
         identity: the model and vocabulary the drafter was made for; other targets are refused.
         secret: what targets must present.
-        credentials: for TLS; None means plain connections.
+        tls: what to show to targets; None means plain connections.
+
+    Raises:
+        OSError: the files for TLS cannot be read.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class DraftServer:
         *,
         limits: DraftLimits | None = None,
         grpc_limits: GrpcLimits | None = None,
-        credentials: grpc.ServerCredentials | None = None,
+        tls: PoolTlsConfig | None = None,
     ) -> None:
         limits = limits or DraftLimits()
         self._identity = identity
@@ -65,7 +68,7 @@ class DraftServer:
             ),
             accept=self._service.accept,
             on_arrival=self._news.set,
-            credentials=credentials,
+            tls=tls,
             limits=grpc_limits,
         )
         self._thread = threading.Thread(target=self._draft, name="drafter", daemon=True)

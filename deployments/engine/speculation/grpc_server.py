@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from pydantic import SecretStr
 
+    from deployments.engine.config import PoolTlsConfig
     from deployments.engine.speculation.handshake import Identity
     from deployments.engine.speculation.transport import DraftTransport
 
@@ -91,6 +92,26 @@ class GrpcDraftTransport(Transport[draft_pb2.DraftFrame, draft_pb2.TargetFrame])
             self.close()
 
 
+def _credentials(tls: PoolTlsConfig) -> grpc.ServerCredentials:
+    """Those of the files, as they are at each handshake."""
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        pair = tls.key_file.read_bytes(), tls.certificate_file.read_bytes()
+        return grpc.ssl_server_certificate_configuration([pair])
+
+    last = read()
+
+    def renewed() -> grpc.ServerCertificateConfiguration:
+        nonlocal last
+        try:
+            last = read()
+        except (OSError, ValueError):
+            logger.exception("the certificate cannot be read; the last one stays")
+        return last
+
+    return grpc.dynamic_ssl_server_credentials(last, renewed)
+
+
 class GrpcDraftFront:
     """Listens for targets and hands on their streams.
 
@@ -99,7 +120,10 @@ class GrpcDraftFront:
         welcome: the answer to a hello that fits.
         accept: takes over a stream after the handshake.
         on_arrival: called from reader threads when any stream has news.
-        credentials: for TLS; None means plain connections.
+        tls: what to show to targets; None means plain connections.
+
+    Raises:
+        OSError: the files cannot be read.
     """
 
     def __init__(
@@ -110,7 +134,7 @@ class GrpcDraftFront:
         welcome: draft_pb2.Welcome,
         accept: Callable[[DraftTransport], None],
         on_arrival: Callable[[], None],
-        credentials: grpc.ServerCredentials | None = None,
+        tls: PoolTlsConfig | None = None,
         limits: GrpcLimits | None = None,
     ) -> None:
         self._identity = identity
@@ -118,7 +142,7 @@ class GrpcDraftFront:
         self._welcome = welcome
         self._accept = accept
         self._on_arrival = on_arrival
-        self._credentials = credentials
+        self._credentials = None if tls is None else _credentials(tls)
         self._limits = limits or GrpcLimits()
         # A stream holds its handler's thread, so there are as many threads as streams.
         self._threads = ThreadPoolExecutor(

@@ -18,6 +18,7 @@ from protos import draft_pb2
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
+    from deployments.engine.config import PoolTlsConfig
     from deployments.engine.speculation.handshake import Identity
     from deployments.engine.speculation.transport import Connector
 
@@ -66,6 +67,28 @@ class GrpcLimits:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Whom a target takes for a draft replica over TLS.
+
+    Attributes:
+        authority: PEM of the certificate that signed the replicas' own.
+        server_name: what those are for.
+    """
+
+    authority: bytes
+    server_name: str
+
+    @classmethod
+    def read(cls, tls: PoolTlsConfig) -> Trust:
+        """As the files say now.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        return cls(tls.ca_file.read_bytes(), tls.server_name)
+
+
 class GrpcTransport(TargetTransport):
     """One stream to one draft replica; dials in the background as soon as it is made.
 
@@ -73,7 +96,7 @@ class GrpcTransport(TargetTransport):
         endpoint: "host:port".
         hello: this target's first message.
         secret: shared by the replicas of a cluster.
-        credentials: for TLS; None means a plain connection.
+        trust: whom to take for a draft replica; None means a plain connection.
     """
 
     def __init__(
@@ -82,7 +105,7 @@ class GrpcTransport(TargetTransport):
         hello: draft_pb2.Hello,
         secret: SecretStr,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
+        trust: Trust | None = None,
         limits: GrpcLimits | None = None,
     ) -> None:
         limits = limits or GrpcLimits()
@@ -99,8 +122,12 @@ class GrpcTransport(TargetTransport):
         options = [*limits.options(), ("grpc.use_local_subchannel_pool", 1)]
         self._channel = (
             grpc.insecure_channel(endpoint, options)
-            if credentials is None
-            else grpc.secure_channel(endpoint, credentials, options)
+            if trust is None
+            else grpc.secure_channel(
+                endpoint,
+                grpc.ssl_channel_credentials(trust.authority),
+                [*options, ("grpc.ssl_target_name_override", trust.server_name)],
+            )
         )
         speculate: grpc.StreamStreamMultiCallable[draft_pb2.TargetFrame, bytes] = (
             self._channel.stream_stream(
@@ -177,13 +204,24 @@ def grpc_connector(
     target_id: str,
     secret: SecretStr,
     *,
-    credentials: grpc.ChannelCredentials | None = None,
+    tls: PoolTlsConfig | None = None,
     limits: GrpcLimits | None = None,
 ) -> Connector:
-    """How a target with this identity dials draft replicas."""
+    """How a target with this identity dials draft replicas.
+
+    Raises:
+        OSError: the authority's file cannot be read.
+    """
     hello = identity.hello(target_id)
+    trust = None if tls is None else Trust.read(tls)
 
     def connect(endpoint: str) -> GrpcTransport:
-        return GrpcTransport(endpoint, hello, secret, credentials=credentials, limits=limits)
+        nonlocal trust
+        if tls is not None:
+            try:
+                trust = Trust.read(tls)
+            except OSError:
+                logger.exception("the authority cannot be read; the last one stays trusted")
+        return GrpcTransport(endpoint, hello, secret, trust=trust, limits=limits)
 
     return connect

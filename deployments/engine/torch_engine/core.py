@@ -112,6 +112,11 @@ class EngineCore:
         self._step_time_ewma_s = 0.0
         self._speculation = SpeculationCounters()
 
+    @property
+    def transfer(self) -> KVTransfer:
+        """Its methods for any thread are the event loop's as well."""
+        return self._transfer
+
     def add(
         self, session_id: int, request: GenerationRequest, structure: Constraint | None = None
     ) -> None:
@@ -245,6 +250,7 @@ class EngineCore:
             prompt_logprobs=[None] if wants_prompt_logprobs(request) else None,
             structure=structure,
             capture=Capture.of(request),
+            num_tier_pages=request.num_tier_pages,
         )
 
     def _expire(self) -> None:

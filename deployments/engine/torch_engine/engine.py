@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from deployments.engine.base import Embedder, Engine
+from deployments.engine.base import Embedder, Engine, Prefiller
 from deployments.engine.embedding import pooled
 from deployments.engine.errors import (
     DeadlineExceededError,
@@ -24,7 +24,10 @@ from deployments.engine.errors import (
 )
 from deployments.engine.torch_engine.delta_stream import DeltaStream
 from deployments.engine.torch_engine.mailbox import Submission
+from deployments.engine.torch_engine.prompt_pages import PromptPages, prompt_alone
+from deployments.engine.types import FinishReason, Prefilled
 from deployments.engine.validation import validate_request
+from kv_store.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -50,7 +53,7 @@ _HANGS_AFTER_S = 120.0
 _JOIN_TIMEOUT_S = 30.0
 
 
-class TorchEngine(Engine, Embedder):
+class TorchEngine(Engine, Embedder, Prefiller):
     """Runs an ``EngineCore`` in its own thread."""
 
     def __init__(
@@ -77,6 +80,7 @@ class TorchEngine(Engine, Embedder):
         self._limits = limits
         self._speculator = speculator
         self._store = store
+        self._pages = PromptPages(core.transfer, store)
         self._structures = structures
         self._streams: dict[int, DeltaStream] = {}
         self._session_of: dict[str, int] = {}
@@ -132,6 +136,31 @@ class TorchEngine(Engine, Embedder):
         """See ``Embedder.embed``."""
         async with aclosing(self.generate(request.as_generation())) as deltas:
             return await pooled(request, deltas)
+
+    async def count_cached(self, request: GenerationRequest, timeout_s: float) -> int:
+        """See ``Prefiller.count_cached``."""
+        self._refuse_if_impossible(request)
+        return await self._pages.count_cached(self._pages.keys(request), timeout_s) * PAGE_TOKENS
+
+    async def prefill(self, request: GenerationRequest) -> Prefilled:
+        """See ``Prefiller.prefill``."""
+        self._refuse_if_impossible(request)
+        keys = self._pages.keys(request)
+        if not keys:
+            return Prefilled(num_prompt_tokens=0)
+        num_shared = await self._pages.count_shared(keys)
+        num_cached = 0
+        async with aclosing(self.generate(prompt_alone(request, len(keys), num_shared))) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason is FinishReason.ABORT:
+                    raise EngineError("The request was aborted.")
+                num_cached = delta.usage.num_cached_tokens if delta.usage else num_cached
+        num_shared = await self._pages.until_shared(keys, request.deadline)
+        return Prefilled(
+            num_prompt_tokens=len(keys) * PAGE_TOKENS,
+            num_cached_tokens=num_cached,
+            num_shared_tokens=num_shared * PAGE_TOKENS,
+        )
 
     def abort(self, request_id: str) -> None:
         """See ``Engine.abort``."""

@@ -16,6 +16,7 @@ from kv_store.keys import EXACT, Namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as SequenceOf
     from concurrent.futures import Future
 
     import numpy as np
@@ -96,6 +97,14 @@ class KVTransfer:
         """Where a tenant's pages are named."""
         return Namespace(tenant_key, self._layout, self._fidelity)
 
+    def page_keys(self, tenant_key: bytes, token_ids: SequenceOf[int]) -> list[PageKey]:
+        """Names of the full pages of a text. From any thread."""
+        return self.namespace(tenant_key).chain(token_ids)
+
+    def num_local_pages(self, keys: SequenceOf[PageKey]) -> int:
+        """Leading pages of a chain that are in the pool; a hint, as it may be from any thread."""
+        return self._pool.count_prefix(keys)
+
     def begin_load(self, sequence: Sequence) -> None:
         """Ask the tier for the pages of a waiting sequence that the pool lacks.
 
@@ -167,19 +176,24 @@ class KVTransfer:
     def publish(self, sequence: Sequence) -> None:
         """Cache the pages that a commit has filled, and queue copies for the tier."""
         num_full = sequence.num_computed_tokens // self._layout.page_tokens
-        if num_full <= sequence.num_published_pages:
+        num_published = sequence.num_published_pages
+        # For all but a prefill for others, what is published is in the tier or was let go there.
+        num_tier = num_full if sequence.num_tier_pages is None else sequence.num_tier_pages
+        if num_full <= min(num_published, num_tier):
             return
         sequence.extend_page_keys()
-        for index in range(sequence.num_published_pages, num_full):
+        for index in range(min(num_published, num_tier), num_full):
             page, key = sequence.page_table[index], sequence.page_keys[index]
-            is_new = self._pool.publish(page, key)
-            if is_new and self._store is not None:
+            is_new = index >= num_published and self._pool.publish(page, key)
+            if (is_new or index >= num_tier) and self._store is not None:
                 self._store.save(
                     key,
                     self._memory.read_page(page),
                     traceparent=sequence.request.traceparent,
                 )
-        sequence.num_published_pages = num_full
+        sequence.num_published_pages = max(num_published, num_full)
+        if sequence.num_tier_pages is not None:
+            sequence.num_tier_pages = max(num_tier, num_full)
 
     def _take_in(self, load: _Load) -> int:
         """Write arrived pages into the pool as idle cached pages; returns how many."""

@@ -84,6 +84,13 @@ class PagePool:
                 self._idle.move_to_end(page)
         return len(pages)
 
+    def count_prefix(self, keys: Sequence[PageKey]) -> int:
+        """Length of the longest indexed prefix of a chain.
+
+        Changes nothing, and each look is one look into a dict: a hint to any thread.
+        """
+        return next((at for at, key in enumerate(keys) if key not in self._page_of), len(keys))
+
     def publish(self, page: int, key: PageKey) -> bool:
         """Index an owned page whose rows are all committed.
 

@@ -56,6 +56,8 @@ class Sequence:
         page_table: pages holding token i's row at entry i // PAGE_TOKENS.
         page_keys: keys of the full pages of ``token_ids``, as far as they were asked for.
         num_published_pages: leading pages that are in the prefix cache or have a twin there.
+        num_tier_pages: leading pages that the tier has or that are queued for it; None where only
+            pages that are new to the prefix cache are queued.
         is_tier_asked: the KV tier has been asked for this sequence's pages, or there is none.
         is_loading: the tier's answer is under way.
         num_loaded_pages: leading pages whose bytes came from the tier or lie before one that did.
@@ -85,6 +87,7 @@ class Sequence:
     page_table: list[int] = field(default_factory=list)
     page_keys: list[PageKey] = field(default_factory=list)
     num_published_pages: int = 0
+    num_tier_pages: int | None = None
     is_tier_asked: bool = False
     is_loading: bool = False
     first_loaded_page: int = 0

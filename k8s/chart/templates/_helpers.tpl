@@ -49,6 +49,62 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ include "paceline.fullname" . }}-valkey
 {{- end -}}
 
+{{- define "paceline.gcsName" -}}
+{{ include "paceline.fullname" . }}-gcs
+{{- end -}}
+
+{{/* Whether the chart runs the server that keeps the state of Ray's control plane. */}}
+{{- define "paceline.hasOwnGcs" -}}
+{{- with .Values.ray.gcsFaultTolerance -}}
+{{- if and .enabled (not .address) -}}true{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* All kinds of Ray pods, as a JSON list: the values of a label selector. */}}
+{{- define "paceline.rayComponents" -}}
+{{- prepend (splitList " " (include "paceline.pools" .)) "head" | toJson -}}
+{{- end -}}
+
+{{/* Those that read and write pages. */}}
+{{- define "paceline.pageComponents" -}}
+{{- $found := list -}}
+{{- range $pool := include "paceline.pools" . | splitList " " -}}
+{{- if has $pool (list "target" "prefill") -}}
+{{- $found = append $found $pool -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $found -}}
+{{- end -}}
+
+{{/* How many pods those are at most. */}}
+{{- define "paceline.maxPagePods" -}}
+{{- $pods := 0 -}}
+{{- range include "paceline.pageComponents" . | fromJsonArray -}}
+{{- $pods = add $pods (index $.Values.pools . "maxPods") -}}
+{{- end -}}
+{{- $pods -}}
+{{- end -}}
+
+{{/*
+Whether a kind of connection inside the cluster has TLS. Argument: a list of the scope and "surfaces",
+"valkey" or "drafts".
+*/}}
+{{- define "paceline.hasTls" -}}
+{{- $tls := (index . 0).Values.tls -}}
+{{- if and $tls.existingSecret (index $tls (index . 1)) -}}true{{- end -}}
+{{- end -}}
+
+{{- define "paceline.tlsFolder" -}}/etc/paceline/tls{{- end -}}
+
+{{- define "paceline.tlsMount" -}}
+- {name: tls, mountPath: {{ include "paceline.tlsFolder" . }}, readOnly: true}
+{{- end -}}
+
+{{- define "paceline.tlsVolume" -}}
+- name: tls
+  secret: {secretName: {{ .Values.tls.existingSecret }}, defaultMode: 0440}
+{{- end -}}
+
 {{/* Whether pages have a hot tier outside the pods. */}}
 {{- define "paceline.hasValkey" -}}
 {{- if or .Values.valkey.enabled .Values.externalValkey.existingSecret -}}true{{- end -}}
@@ -93,11 +149,22 @@ controller, proxy or replica happens to run.
       name: {{ include "paceline.secretName" . }}
       key: valkey-password
 {{- else if .Values.externalValkey.existingSecret }}
-- name: VALKEY_URL
+{{- range $name, $key := dict "VALKEY_URL" .Values.externalValkey.urlKey "VALKEY_SENTINELS" .Values.externalValkey.sentinelsKey }}
+{{- with $key }}
+- name: {{ $name }}
   valueFrom:
     secretKeyRef:
-      name: {{ .Values.externalValkey.existingSecret }}
-      key: {{ .Values.externalValkey.urlKey }}
+      name: {{ $.Values.externalValkey.existingSecret }}
+      key: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if .Values.auth.encryptPages }}
+- name: PACELINE_KV__ENCRYPTION_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "paceline.secretName" . }}
+      key: page-encryption-key
 {{- end }}
 {{- if include "paceline.sharesPages" . }}
 # Kubernetes puts the secret in; the rendered manifest never holds it.
@@ -106,26 +173,48 @@ controller, proxy or replica happens to run.
 {{- end }}
 {{- end -}}
 
-{{/* kv.tiers as one line of JSON, hot tier first. */}}
+{{/*
+kv.tiers as one line of JSON, hot tier first: what the release knows of each tier, over the settings
+that the values give it.
+*/}}
 {{- define "paceline.kvTiers" -}}
+{{- $set := .Values.tiers -}}
 {{- $tiers := list -}}
-{{- if .Values.valkey.enabled -}}
-{{- $url := printf "redis://:$(VALKEY_PASSWORD)@%s:%v/0" (include "paceline.valkeyName" .) .Values.valkey.port -}}
-{{- $tiers = append $tiers (dict "kind" "valkey" "url" $url) -}}
-{{- else if .Values.externalValkey.existingSecret -}}
-{{- $tiers = append $tiers (dict "kind" "valkey" "url" "$(VALKEY_URL)") -}}
+{{- if include "paceline.hasValkey" . -}}
+{{- $known := include "paceline.hotTier" . | fromJson -}}
+{{- $tiers = append $tiers (merge $known (deepCopy $set.valkey)) -}}
 {{- end -}}
 {{- if .Values.ssd.enabled -}}
-{{- $tiers = append $tiers (dict "kind" "ssd" "root" "/var/lib/paceline/kv" "budget_bytes" (int64 .Values.ssd.budgetBytesPerReplica)) -}}
+{{- $known := dict "kind" "ssd" "root" "/var/lib/paceline/kv" "budget_bytes" (int64 .Values.ssd.budgetBytesPerReplica) -}}
+{{- $tiers = append $tiers (merge $known (deepCopy $set.ssd)) -}}
 {{- end -}}
 {{- /* Pods find each other's folders through the hot tier. */ -}}
-{{- if and .Values.ssd.shared (eq (len $tiers) 2) (gt (int .Values.pools.target.maxPods) 1) -}}
-{{- $tiers = append $tiers (dict "kind" "peers") -}}
+{{- if and .Values.ssd.shared (eq (len $tiers) 2) (gt (int (include "paceline.maxPagePods" .)) 1) -}}
+{{- $tiers = append $tiers (merge (dict "kind" "peers") (deepCopy $set.peers)) -}}
 {{- end -}}
 {{- if not $tiers -}}
 {{- $tiers = append $tiers (dict "kind" "memory") -}}
 {{- end -}}
 {{- toJson $tiers -}}
+{{- end -}}
+
+{{/* Where the hot tier is, as JSON. Kubernetes replaces $(NAME) in it. */}}
+{{- define "paceline.hotTier" -}}
+{{- $tier := dict "kind" "valkey" -}}
+{{- if .Values.valkey.enabled -}}
+{{- $isTls := include "paceline.hasTls" (list . "valkey") -}}
+{{- $url := printf "%s://:$(VALKEY_PASSWORD)@%s:%v/0" (ternary "rediss" "redis" (ne $isTls "")) (include "paceline.valkeyName" .) .Values.valkey.port -}}
+{{- if $isTls -}}
+{{- $url = printf "%s?ssl_ca_certs=%s/ca.crt" $url (include "paceline.tlsFolder" .) -}}
+{{- end -}}
+{{- $tier = merge $tier (dict "url" $url "is_cluster" (gt (int .Values.valkey.shards) 1)) -}}
+{{- else -}}
+{{- $tier = merge $tier (dict "url" "$(VALKEY_URL)" "is_cluster" .Values.externalValkey.isCluster) -}}
+{{- if .Values.externalValkey.sentinelsKey -}}
+{{- $_ := set $tier "sentinels" "$(VALKEY_SENTINELS)" -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $tier -}}
 {{- end -}}
 
 {{- define "paceline.containerSecurity" -}}
@@ -143,22 +232,44 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
-{{/* Placement of a pod. Argument: a values block that has nodeSelector, tolerations, affinity. */}}
+{{/*
+Placement of a pod. Argument: a dict of the scope (root), its component and its values (at). Pods of a
+component spread as the values say, or over .Values.spreadOver as far as there is room.
+*/}}
 {{- define "paceline.placement" -}}
-{{- with .nodeSelector }}
-nodeSelector:
+{{- range $field := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" }}
+{{- with index $.at $field }}
+{{ $field }}:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .tolerations }}
-tolerations:
-  {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .affinity }}
-affinity:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with .topologySpreadConstraints }}
+{{- if and .root.Values.spreadOver (not .at.topologySpreadConstraints) }}
 topologySpreadConstraints:
-  {{- toYaml . | nindent 2 }}
+  {{- range .root.Values.spreadOver }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "paceline.selectorLabels" $.root | nindent 8 }}
+        app.kubernetes.io/component: {{ $.component }}
+  {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* The disk of the SSD tier: a node's folder, a claim of the pod's own, or a part of the node's disk. */}}
+{{- define "paceline.ssdVolume" -}}
+{{- if .Values.ssd.hostPath -}}
+hostPath: {path: {{ .Values.ssd.hostPath }}, type: Directory}
+{{- else if .Values.ssd.storageClass -}}
+ephemeral:
+  volumeClaimTemplate:
+    spec:
+      accessModes: [ReadWriteOnce]
+      storageClassName: {{ .Values.ssd.storageClass }}
+      resources:
+        requests: {storage: {{ .Values.ssd.sizeLimit }}}
+{{- else -}}
+emptyDir: {sizeLimit: {{ .Values.ssd.sizeLimit }}}
+{{- end -}}
 {{- end -}}

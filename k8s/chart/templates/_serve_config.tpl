@@ -1,6 +1,15 @@
-{{/* The pools that have pods, separated by spaces. */}}
+{{/*
+The pools that have pods, separated by spaces: each is a worker group, and labels, policies, monitors
+and scaling follow from this list.
+*/}}
 {{- define "paceline.pools" -}}
-ingress target{{ if .Values.config.pools.draft }} draft{{ end }}
+{{- $pools := list -}}
+{{- range $name := list "ingress" "target" "prefill" "draft" -}}
+{{- if index $.Values.config.pools $name -}}
+{{- $pools = append $pools $name -}}
+{{- end -}}
+{{- end -}}
+{{- join " " $pools -}}
 {{- end -}}
 
 {{/*
@@ -18,6 +27,14 @@ ones.
 {{- end -}}
 {{- if not (include "paceline.sharesPages" .) -}}
 {{- $_ := set $config "kv" nil -}}
+{{- end -}}
+{{- if include "paceline.hasTls" (list . "drafts") -}}
+{{- $folder := include "paceline.tlsFolder" . -}}
+{{- $tls := dict "server_name" (include "paceline.fullname" .) -}}
+{{- range $setting, $file := dict "certificate_file" "tls.crt" "key_file" "tls.key" "ca_file" "ca.crt" -}}
+{{- $_ := set $tls $setting (printf "%s/%s" $folder $file) -}}
+{{- end -}}
+{{- $config = merge $config (dict "engine" (dict "speculation" (dict "pool_tls" $tls))) -}}
 {{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
@@ -56,9 +73,8 @@ applications:
 {{- /* Pools that grow and shrink, by name: one policy sizes them together. */ -}}
 {{- define "paceline.scaledPools" -}}
 {{- $scaled := dict }}
-{{- range $name := list "ingress" "target" "draft" }}
-{{- $pool := index $.Values.config.pools $name | default dict }}
-{{- with $pool.autoscaling }}
+{{- range $name := include "paceline.pools" . | splitList " " }}
+{{- with index $.Values.config.pools $name "autoscaling" }}
 {{- $_ := set $scaled $name . }}
 {{- end }}
 {{- end }}

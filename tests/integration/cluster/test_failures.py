@@ -11,8 +11,11 @@ import httpx
 import pytest
 
 from cluster.config import default_cache_dir
+from cluster.errors import RequestError
+from cluster.metrics_reader import MetricsSnapshot
 from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from tests.integration.cluster.cluster_process import ClusterProcess
+from tests.kv_pages import wait_until
 
 if TYPE_CHECKING:
     import psutil
@@ -22,8 +25,9 @@ pytestmark = pytest.mark.integration
 CONFIG = """
 server: {http_port: 0, grpc_port: 0}
 engine: {max_model_len: 512, num_pages: 32, speculation: {num_draft_tokens: 3}}
-pools: {target: {replicas: 2}}
-kv: {tiers: [{kind: embedded_valkey, max_memory_bytes: 67108864}]}
+pools: {target: {replicas: 2}, prefill: {replicas: 1}}
+prefill: {min_tokens: 128, timeout_s: 120, max_slowdown: 1000}
+kv: {tiers: [{kind: embedded_valkey, max_memory_bytes: 67108864, operation_timeout_s: 20}]}
 """
 BODY = {
     "model": "smollm2-135m-instruct",
@@ -100,3 +104,45 @@ def test_a_killed_target(cluster, plain):
     text, last = stream(cluster, "target")
     assert text == plain
     assert last["usage"]["completion_tokens"] > 40
+
+
+def price_list(fruit: str) -> str:
+    """Some 300 tokens, four full pages."""
+    return "".join(f"{fruit} {number}: {number * 37 % 89} coins. " for number in range(30))
+
+
+def complete(cluster: ClusterProcess, prompt: str, **fields) -> tuple[str, dict]:
+    """A whole answer's text and usage."""
+    body = {"model": BODY["model"], "prompt": prompt, "max_tokens": 24, "temperature": 0.8}
+    url = f"{cluster.state.http_url}/v1/completions"
+    response = httpx.post(url, json=body | {"seed": 5} | fields, timeout=180)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    return answer["choices"][0]["text"], answer["usage"]
+
+
+def computed_where_it_is_answered(cluster: ClusterProcess, prompt: str) -> str:
+    """As without a prefill pool: whoever wants a prompt's log probabilities uses no cached page."""
+    return complete(cluster, prompt, prompt_logprobs=1)[0]
+
+
+def num_prefilled(cluster: ClusterProcess) -> float:
+    try:
+        snapshot = MetricsSnapshot.read(cluster.state.metrics_url)
+    except RequestError:
+        return 0  # the endpoint of the metrics comes up in its own time
+    return snapshot.total("paceline_prefill_calls_total", outcome="loadable")
+
+
+def test_a_prefill_pool_and_its_death(cluster):
+    apples, pears = price_list("Apple"), price_list("Pear")
+    text, usage = complete(cluster, apples)
+    assert usage["prompt_tokens"] > 256
+    # What the pool computed for this request is nobody's cache.
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    wait_until(lambda: num_prefilled(cluster) >= 1, 120)
+    assert text == computed_where_it_is_answered(cluster, apples)
+    for process in replicas_of(cluster, "prefill"):
+        process.kill()
+    text, _ = complete(cluster, pears)
+    assert text == computed_where_it_is_answered(cluster, pears)

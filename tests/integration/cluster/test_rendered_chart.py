@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -33,9 +34,16 @@ from cluster.state import secret_file
 from deployments.engine.torch_engine.weights.builtin import prepare_builtin
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
+from tests.certificates import Authority
 from tests.chart.conftest import CHART, objects, render
 from tests.integration.cluster.rendered_cluster import deploy
-from tests.valkey_processes import PASSWORD, ValkeyProcess, wait_until
+from tests.valkey_processes import (
+    PASSWORD,
+    ValkeyProcess,
+    die_with_parent,
+    free_ports,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -206,19 +214,76 @@ def _wait_until_ready(running: subprocess.Popen[bytes], url: str, log: Path) -> 
         time.sleep(0.5)
 
 
-def test_the_charts_own_test_passes_on_it(served: Served) -> None:
-    values = _values(served.ports)
-    (pod,) = (item for item in objects(render(values)) if item["kind"] == "Pod")
+def _ask_as_the_chart(made: list[dict[str, Any]], replaced: dict[str, str]) -> None:
+    """Run the pod of ``helm test``, with parts of its arguments replaced."""
+    (pod,) = (item for item in made if item["kind"] == "Pod")
     (container,) = pod["spec"]["containers"]
-    # The Service is loopback here.
-    addresses = [argument.replace("demo-paceline", "127.0.0.1") for argument in container["args"]]
-    assert all("127.0.0.1" in address for address in addresses)
+    arguments = container["args"]
+    for old, new in replaced.items():
+        arguments = [argument.replace(old, new) for argument in arguments]
     python, *rest = container["command"]
     assert python == "python"
-    command = [sys.executable, *rest, *addresses]
+    command = [sys.executable, *rest, *arguments]
     told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert told.returncode == 0, told.stderr
     assert "SERVING" in told.stdout
+
+
+def test_the_charts_own_test_passes_on_it(served: Served) -> None:
+    # The Service is loopback here.
+    _ask_as_the_chart(objects(render(_values(served.ports))), {"demo-paceline": "127.0.0.1"})
+
+
+def test_the_charts_proxy_gives_it_tls(served: Served, tmp_path: Path) -> None:
+    values = _values(served.ports)
+    https, grpcs = free_ports(2)
+    values["tls"] = {"existingSecret": "certificates", "httpPort": https, "grpcPort": grpcs}
+    made = objects(render(values))
+    (config,) = (item for item in made if "haproxy.cfg" in item.get("data", {}))
+    for name, text in config["data"].items():
+        (tmp_path / name).write_text(text.replace("/etc/paceline", str(tmp_path)))
+    authority = Authority()
+    authority.write(tmp_path / "tls", ["localhost"])
+    (service,) = (item for item in made if item["kind"] == "RayService")
+    (ingress,) = (
+        group
+        for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+        if group["groupName"] == "ingress"
+    )
+    (proxy,) = ingress["template"]["spec"]["initContainers"]
+    environment = {entry["name"]: entry["value"] for entry in proxy["env"]} | {
+        "CONF_DIR": str(tmp_path),
+        "TLS_DIR": str(tmp_path / "tls"),
+        "LOOK_SECONDS": "0.5",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    shell, script = proxy["command"]
+    running = subprocess.Popen(
+        [shell, str(tmp_path / Path(script).name)],
+        env=environment,
+        preexec_fn=die_with_parent,
+    )
+
+    def certificate() -> str:
+        try:
+            return ssl.get_server_certificate(("localhost", https), timeout=10)
+        except OSError:
+            return ""
+
+    try:
+        wait_until(lambda: certificate() != "", 120)
+        first = certificate()
+        ports = {str(served.ports.http): str(https), str(served.ports.grpc): str(grpcs)}
+        here = {"demo-paceline": "localhost", "/etc/paceline": str(tmp_path)}
+        _ask_as_the_chart(made, here | ports)
+        # A renewed certificate is taken without a restart.
+        authority.write(tmp_path / "tls", ["localhost"])
+        wait_until(lambda: certificate() not in ("", first), 120)
+        _ask_as_the_chart(made, here | ports)
+        assert running.poll() is None
+    finally:
+        running.terminate()
+        running.wait(60)
 
 
 def _complete(served: Served, **changed: Any) -> httpx.Response:

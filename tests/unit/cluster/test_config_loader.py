@@ -73,6 +73,27 @@ def test_a_wrong_setting_is_named_with_its_line(tmp_path, text, expected):
     assert expected in problems_of(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ("kv: null", "pools.prefill hands pages over through a Valkey tier"),
+        ("kv: {tiers: [{kind: ssd, root: /x, budget_bytes: 536870912}]}", "through a Valkey tier"),
+        ("engine: {kind: sglang}", "pools.prefill needs engine.kind torch"),
+    ],
+)
+def test_a_prefill_pool_needs_a_way_for_its_pages(tmp_path, settings, problem):
+    found = problems_of(tmp_path, f"pools: {{prefill: {{replicas: 1}}}}\n{settings}\n")
+    assert problem in "".join(found)
+
+
+def test_a_prefill_pool_is_off_unless_asked_for_and_never_scales_to_nothing(tmp_path):
+    assert ClusterConfig().pools.prefill is None
+    asked = load_text(tmp_path, "pools: {prefill: {}}\nprefill: {min_tokens: 128}\n")
+    assert (asked.pools.prefill.replicas, asked.prefill.min_tokens) == (1, 128)
+    scaled = "pools: {prefill: {autoscaling: {min_replicas: 0}}}\n"
+    assert "prefill.autoscaling.min_replicas" in "".join(problems_of(tmp_path, scaled))
+
+
 def test_a_missing_field_is_named_at_its_parents_line(tmp_path):
     [problem] = problems_of(tmp_path, "kv:\n  tiers:\n    - kind: ssd\n")
     assert problem == "c.yaml:3: kv.tiers[0].root: Field required"

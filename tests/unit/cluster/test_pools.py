@@ -64,9 +64,10 @@ def test_one_machine_offers_what_all_pools_need_at_their_largest():
             num_cpus=2, resources={"slot": 0.5}, autoscaling=AutoscaleConfig(max_replicas=3)
         ),
         draft=PoolConfig(replicas=2, num_cpus=1, labels={"zone": "a"}),
+        prefill=PoolConfig(replicas=2, num_cpus=4),
     )
     machine = machine_resources(pools)
-    assert machine.num_cpus >= 0.5 + 3 * 2 + 2 * 1
+    assert machine.num_cpus >= 0.5 + 3 * 2 + 2 * 1 + 2 * 4
     assert isinstance(machine.num_cpus, int)
     assert machine.resources == {"slot": 2}
     assert machine.labels == {"zone": "a"}

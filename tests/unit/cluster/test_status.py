@@ -1,6 +1,6 @@
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.commands.status import _autoscaling, _drafters, _speculation
+from cluster.commands.status import _autoscaling, _drafters, _prefill, _speculation
 from cluster.metrics_reader import MetricsSnapshot
 
 SCRAPE = """
@@ -87,3 +87,32 @@ def test_pools_that_scale_tell_what_they_need_and_why():
         "target": "3 (needs requests 2.50; ttft 2.75)",
     }
     assert _autoscaling(snapshot("")) == {}
+
+
+PREFILL = """
+# TYPE ray_paceline_prefill_prompts_total counter
+ray_paceline_prefill_prompts_total{reason="sent",ReplicaId="a"} 3
+ray_paceline_prefill_prompts_total{reason="sent",ReplicaId="b"} 1
+ray_paceline_prefill_prompts_total{reason="short",ReplicaId="a"} 9
+# TYPE ray_paceline_prefill_calls_total counter
+ray_paceline_prefill_calls_total{outcome="loadable",ReplicaId="a"} 3
+ray_paceline_prefill_calls_total{outcome="in_vain",ReplicaId="b"} 1
+# TYPE ray_paceline_prefill_tokens_total counter
+ray_paceline_prefill_tokens_total{ReplicaId="a"} 4096
+# TYPE ray_paceline_prefill_seconds histogram
+ray_paceline_prefill_seconds_bucket{outcome="loadable",le="+Inf",ReplicaId="a"} 4
+ray_paceline_prefill_seconds_count{outcome="loadable",ReplicaId="a"} 4
+ray_paceline_prefill_seconds_sum{outcome="loadable",ReplicaId="a"} 6.0
+"""
+
+
+def test_a_prefill_pool_is_told_by_what_it_was_asked_and_what_came_of_it():
+    assert _prefill(snapshot(PREFILL)) == {
+        "sent": 4,
+        "short": 9,
+        "outcome in vain": 1,
+        "outcome loadable": 3,
+        "tokens computed for targets": 4096,
+        "seconds waited (mean)": 1.5,
+    }
+    assert _prefill(snapshot("")) == {}

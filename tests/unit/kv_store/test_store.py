@@ -128,6 +128,51 @@ def test_what_is_found_is_what_a_load_would_begin_with(tmp_path):
         assert store.stats().num_loaded == 0
 
 
+class Shared(MemoryTier):
+    """Other replicas read it too; a put waits until a test lets it go on."""
+
+    is_shared = True
+
+    def __init__(self, budget_bytes, *, name):
+        super().__init__(budget_bytes, name=name)
+        self.may_put = threading.Event()
+
+    async def put_many(self, items):
+        while not self.may_put.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        return await super().put_many(items)
+
+
+def test_a_chain_is_settled_once_its_pages_lie_where_all_replicas_find_them(tmp_path):
+    shared = Shared(1 << 20, name="hot")
+    with opened(
+        tiers=(memory("hot", operation_timeout_s=PATIENT_S), ssd(tmp_path)),
+        wrap_tier=lambda tier: shared if tier.name == "hot" else tier,
+    ) as store:
+        assert store.settle(KEYS[:3], timeout_s=PATIENT_S).result(PATIENT_S) == 0, "nothing queued"
+        for index in (0, 1, 2, 4):
+            assert store.save(KEYS[index], PAGES[index].copy())
+        settled = store.settle(KEYS[:5], timeout_s=10 * PATIENT_S)
+        early = store.settle(KEYS[:5], timeout_s=0.05).result(PATIENT_S)
+        assert (early, settled.done()) == (0, False)
+        shared.may_put.set()
+        assert settled.result(PATIENT_S) == 3
+        Shelf._drive(shared.delete_many(KEYS[1:2]))
+        assert find(store) == 3, "this replica has its own folder"
+        assert store.settle(KEYS[:3], timeout_s=PATIENT_S).result(PATIENT_S) == 1
+        assert store.settle([], timeout_s=PATIENT_S).result(PATIENT_S) == 0
+
+
+@pytest.mark.parametrize("fault", [{"fail": 1.0}, {"delay": 1.0, "delay_s": 60.0}])
+def test_nothing_is_settled_in_a_tier_that_fails_or_is_silent(fault):
+    def broken(tier):
+        return FaultyTier(Shared(1 << 20, name=tier.name), FaultPlan(**fault))
+
+    with opened(wrap_tier=broken, close_timeout_s=0) as store:
+        assert store.save(KEYS[0], PAGES[0].copy())
+        assert store.settle(KEYS[:1], timeout_s=0.1).result(PATIENT_S) == 0
+
+
 def test_a_namespace_is_cleared_in_every_tier_and_no_other(tmp_path):
     others = [key._replace(namespace_id=bytes(16)) for key in KEYS]
     with opened(tiers=(memory(), ssd(tmp_path))) as store:

@@ -94,6 +94,25 @@ def load_of(num_requests: float, **changes):
     return signals
 
 
+@pytest.mark.parametrize(
+    ("backlog", "cause", "num_replicas"), [(0.0, "requests", 2), (51_200.0, "prefill", 8)]
+)
+def test_a_prefill_pool_is_sized_for_its_requests_and_the_tokens_they_wait_for(
+    backlog, cause, num_replicas
+):
+    rules = replace(RULES, pools={"prefill": RULES.pools["target"]})
+    signals = target(num_requests=16.0, num_backlog_tokens=backlog, prefill_tokens_per_s=4000.0)
+    # What is a missed SLO at a target says nothing here.
+    signals = replace(signals, name="prefill", ttft_p90_s=60.0)
+    memory, decision = Memory(), None
+    for second in range(7):
+        now_s = 1000.0 + second
+        [decision], memory = decide(memory, Signals(now_s=now_s, prefill=signals), rules)
+    assert (decision.pool, decision.cause) == ("prefill", cause)
+    assert decision.num_replicas == num_replicas
+    assert memory.floor is None
+
+
 def test_load_moves_the_target_pool_once_it_has_lasted():
     cluster = Cluster().run(4, load_of(60))
     assert cluster.sizes.target == 2

@@ -93,6 +93,20 @@ def test_serve_takes_the_policy_from_the_rendered_config():
     assert "autoscaling_policy" not in render(ClusterConfig()).serve_config["applications"][0]
 
 
+def test_a_prefill_pool_moves_by_what_its_replicas_say(exporter):
+    pools = PoolsConfig(prefill=PoolConfig(autoscaling=SCALED))
+    told = application_policy(ClusterConfig(pools=pools))
+    assert told is not None
+    clock = Clock()
+    policy = JointPolicy(**told["policy_kwargs"], clock=clock)
+    pool = DeploymentID("prefill", "paceline")
+    decided: dict[Any, int] = {}
+    for _ in range(5):
+        decided, _ = policy({pool: context(pool, 2, clock.now_s, {stats.OPEN: 13.0})})
+        clock.now_s += 1
+    assert decided == {pool: 4}
+
+
 def test_pools_move_by_what_their_replicas_say_and_it_is_explained(exporter, caplog):
     clock = Clock()
     policy = joint_policy(clock)
