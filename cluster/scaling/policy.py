@@ -17,6 +17,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from deployments.scaling_stats import TTFT_WINDOW_S
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -92,6 +94,7 @@ class Signals:
     ingress: PoolSignals | None = None
     target: TargetSignals | None = None
     draft: DraftSignals | None = None
+    prefill: TargetSignals | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,10 @@ def decide(memory: Memory, signals: Signals, rules: Rules) -> tuple[list[Decisio
         needs, memory = _draft_needs(memory, signals.draft, signals, target, rules.scaling)
         decision, memory = _sized(memory, signals.draft, needs, signals.now_s, rules)
         decisions.append(decision)
+    if signals.prefill is not None:
+        needs = _prefill_needs(signals.prefill, rules)
+        decision, memory = _sized(memory, signals.prefill, needs, signals.now_s, rules)
+        decisions.append(decision)
     return decisions, memory
 
 
@@ -146,8 +153,10 @@ def _target_needs(
     if signals.prefill_tokens_per_s:
         needs["prefill"] = signals.num_backlog_tokens / (signals.prefill_tokens_per_s * planned_s)
     settled_at_s = memory.pools.get(signals.name, PoolMemory()).settled_at_s
-    # While replicas start, the waiting times are those of fewer replicas than there will be.
-    is_settled = settled_at_s is not None and now_s - settled_at_s >= pool.look_back_s
+    # While replicas start, and as long as waits of that time are told of, the waiting times are
+    # those of fewer replicas than there are.
+    told_s = pool.look_back_s + TTFT_WINDOW_S
+    is_settled = settled_at_s is not None and now_s - settled_at_s >= told_s
     ttft_s = signals.ttft_p90_s
     if ttft_s is not None and ttft_s > planned_s and is_settled:
         needs["ttft"] = signals.num_running * min(_MOST_BY_SLO, ttft_s / planned_s)
@@ -161,6 +170,16 @@ def _target_needs(
         elif signals.num_requests >= _SAME_LOAD * floor.load:
             needs["ttft_before"] = floor.need
     return needs, memory
+
+
+def _prefill_needs(signals: TargetSignals, rules: Rules) -> dict[str, float]:
+    """A prefill pool's replicas hold no sequence for long: prompts are all they have to do."""
+    scaling, pool = rules.scaling, rules.pools[signals.name]
+    needs = {"requests": _by_requests(signals.num_requests, pool)}
+    if signals.prefill_tokens_per_s:
+        planned_s = scaling.ttft_slo_s * scaling.slo_headroom
+        needs["prefill"] = signals.num_backlog_tokens / (signals.prefill_tokens_per_s * planned_s)
+    return needs
 
 
 def _higher(old: LearnedFloor | None, new: LearnedFloor) -> LearnedFloor:

@@ -25,7 +25,7 @@ _PERIOD_S = 1.0
 
 
 class JointPolicy:
-    """Sizes ingress, target and draft pools, as far as they have ``autoscaling``.
+    """Sizes ingress, target, draft and prefill pools, as far as they have ``autoscaling``.
 
     Args:
         pools: by name, the fields of their ``AutoscaleConfig``.
@@ -73,11 +73,13 @@ class JointPolicy:
         states = {name: _state(name, contexts[each]) for name, each in ids.items()}
         stale_s = self._rules.scaling.stale_after_s
         ingress, target, draft = (states.get(name) for name in ("ingress", "target", "draft"))
+        prefill = states.get("prefill")
         signals = Signals(
             now_s=now_s,
             ingress=pool_signals(ingress) if ingress is not None else None,
             target=target_signals(target, now_s, stale_s) if target is not None else None,
             draft=draft_signals(draft, now_s, stale_s) if draft is not None else None,
+            prefill=target_signals(prefill, now_s, stale_s) if prefill is not None else None,
         )
         decisions, self._memory = decide(self._memory, signals, self._rules)
         for decision in decisions:
