@@ -139,8 +139,8 @@ bench-quality: $(ENVIRONMENT) ## What quantised weights cost in meaning, on a te
 bench-split: plotting ## What drafts give, by source and distance, on a simulated clock and on this machine
 	$(PY) -m tests.bench.split
 
-loadtest-autoscale: plotting ## Both pools scale under 8x load, beside a cluster that is always large; 20 minutes (TIME_SCALE=0.1 shortens)
-	$(PY) -m tests.bench.autoscale $(if $(TIME_SCALE),--time-scale $(TIME_SCALE))
+loadtest-autoscale: plotting ## Both pools scale under 8x load, beside a cluster that is always large; 20 minutes (RATE=2 for more requests, TIME_SCALE=0.1 shortens)
+	$(PY) -m tests.bench.autoscale $(if $(RATE),--rate $(RATE)) $(if $(TIME_SCALE),--time-scale $(TIME_SCALE))
 
 bench-capacity: plotting ## Clients held at a TPOT target, drafts beside the target or in a pool, on a simulated clock
 	$(PY) -m tests.bench.capacity

@@ -51,7 +51,7 @@ def fetch_weights(model: str, cache_dir: Path, on_progress: Callable[[str], None
         WeightsMissingError: it cannot be had.
     """
     from deployments.engine.torch_engine.weights.builtin import prepare_builtin
-    from deployments.engine.torch_engine.weights.loader import find_model_folder
+    from deployments.engine.torch_engine.weights.folders import find_model_folder
 
     if model == DEFAULT_MODEL:
         return prepare_builtin(cache_dir, on_progress)

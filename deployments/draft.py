@@ -20,7 +20,7 @@ from deployments.engine.speculation.errors import DrafterLoadError
 from deployments.engine.speculation.handshake import Identity
 from deployments.model_files import model_folder, served_model_name
 from deployments.scaling_stats import DraftScalingStats
-from deployments.tokenizer import Tokenizer
+from deployments.tokenizer import load_vocabulary
 from deployments.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -176,11 +176,11 @@ class DraftReplica:
     def _start(
         self, engine: EngineConfig, draft: DraftPoolConfig, cache_dir: Path
     ) -> tuple[Identity, DraftServer, int]:
-        tokenizer = Tokenizer.load(model_folder(engine.model, cache_dir))
+        vocabulary = load_vocabulary(engine, model_folder(engine.model, cache_dir))
         identity = Identity(
             model=self._model,
-            vocab_size=tokenizer.vocab_size,
-            vocab_digest=tokenizer.vocab_digest(),
+            vocab_size=vocabulary.vocab_size,
+            vocab_digest=vocabulary.vocab_digest(),
         )
         drafter = build_drafter(draft, engine, cache_dir)
         server = DraftServer(

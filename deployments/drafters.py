@@ -47,11 +47,9 @@ def build_drafter(
     """
     if engine.kind == "simulated":
         from deployments.engine.simulated_engine.drafter import SimulatedDrafter
-        from deployments.engine.simulated_engine.start import simulated_text
+        from deployments.engine.simulated_engine.text import read_text
 
-        return SimulatedDrafter(
-            engine.simulated, simulated_text(model_folder(engine.model, cache_dir))
-        )
+        return SimulatedDrafter(engine.simulated, read_text(model_folder(engine.model, cache_dir)))
     if draft.drafter == STUDENT:
         return _student(draft, engine.model, cache_dir, student_file)
     if draft.language_model is not None:

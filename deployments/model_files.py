@@ -25,8 +25,7 @@ def model_folder(name_or_path: str, cache_dir: Path) -> Path:
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    # Imported late: it brings torch, which an ingress with a local folder never needs.
-    from deployments.engine.torch_engine.weights.loader import find_model_folder
+    from deployments.engine.torch_engine.weights.folders import find_model_folder
 
     return find_model_folder(name_or_path, cache_dir)
 

@@ -34,7 +34,8 @@ ROWS_PER_S = "rows_per_s"
 BUSY_SHARE = "busy_share"
 LATE_SHARE = "late_share"
 
-_TTFT_WINDOW_S = 15.0
+TTFT_WINDOW_S = 15.0
+"""How far back ``TTFT_P90`` looks."""
 _MAX_TTFTS = 512
 _P90 = 0.9
 _SPEED_WEIGHT = 0.3
@@ -89,7 +90,7 @@ class TargetScalingStats:
         self._prefill_speed += weight * (speed - self._prefill_speed)
 
     def _waits(self, now: float) -> dict[str, float]:
-        while self._ttfts and now - self._ttfts[0][0] > _TTFT_WINDOW_S:
+        while self._ttfts and now - self._ttfts[0][0] > TTFT_WINDOW_S:
             self._ttfts.popleft()
         waits = sorted(waited for _, waited in self._ttfts)
         p90 = waits[round(_P90 * (len(waits) - 1))] if waits else 0.0

@@ -30,7 +30,7 @@ from deployments.prefill_pool import PrefillPool
 from deployments.scaling_stats import TargetScalingStats
 from deployments.serve_compat import current_replica_id
 from deployments.target_metrics import TargetMetrics
-from deployments.tokenizer import Tokenizer
+from deployments.tokenizer import load_vocabulary
 from deployments.tracing import Tracing, traceparent_of
 from kv_store.calibration import check_codec_loss
 from kv_store.factory import build_page_store
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from deployments.engine.types import GenerationRequest, Prefilled
     from deployments.ping import Ping
     from deployments.serve_compat import Handle
+    from deployments.tokenizer import Vocabulary
     from kv_store.config import KVStoreConfig
     from kv_store.layout import PageLayout
     from kv_store.page_store import PageStore
@@ -105,7 +106,7 @@ class TargetReplica:
         folder = model_folder(engine.model, cache_dir)
         self._executor = ThreadPoolExecutor(1, "engine-lifecycle")
         loop = asyncio.get_running_loop()
-        tokenizer = await loop.run_in_executor(self._executor, Tokenizer.load, folder)
+        tokenizer = await loop.run_in_executor(self._executor, load_vocabulary, engine, folder)
         speculator = self._build_speculator(draft, engine, tokenizer, pool_secret)
         self._engine: Engine = await loop.run_in_executor(
             self._executor, self._build_engine, engine, cache_dir, kv, speculator, tokenizer
@@ -250,7 +251,7 @@ class TargetReplica:
         self,
         draft: Handle | None,
         engine: EngineConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Vocabulary,
         pool_secret: SecretStr,
     ) -> Speculator:
         if not engine.takes_drafts:
@@ -292,7 +293,7 @@ class TargetReplica:
         cache_dir: Path,
         kv: KVStoreConfig | None,
         speculator: Speculator,
-        tokenizer: Tokenizer,
+        tokenizer: Vocabulary,
     ) -> Engine:
         def page_store(layout: PageLayout) -> PageStore:
             if kv is None:

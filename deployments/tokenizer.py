@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import blake3
 import jinja2
-from transformers import AutoTokenizer
+import tokenizers
 
 from deployments.errors import RequestInvalidError
 from deployments.token_bytes import TokenBytes
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
+    from deployments.engine.config import EngineConfig
+
 
 class ChatTurn(NamedTuple):
     """One message of a conversation."""
@@ -25,14 +27,42 @@ class ChatTurn(NamedTuple):
     content: str
 
 
-class Tokenizer:
-    """One model's tokenizer. Thread-safe: the fast tokenizers hold no state between calls."""
+class Vocabulary:
+    """What token ids mean: all that target and draft replicas need of a tokenizer.
+
+    Thread-safe: the fast tokenizers hold no state between calls.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+
+    def vocab_digest(self) -> str:
+        """Hex digest of the id -> token mapping; equal where ids mean the same text."""
+        digest = blake3.blake3()
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        for token, token_id in sorted(vocabulary.items(), key=lambda item: item[1]):
+            digest.update(f"{token_id}\0{token}\0".encode())
+        return digest.hexdigest(length=16)
+
+    def to_json(self) -> str:
+        """The tokenizer as a ``tokenizer.json``."""
+        text: str = self._backend.to_str()
+        return text
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; broken UTF-8 becomes U+FFFD."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=True)
+        return text
+
+
+class Tokenizer(Vocabulary):
+    """One model's tokenizer, with its chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(tokenizer.backend_tokenizer)
         self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
         self._token_bytes = TokenBytes(self._backend)
-        self.vocab_size: int = len(tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -41,26 +71,15 @@ class Tokenizer:
         Raises:
             OSError: the folder holds no tokenizer.
         """
+        # Imported late: it takes half a second, and simulated engines do without it.
+        from transformers import AutoTokenizer
+
         return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True))
 
     @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return bool(self._tokenizer.chat_template)
-
-    def vocab_digest(self) -> str:
-        """Hex digest of the id -> token mapping; equal where ids mean the same text."""
-        digest = blake3.blake3()
-        for token, token_id in sorted(
-            self._tokenizer.get_vocab().items(), key=lambda item: item[1]
-        ):
-            digest.update(f"{token_id}\0{token}\0".encode())
-        return digest.hexdigest(length=16)
-
-    def to_json(self) -> str:
-        """The tokenizer as a ``tokenizer.json``."""
-        text: str = self._backend.to_str()
-        return text
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens the model expects around it."""
@@ -96,11 +115,22 @@ class Tokenizer:
         # The template writes the special tokens itself; adding them again would double the BOS.
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out; broken UTF-8 becomes U+FFFD."""
-        text: str = self._backend.decode(token_ids, skip_special_tokens=True)
-        return text
-
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text's UTF-8; see ``TokenBytes``."""
         return self._token_bytes.of(token_id)
+
+
+def load_vocabulary(engine: EngineConfig, folder: Path) -> Vocabulary:
+    """The vocabulary of the model in a folder, for a target or a draft replica.
+
+    A simulated engine takes ``tokenizer.json`` as it is, in a tenth of a second rather than one and
+    a half. A real one takes what transformers makes of all the tokenizer's files, for that is what
+    the ingress encodes with.
+
+    Raises:
+        OSError: the folder holds no tokenizer.
+    """
+    file = folder / "tokenizer.json"
+    if engine.kind == "simulated" and file.is_file():
+        return Vocabulary(tokenizers.Tokenizer.from_file(str(file)))
+    return Tokenizer.load(folder)

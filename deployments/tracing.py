@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
@@ -101,6 +100,9 @@ def _build_exporter(config: TracingConfig, service: str) -> SpanExporter | None:
     if config.exporter == "console":
         return ConsoleSpanExporter()
     if config.exporter == "otlp":
+        # Imported late: a tenth of a second of every replica's start, for one kind of exporter.
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
         return OTLPSpanExporter(endpoint=config.otlp_endpoint)
     if config.exporter == "file" and config.file_path is not None:
         return _file_exporter(config.file_path, service)

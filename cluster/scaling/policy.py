@@ -17,6 +17,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from deployments.scaling_stats import TTFT_WINDOW_S
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -151,8 +153,10 @@ def _target_needs(
     if signals.prefill_tokens_per_s:
         needs["prefill"] = signals.num_backlog_tokens / (signals.prefill_tokens_per_s * planned_s)
     settled_at_s = memory.pools.get(signals.name, PoolMemory()).settled_at_s
-    # While replicas start, the waiting times are those of fewer replicas than there will be.
-    is_settled = settled_at_s is not None and now_s - settled_at_s >= pool.look_back_s
+    # While replicas start, and as long as waits of that time are told of, the waiting times are
+    # those of fewer replicas than there are.
+    told_s = pool.look_back_s + TTFT_WINDOW_S
+    is_settled = settled_at_s is not None and now_s - settled_at_s >= told_s
     ttft_s = signals.ttft_p90_s
     if ttft_s is not None and ttft_s > planned_s and is_settled:
         needs["ttft"] = signals.num_running * min(_MOST_BY_SLO, ttft_s / planned_s)

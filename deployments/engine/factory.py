@@ -44,10 +44,11 @@ def build_engine(
         WeightsMissingError: the model, or its draft head, is not here and cannot be had.
         EngineError: the model cannot be run, or not deterministically where that is asked for.
     """
-    from deployments.engine.torch_engine.weights.loader import find_model_folder, weights_digest
+    from deployments.engine.torch_engine.weights.folders import find_model_folder
 
     if config.kind == "sglang":
         from deployments.engine.sglang_engine.start import start_sglang_engine
+        from deployments.engine.torch_engine.weights.loader import weights_digest
 
         folder = find_model_folder(config.model, cache_dir)
         return start_sglang_engine(

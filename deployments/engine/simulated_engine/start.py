@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import torch
 
 from deployments.engine.errors import RequestRejectedError, UnsupportedModelError
 from deployments.engine.simulated_engine.core import SimulatedCore
-from deployments.engine.simulated_engine.text import SimulatedText
+from deployments.engine.simulated_engine.text import read_settings, read_text
 from deployments.engine.torch_engine.engine import TorchEngine
 from deployments.engine.torch_engine.kv_transfer import KVTransfer
 from deployments.engine.torch_engine.mailbox import Mailbox
@@ -89,21 +88,6 @@ class _NoModel:
         raise NotImplementedError
 
 
-def simulated_text(folder: Path) -> SimulatedText:
-    """The text of the model whose configuration lies in a folder.
-
-    Raises:
-        UnsupportedModelError: it does not say how many tokens it has.
-    """
-    settings = _settings(folder)
-    vocab_size = settings.get("vocab_size")
-    if not isinstance(vocab_size, int):
-        raise UnsupportedModelError("config.json has no 'vocab_size'")
-    eos = settings.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [eos]
-    return SimulatedText(vocab_size, frozenset(each for each in ids if isinstance(each, int)))
-
-
 def start_simulated_engine(
     config: EngineConfig,
     folder: Path,
@@ -127,8 +111,8 @@ def start_simulated_engine(
         UnsupportedModelError: ``config.json`` lacks the vocabulary's or the context's size.
     """
     logger.warning("this engine is simulated: what it writes has no sense")
-    text = simulated_text(folder)
-    max_positions = _settings(folder).get("max_position_embeddings")
+    text = read_text(folder)
+    max_positions = read_settings(folder).get("max_position_embeddings")
     if not isinstance(max_positions, int):
         raise UnsupportedModelError("config.json has no 'max_position_embeddings'")
     limits = ModelLimits(
@@ -183,8 +167,3 @@ def start_simulated_engine(
         None, vocab_size=text.vocab_size, eos_token_ids=text.eos_token_ids
     )
     return SimulatedEngine(core, mailbox, limits, speculator, store, structures)
-
-
-def _settings(folder: Path) -> dict[str, object]:
-    settings: dict[str, object] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return settings

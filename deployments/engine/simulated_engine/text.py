@@ -7,13 +7,16 @@ it is meant to be.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deployments.engine.errors import UnsupportedModelError
 from deployments.engine.speculation.noise import row_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 # Ids of plain words in every vocabulary of today's models; a smaller one is used whole.
 _FIRST_ID, _NUM_IDS = 1000, 8000
@@ -62,3 +65,24 @@ def chance(seed: int, choice_index: int, position: int, previous: int) -> float:
 def last_or_zero(token_ids: Sequence[int]) -> int:
     """The token before the next one."""
     return token_ids[-1] if token_ids else 0
+
+
+def read_text(folder: Path) -> SimulatedText:
+    """The text of the model whose configuration lies in a folder.
+
+    Raises:
+        UnsupportedModelError: it does not say how many tokens it has.
+    """
+    settings = read_settings(folder)
+    vocab_size = settings.get("vocab_size")
+    if not isinstance(vocab_size, int):
+        raise UnsupportedModelError("config.json has no 'vocab_size'")
+    eos = settings.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [eos]
+    return SimulatedText(vocab_size, frozenset(each for each in ids if isinstance(each, int)))
+
+
+def read_settings(folder: Path) -> dict[str, object]:
+    """The ``config.json`` of a folder."""
+    settings: dict[str, object] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return settings

@@ -30,11 +30,11 @@ from deployments.engine.torch_engine.connected import ConnectedLayer, DraftHead
 from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.models import model_class
 from deployments.engine.torch_engine.models.llama import Weight
+from deployments.engine.torch_engine.weights.folders import find_model_folder
 from deployments.engine.torch_engine.weights.gguf import QuantizedBlocks
 from deployments.engine.torch_engine.weights.loader import (
     LoadedModel,
     fill_from_files,
-    find_model_folder,
     torch_dtype,
     weight_files,
     weights_digest,

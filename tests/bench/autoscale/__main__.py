@@ -1,4 +1,4 @@
-"""``make loadtest-autoscale``: a table, ``build/reports/autoscale.json``, a picture of each run."""
+"""``make loadtest-autoscale``: a table, ``build/reports/autoscale.json``, one picture."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.load.plot import draw
 from tests.bench.autoscale.plan import TTFT_SLO_S, Plan
+from tests.bench.autoscale.plot import draw
 from tests.bench.autoscale.report import compare, table
 from tests.bench.autoscale.run import run_cluster
 
@@ -41,19 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = compare(autoscaled, static, plan.seconds)
     report["plan"] = {
         "profile": plan.profile,
+        "rate": plan.rate,
         "ttft_slo_s": TTFT_SLO_S,
         "time_scale": plan.time_scale,
         "rolling_update_at_s": plan.update_at_s,
     }
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    pictures = [options.out.with_name(f"{options.out.stem}-{name}.png") for name in _RUNS]
-    drawn = [draw(report[name], path) for name, path in zip(_RUNS, pictures, strict=True)]
+    picture = options.out.with_suffix(".png")
     _say(table(report))
-    _say(
-        " and ".join(
-            map(str, [options.out, *(p for p, d in zip(pictures, drawn, strict=True) if d)])
-        )
-    )
+    _say(f"{options.out} and {picture}" if draw(report, picture) else str(options.out))
     holds = all(bar["holds"] for bar in report["bars"].values())
     return 0 if holds or plan.time_scale < 1 else 1
 

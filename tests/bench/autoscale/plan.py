@@ -62,6 +62,11 @@ class Plan:
         times = arrival_times(parse_profile(self.profile), burstiness=1.0, seed=0)
         return list(of_lengths(times, _PROMPT_TOKENS, _OUTPUT_TOKENS, 0))
 
+    def trickle(self) -> list[LoadRequest]:
+        """A few requests that nobody else's wait for, to bring drafts back after a silence."""
+        times = arrival_times(parse_profile("2:8"), burstiness=0.0, seed=0)
+        return list(of_lengths(times, _PROMPT_TOKENS, _OUTPUT_TOKENS, 1))
+
     def config(self, *, is_static: bool) -> ClusterConfig:
         """Of one of the clusters."""
         scaling = ScalingConfig(ttft_slo_s=TTFT_SLO_S, retry_drafts_s=300 * self.time_scale)

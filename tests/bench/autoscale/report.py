@@ -36,10 +36,16 @@ def compare(autoscaled: dict[str, Any], static: dict[str, Any], seconds: float) 
             autoscaled["is_updated"], "ends", holds=isinstance(autoscaled["is_updated"], dict)
         ),
     }
+    rest = autoscaled["drafts_rest"]
+    bars["drafts_to_zero_and_back"] = _bar(rest, "both", holds=isinstance(rest, dict))
     for pool in POOLS:
         grew, shrank = moves(autoscaled["replicas"], pool)
         bars[f"{pool}_pool_moves"] = _bar(
             {"up": grew, "down": shrank}, "both", holds=bool(grew and shrank)
+        )
+        told = explained(autoscaled["explained"], pool)
+        bars[f"{pool}_pool_explained"] = _bar(
+            told, "each way in the log and in the metric", holds=all(told.values())
         )
     return {
         "bars": bars,
@@ -65,6 +71,23 @@ def moves(samples: Sequence[dict[str, Any]], pool: str) -> tuple[int, int]:
     sizes = [sample["replicas"].get(pool, 0) for sample in samples]
     steps = [after - before for before, after in pairwise(sizes)]
     return sum(step > 0 for step in steps), sum(step < 0 for step in steps)
+
+
+def explained(told: dict[str, Any], pool: str) -> dict[str, int]:
+    """How often the log and the metric say that a pool grows or shrinks.
+
+    Args:
+        told: ``log``, the controller's lines, and ``metric``, decisions by pool and direction.
+        pool: that is asked about.
+    """
+    lines = [line for line in told["log"] if f"autoscaling: {pool}: " in line]
+    metric = told["metric"].get(pool, {})
+    return {
+        "grow in the log": sum(f"{pool}: grow " in line for line in lines),
+        "shrink in the log": sum(f"{pool}: shrink " in line for line in lines),
+        "up in the metric": int(metric.get("up", 0)),
+        "down in the metric": int(metric.get("down", 0)),
+    }
 
 
 def table(report: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ClusterError, RequestError
@@ -19,6 +20,8 @@ from tests.bench.autoscale.plan import TTFT_SLO_S
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cluster.load.outcome import Outcome
+    from cluster.load.workload import LoadRequest
     from cluster.state import ClusterState
     from tests.bench.autoscale.plan import Plan
 
@@ -27,6 +30,8 @@ logger = logging.getLogger(__name__)
 _SAMPLE_S = 1.0
 _TIMEOUT_S = 120.0
 _MAX_IN_FLIGHT = 2048
+_REST_S = 240.0
+_TOLD = "autoscaling: "
 
 
 def run_cluster(plan: Plan, *, is_static: bool, say: Callable[[str], None]) -> dict[str, Any]:
@@ -41,10 +46,10 @@ def run_cluster(plan: Plan, *, is_static: bool, say: Callable[[str], None]) -> d
         return asyncio.run(_run(plan, cluster, is_static=is_static, say=say))
 
 
-def _load_test(plan: Plan, state: ClusterState) -> LoadTest:
+def _load_test(schedule: list[LoadRequest], state: ClusterState) -> LoadTest:
     """The load; to be made on the event loop it runs on, where gRPC's channels stay."""
     return LoadTest(
-        schedule=plan.schedule(),
+        schedule=schedule,
         surfaces=surfaces(
             ("http", "grpc"),
             http_url=state.http_url,
@@ -66,7 +71,7 @@ async def _run(
     is_static: bool,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    test = _load_test(plan, cluster.state)
+    test = _load_test(plan.schedule(), cluster.state)
     watch = _Watch(cluster.state.metrics_url)
     watching = asyncio.create_task(watch.run())
     updating = None
@@ -83,10 +88,15 @@ async def _run(
 
     report, outcomes = await test.run(tell)
     report["is_updated"] = await updating if updating is not None else None
+    if not is_static:
+        say("no more requests: drafts are to go, and to come back with the next ones")
+        report["drafts_rest"], later = await _drafts_rest(plan, cluster.state)
+        outcomes += later
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     report["replicas"] = watch.samples
     report["decisions"] = watch.decisions
+    report["explained"] = await asyncio.to_thread(_explained, cluster.state)
     report["lost"] = [
         {"due_s": each.due_s, "surface": each.surface, "error": each.error}
         for each in outcomes
@@ -106,14 +116,56 @@ async def _update(plan: Plan, cluster: LocalCluster) -> dict[str, float] | str:
     return {"began_s": plan.update_at_s, "ended_s": time.monotonic() - started}
 
 
+async def _drafts_rest(
+    plan: Plan, state: ClusterState
+) -> tuple[dict[str, float] | str, list[Outcome]]:
+    """Wait until nobody drafts for nobody, then ask until somebody drafts again.
+
+    Returns:
+        How long either took, or which of them did not happen; and what became of the requests.
+    """
+    began = time.monotonic()
+    while await asyncio.to_thread(lambda: _replicas().get("draft")):
+        if time.monotonic() - began > _REST_S:
+            return f"draft replicas are still there {_REST_S:.0f} s after the last request", []
+        await asyncio.sleep(_SAMPLE_S)
+    gone = time.monotonic()
+    outcomes: list[Outcome] = []
+    while not await asyncio.to_thread(lambda: _replicas("RUNNING").get("draft")):
+        if time.monotonic() - gone > _REST_S:
+            return f"no draft replica came back within {_REST_S:.0f} s", outcomes
+        _, more = await _load_test(plan.trickle(), state).run(lambda _: None)
+        outcomes += more
+    back_s = time.monotonic() - gone
+    return {"gone_after_s": gone - began, "back_after_s": back_s}, outcomes
+
+
+def _explained(state: ClusterState) -> dict[str, Any]:
+    """What Serve's controller logged of its decisions, and the counts of its metric."""
+    logs = sorted(Path(state.run_dir).glob("ray/session_[0-9]*/logs/serve/controller_*.log"))
+    lines = [
+        # Lines are JSON; what the policy says has no quotes.
+        line[line.index(_TOLD) :].partition('"')[0]
+        for log in logs
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if _TOLD in line
+    ]
+    snapshot = MetricsSnapshot.read(state.metrics_url)
+    metric = "paceline_autoscaling_decisions_total"
+    pools = snapshot.by_label(metric, "pool")
+    by_pool = {pool: snapshot.by_label(metric, "direction", pool=pool) for pool in pools}
+    return {"log": lines, "metric": by_pool}
+
+
 class _Watch:
-    """Samples of all pools: replicas in any state, and the last decision of each pool."""
+    """Samples of all pools: replicas in any state, and every decision that changed them."""
 
     def __init__(self, metrics_url: str) -> None:
         self._metrics_url = metrics_url
         self._started = time.monotonic()
         self.samples: list[dict[str, Any]] = []
         self.decisions: list[dict[str, Any]] = []
+        self._sizes: dict[str, int] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -121,15 +173,10 @@ class _Watch:
             at_s = time.monotonic() - self._started
             self.samples.append({"at_s": at_s, "replicas": await asyncio.to_thread(_replicas)})
             for decision in await asyncio.to_thread(self._decided):
-                if decision not in [self._last(decision["pool"])]:
+                if self._sizes.get(decision["pool"]) != decision["replicas"]:
+                    self._sizes[decision["pool"]] = decision["replicas"]
                     self.decisions.append({"at_s": at_s, **decision})
             await asyncio.sleep(_SAMPLE_S)
-
-    def _last(self, pool: str) -> dict[str, Any] | None:
-        for each in reversed(self.decisions):
-            if each["pool"] == pool:
-                return {name: value for name, value in each.items() if name != "at_s"}
-        return None
 
     def _decided(self) -> list[dict[str, Any]]:
         try:
@@ -154,12 +201,14 @@ class _Watch:
         ]
 
 
-def _replicas() -> dict[str, int]:
-    """By deployment: all that hold a place, those that start or drain as well."""
+def _replicas(state: str | None = None) -> dict[str, int]:
+    """By deployment: those in a state, or all that hold a place, starting or draining as well."""
     from ray import serve
 
     return {
-        name: sum(deployment.replica_states.values())
+        name: sum(
+            number for each, number in deployment.replica_states.items() if state in {None, each}
+        )
         for app in serve.status().applications.values()
         for name, deployment in app.deployments.items()
     }

@@ -6,7 +6,8 @@ import pytest
 
 from cluster.load.arrivals import parse_profile
 from tests.bench.autoscale.plan import MAX_DRAFTS, MAX_TARGETS, Plan
-from tests.bench.autoscale.report import compare, moves, replica_seconds, table
+from tests.bench.autoscale.plot import draw
+from tests.bench.autoscale.report import compare, explained, moves, replica_seconds, table
 
 
 def sampled(*sizes: int) -> list[dict]:
@@ -25,6 +26,14 @@ def run(num_good: int, samples: list[dict], **fields) -> dict:
         "ttft_s": {"percentiles": {"p50": 0.1, "p99": 1.0}},
     }
     return {"all": summary, "replicas": samples, "lost": [], "decisions": []} | fields
+
+
+def told(*ways: str) -> dict:
+    """Decisions of both pools, in these directions."""
+    words = {"up": "grow 1 -> 2", "down": "shrink 2 -> 1"}
+    lines = [f"autoscaling: {pool}: {words[way]}" for pool in ("target", "draft") for way in ways]
+    metric = {pool: dict.fromkeys(ways, 3.0) for pool in ("target", "draft")}
+    return {"log": lines, "metric": metric}
 
 
 def test_the_load_has_the_phases_that_are_asked_for():
@@ -63,11 +72,45 @@ def test_replicas_are_counted_over_time_and_no_longer_than_the_load():
 
 def test_bars_hold_or_are_missed():
     static = run(100, sampled(4, 4, 4))
-    good = run(95, sampled(1, 3, 1), is_updated={"began_s": 1.0, "ended_s": 2.0})
+    good = run(
+        95,
+        sampled(1, 3, 1),
+        is_updated={"began_s": 1.0, "ended_s": 2.0},
+        drafts_rest={"gone_after_s": 1.0, "back_after_s": 2.0},
+        explained=told("up", "down"),
+    )
     report = compare(good, static, 30.0)
     assert all(bar["holds"] for bar in report["bars"].values())
     assert "MISSED" not in table(report)
-    bad = run(80, sampled(4, 4, 4), is_updated="it failed", lost=[{"error": "x"}])
+    bad = run(
+        80,
+        sampled(4, 4, 4),
+        is_updated="it failed",
+        lost=[{"error": "x"}],
+        drafts_rest="still there",
+        explained=told("up"),
+    )
     report = compare(bad, static, 30.0)
     assert not any(bar["holds"] for bar in report["bars"].values())
     assert table(report).count("MISSED") == len(report["bars"])
+
+
+def test_a_pool_is_explained_in_the_log_and_in_the_metric():
+    assert explained(told("up"), "draft") == {
+        "grow in the log": 1,
+        "shrink in the log": 0,
+        "up in the metric": 3,
+        "down in the metric": 0,
+    }
+    assert not any(explained({"log": [], "metric": {}}, "target").values())
+
+
+def test_one_picture_shows_both_runs(tmp_path):
+    pytest.importorskip("matplotlib")
+    steps = [{"at_s": 0.0, "due": 4, "good": 3}, {"at_s": 10.0, "due": 0, "good": 0}]
+    runs = {
+        name: run(90, sampled(1, 2), timeline=steps, is_updated=update)
+        for name, update in (("autoscaled", {"began_s": 3.0, "ended_s": 8.0}), ("static", None))
+    }
+    assert draw(runs, tmp_path / "both.png")
+    assert (tmp_path / "both.png").stat().st_size > 1000

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deployments.engine.errors import WeightsMissingError
+from deployments.engine.torch_engine.weights.folders import builtin_folder
 from deployments.engine.torch_engine.weights.gguf import GGUFFile
-from deployments.engine.torch_engine.weights.loader import builtin_folder
 from deployments.engine.torch_engine.weights.tokenizer_files import write_tokenizer_files
 
 if TYPE_CHECKING:

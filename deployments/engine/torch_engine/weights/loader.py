@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import blake3
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from deployments.engine.config import DEFAULT_MODEL
 from deployments.engine.errors import (
     UnsupportedModelError,
     WeightsMismatchError,
@@ -24,6 +21,7 @@ from deployments.engine.errors import (
 )
 from deployments.engine.torch_engine.model_config import ModelConfig
 from deployments.engine.torch_engine.models import model_class
+from deployments.engine.torch_engine.weights.folders import find_model_folder
 from deployments.engine.torch_engine.weights.gguf import GGUFFile
 from deployments.engine.torch_engine.weights.packed import attach_blocks, file_blocks, quantised
 from deployments.engine.torch_engine.weights.safetensors import read_safetensors, safetensors_files
@@ -44,7 +42,6 @@ else ``dense``."""
 
 _BITS = {"int8": 8, "int4": 4}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _ALWAYS_DERIVED = ".rotary_emb.inv_freq"
 
 
@@ -86,40 +83,6 @@ def default_cache_dir() -> Path:
     """Where fetched and derived files live unless a caller names another place."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "paceline"
-
-
-def builtin_folder(cache_dir: Path) -> Path:
-    """Where the built-in model lies once it has been fetched."""
-    return cache_dir / "models" / DEFAULT_MODEL
-
-
-def find_model_folder(name_or_path: str, cache_dir: Path) -> Path:
-    """The local folder of a model; a Hugging Face id is downloaded unless the hub is offline.
-
-    Args:
-        name_or_path: the built-in model's name, a folder, or a Hugging Face id.
-        cache_dir: Paceline's cache; Hugging Face models stay in that library's own cache.
-
-    Raises:
-        WeightsMissingError: it is not here and cannot be had.
-    """
-    if name_or_path == DEFAULT_MODEL:
-        folder = builtin_folder(cache_dir)
-        if not folder.is_dir():
-            raise WeightsMissingError(
-                f"the model {DEFAULT_MODEL} is not in {cache_dir}; get it with: paceline fetch"
-            )
-        return folder
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    try:
-        return Path(snapshot_download(name_or_path, allow_patterns=_SNAPSHOT_PATTERNS))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsMissingError(
-            f"{name_or_path!r} is neither a folder nor a Hugging Face model that can be had now "
-            f"({type(error).__name__}); get it with: paceline fetch --model {name_or_path}"
-        ) from error
 
 
 def load_model(

@@ -159,8 +159,8 @@ def missed_below(num: int):
 def test_a_missed_slo_adds_replicas_and_is_not_missed_again_for_the_same_load():
     cluster = Cluster(2).run(2000, missed_below(4))
     sizes = [size.target for size in cluster.history]
-    assert sizes[20] == 4
-    assert set(sizes[20:950]) == {4}
+    assert sizes[80] == 4
+    assert set(sizes[80:950]) == {4}
     # The load fell: its replicas may go.
     assert cluster.run(60, load_of(3)).sizes.target == 1
 
@@ -171,6 +171,16 @@ def test_waiting_times_of_a_pool_that_still_starts_do_not_count():
 
     cluster = Cluster(3).run(60, starting)
     assert max(size.target for size in cluster.history) == 3
+
+
+def test_waits_of_before_replicas_were_added_do_not_count():
+    def slow(sizes: Sizes):
+        return target(sizes.target, num_requests=12, ttft_p90_s=9.0), None
+
+    # Replicas tell of the waits of the last 15 s, and five seconds of that are averaged.
+    cluster = Cluster(3).run(20, slow)
+    assert cluster.sizes.target == 3
+    assert cluster.run(15, slow).sizes.target > 3
 
 
 @pytest.mark.parametrize("num_reporting", [0, 1])

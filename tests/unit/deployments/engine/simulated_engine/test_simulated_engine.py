@@ -14,8 +14,8 @@ from deployments.engine.config import EngineConfig, SimulatedConfig, Speculation
 from deployments.engine.errors import RequestRejectedError, UnsupportedModelError
 from deployments.engine.simulated_engine.core import step_seconds
 from deployments.engine.simulated_engine.drafter import SimulatedDrafter
-from deployments.engine.simulated_engine.start import simulated_text, start_simulated_engine
-from deployments.engine.simulated_engine.text import SimulatedText
+from deployments.engine.simulated_engine.start import start_simulated_engine
+from deployments.engine.simulated_engine.text import SimulatedText, read_text
 from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.grpc_transport import grpc_connector
 from deployments.engine.speculation.handshake import Identity
@@ -151,7 +151,7 @@ async def test_pages_that_are_used_up_let_requests_wait_and_lose_none(tmp_path):
 def test_a_folder_without_a_vocabulary_is_told(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UnsupportedModelError, match="vocab_size"):
-        simulated_text(tmp_path)
+        read_text(tmp_path)
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.6, 1.0])

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from deployments.engine.errors import WeightsMismatchError, WeightsMissingError
+from deployments.engine.torch_engine.weights.folders import find_model_folder
 from deployments.engine.torch_engine.weights.loader import (
     default_cache_dir,
-    find_model_folder,
     load_model,
     weights_digest,
 )
