@@ -178,13 +178,15 @@ class IngressReplica:
             with self._guard.call("grpc", "text_completion", _metadata(grpc_context)) as context:
                 plan = await self._plan_grpc(request, context)
                 totals = RequestTotals(plan.prompt_lengths)
-                async with aclosing(self._generation.stream(plan, totals)) as deltas:
+                async with aclosing(self._generation.stream(plan, totals)) as arrivals:
                     num_open = len(plan.requests)
-                    async for delta in deltas:
-                        num_open -= delta.finish_reason is not None
-                        yield grpc_api.chunk_message(
-                            plan, delta, None if num_open else totals, self._tokenizer.token_bytes
-                        )
+                    async for deltas in arrivals:
+                        for delta in deltas:
+                            num_open -= delta.finish_reason is not None
+                            end = None if num_open else totals
+                            yield grpc_api.chunk_message(
+                                plan, delta, end, self._tokenizer.token_bytes
+                            )
         except Exception as error:  # noqa: BLE001 - root of the request
             self._grpc_error(error, grpc_context)
             # Serve's Python proxy learns of a stream's status only together with a message.
@@ -199,9 +201,10 @@ class IngressReplica:
                 plan = await self._plan_grpc(request, context)
                 totals = RequestTotals(plan.prompt_lengths)
                 builder = grpc_api.ResponseBuilder(plan, self._model, self._tokenizer.token_bytes)
-                async with aclosing(self._generation.stream(plan, totals)) as deltas:
-                    async for delta in deltas:
-                        builder.collect(delta)
+                async with aclosing(self._generation.stream(plan, totals)) as arrivals:
+                    async for deltas in arrivals:
+                        for delta in deltas:
+                            builder.collect(delta)
                 return builder.build(totals)
         except Exception as error:  # noqa: BLE001 - root of the request
             self._grpc_error(error, grpc_context)
@@ -269,9 +272,10 @@ class IngressReplica:
             plan = await self._plan_http(body, context)
             totals = RequestTotals(plan.prompt_lengths)
             writer = self._writer(plan, body)
-            async with aclosing(self._generation.stream(plan, totals)) as deltas:
-                async for delta in deltas:
-                    writer.collect(delta)
+            async with aclosing(self._generation.stream(plan, totals)) as arrivals:
+                async for deltas in arrivals:
+                    for delta in deltas:
+                        writer.collect(delta)
             return json_response(writer.body(totals), headers={REPLICA_HEADER: totals.replica_id})
 
     async def _events(
@@ -283,11 +287,11 @@ class IngressReplica:
                 plan = await self._plan_http(body, context)
                 totals = RequestTotals(plan.prompt_lengths)
                 writer = self._writer(plan, body)
-                async with aclosing(self._generation.stream(plan, totals)) as deltas:
-                    async for delta in deltas:
-                        events = writer.delta(delta)
-                        if not begun:
-                            events = writer.opening() + events
+                async with aclosing(self._generation.stream(plan, totals)) as arrivals:
+                    async for deltas in arrivals:
+                        events = [] if begun else writer.opening()
+                        for delta in deltas:
+                            events += writer.delta(delta)
                         begun = True
                         yield b"".join(events)
                 yield b"".join(writer.closing(totals))

@@ -7,6 +7,7 @@ import random
 import time
 from typing import TYPE_CHECKING
 
+from deployments.direct_replica import DirectReplica
 from deployments.engine.embedding import EmbeddingRequest
 from deployments.engine.types import GenerationRequest
 from deployments.ping import Ping
@@ -14,7 +15,12 @@ from deployments.prefix_affinity import PrefixAffinity, prefix_hashes
 from deployments.serve_compat import ExactRequestRouter
 
 if TYPE_CHECKING:
-    from deployments.serve_compat import PendingRequest, ReplicaID, RunningReplica
+    from deployments.serve_compat import (
+        PendingRequest,
+        ReplicaID,
+        RunningReplica,
+        RunningReplicaInfo,
+    )
 
 TextRequest = GenerationRequest | EmbeddingRequest
 """What carries a prompt, hence has a replica that may hold its beginning."""
@@ -47,6 +53,10 @@ class PrefixAwareRouter(ExactRequestRouter):
         self._affinity = PrefixAffinity(capacity)
         self._max_queue_excess = max_queue_excess
         self._avoid_grace_s = avoid_grace_s
+
+    def create_replica_wrapper(self, replica_info: RunningReplicaInfo) -> RunningReplica:
+        """A replica whose tokens come on direct streams."""
+        return DirectReplica(replica_info)
 
     async def choose_replicas(
         self,

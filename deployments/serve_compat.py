@@ -5,12 +5,24 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import grpc
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
-from ray.serve._private.common import ReplicaID, RequestMetadata
+from ray.exceptions import (
+    ActorUnavailableError,
+    RayActorError,
+    RayTaskError,
+    TaskCancelledError,
+)
+from ray.serve._private.common import (
+    ReplicaID,
+    ReplicaQueueLengthInfo,
+    RequestMetadata,
+    RunningReplicaInfo,
+)
+from ray.serve._private.replica_result import ReplicaResult
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve._private.request_router.request_router import RequestRouter
@@ -62,14 +74,20 @@ __all__ = [
     "ExactRequestRouter",
     "PendingRequest",
     "ReplicaID",
+    "ReplicaQueueLengthInfo",
+    "ReplicaResult",
     "RunningReplica",
+    "RunningReplicaInfo",
     "apply_config",
     "current_replica_id",
     "is_cancelled",
     "is_deployment_failed",
     "is_queue_full",
     "is_replica_lost",
+    "is_routed_here",
     "original_error",
+    "replica_lost",
+    "uses_tls",
 ]
 
 _LOST_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
@@ -105,6 +123,11 @@ def current_replica_id() -> str:
     return str(serve.get_replica_context().replica_id.unique_id)
 
 
+def uses_tls() -> bool:
+    """Whether Ray encrypts what its processes say to each other."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in {"1", "true"}
+
+
 def original_error(error: Exception) -> Exception:
     """What a replica raised.
 
@@ -127,6 +150,16 @@ def is_replica_lost(error: BaseException) -> bool:
     if isinstance(error, grpc.aio.AioRpcError):
         return error.code() in _LOST_CODES
     return isinstance(error, RayActorError | ReplicaUnavailableError | EngineGoneError)
+
+
+def replica_lost(replica: RunningReplica, why: str) -> Exception:
+    """What Serve's router and callers understand as the loss of a replica."""
+    return ActorUnavailableError(why, replica.actor_id.binary())
+
+
+def is_routed_here(request: PendingRequest) -> bool:
+    """Whether a call is routed by the event loop that waits for it."""
+    return not request.metadata._on_separate_loop  # noqa: SLF001
 
 
 def is_queue_full(error: BaseException) -> bool:
