@@ -13,9 +13,7 @@ import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from fastapi import Request  # noqa: TC002 - FastAPI reads the annotations at run time
 from ray import serve
-from starlette.responses import Response  # noqa: TC002
 
 from deployments import grpc_api
 from deployments.accounting import RequestTotals
@@ -27,7 +25,8 @@ from deployments.generation import Generation, Plan
 from deployments.grpc_health import HealthService
 from deployments.http_app import (
     EventStream,
-    build_app,
+    HttpApp,
+    HttpRoute,
     error_response,
     json_response,
     read_body,
@@ -54,6 +53,8 @@ if TYPE_CHECKING:
 
     from grpc_health.v1 import health_pb2
     from ray.serve.grpc_util import RayServegRPCContext
+    from starlette.requests import Request
+    from starlette.responses import Response
 
     from deployments.config import AuthConfig, IngressConfig, TracingConfig
     from deployments.engine.config import EngineConfig
@@ -64,8 +65,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COMPLETION_DEFAULT_MAX_TOKENS = 16
-
-app = build_app()
 
 
 class IngressReplica:
@@ -119,17 +118,25 @@ class IngressReplica:
         await asyncio.to_thread(self._generation.close)
         await asyncio.to_thread(self._tracing.close)
 
-    @app.post("/v1/chat/completions")
+    def __serve_build_asgi_app__(self) -> HttpApp:
+        """What Serve runs behind HTTP."""
+        return HttpApp(
+            HttpRoute("POST", "/v1/chat/completions", self.chat_completions),
+            HttpRoute("POST", "/v1/completions", self.completions),
+            HttpRoute("POST", "/v1/embeddings", self.embeddings),
+            HttpRoute("GET", "/v1/models", self.models),
+            HttpRoute("GET", "/v1/models/{model:path}", self.model),
+            HttpRoute("GET", "/health", self.health),
+        )
+
     async def chat_completions(self, request: Request) -> Response:
         """Chat completion, whole or streamed."""
         return await self._answer_http(request, ChatCompletionRequest)
 
-    @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
         """Plain completion, whole or streamed."""
         return await self._answer_http(request, CompletionRequest)
 
-    @app.post("/v1/embeddings")
     async def embeddings(self, request: Request) -> Response:
         """Vectors of texts."""
         try:
@@ -144,7 +151,6 @@ class IngressReplica:
         except Exception as error:  # noqa: BLE001 - root of the request
             return self._http_error(error)
 
-    @app.get("/v1/models")
     async def models(self, request: Request) -> Response:
         """The one model served here."""
         try:
@@ -154,18 +160,16 @@ class IngressReplica:
         body = model_body(self._model, self._created, self._max_model_len)
         return json_response({"object": "list", "data": [body]})
 
-    @app.get("/v1/models/{model:path}")
-    async def model(self, request: Request, model: str) -> Response:
+    async def model(self, request: Request) -> Response:
         """One model by its id."""
         try:
             self._guard.authenticate(request.headers)
-            self._check_model(model)
+            self._check_model(request.path_params["model"])
         except Exception as error:  # noqa: BLE001 - root of the request
             return self._http_error(error)
         return json_response(model_body(self._model, self._created, self._max_model_len))
 
-    @app.get("/health")
-    async def health(self) -> Response:
+    async def health(self, _: Request) -> Response:
         """200 while a target replica answers, else 503."""
         ready = await self._probe.is_ready()
         return json_response({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
@@ -385,7 +389,7 @@ class IngressReplica:
 
 
 IngressDeployment = serve.deployment(name="ingress", max_ongoing_requests=512)(
-    serve.ingress(app)(IngressReplica)
+    serve.ingress()(IngressReplica)
 )
 
 
