@@ -300,8 +300,6 @@ class RequestObserver:
         if not num_tokens:
             return
         now = time.perf_counter()
-        if not self._first:
-            self._metrics.ttft.observe(now - self._started, tags=self._labels)
         if index not in self._first:
             # A first step may bring several tokens; only those behind it have a gap to measure.
             self._first[index] = now
@@ -329,6 +327,10 @@ class RequestObserver:
     def close(self) -> None:
         """The request has ended, however it did."""
         elapsed = time.perf_counter() - self._started
+        if self._first:
+            # Not when it came: a metric takes longer than all else that a token has to wait for.
+            first = min(self._first.values())
+            self._metrics.ttft.observe(first - self._started, tags=self._labels)
         self._metrics.duration.observe(elapsed, tags=self._labels)
         for index, (last, count) in self._last.items():
             if count:

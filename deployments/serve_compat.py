@@ -38,7 +38,7 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.engine.errors import EngineGoneError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from contextlib import AbstractAsyncContextManager
     from typing import Any, Protocol
 
@@ -98,7 +98,36 @@ class ExactRequestRouter(RequestRouter):  # type: ignore[misc] # Ray ships no ty
 
     The base class finds that call by its internal request id. Calls that one request makes at the
     same time (the choices of n > 1) inherit one id, so all but one of them would wait for ever.
+
+    It also has a task of its own choose for every call, which takes longer than the choice. Here a
+    call that finds nobody waiting, and the queues of its best candidates known, goes at once.
     """
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        if not is_retry and not self._is_anybody_waiting():
+            ranks = await self.choose_replicas(self._replicas_list, pending_request)
+            replica = self._free_replica(next(filter(None, ranks), []))
+            if replica is not None:
+                self._record_queue_wait_time(pending_request)
+                return replica
+        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+
+    def _is_anybody_waiting(self) -> bool:
+        waiting = self._pending_requests_to_fulfill
+        while waiting and waiting[0].future.done():
+            waiting.popleft()
+        return bool(waiting)
+
+    def _free_replica(self, candidates: Sequence[RunningReplica]) -> RunningReplica | None:
+        """The one with the shortest queue; None if a queue is not known, or all are full."""
+        lengths = [self._replica_queue_len_cache.get(each.replica_id) for each in candidates]
+        known = [(length, index) for index, length in enumerate(lengths) if length is not None]
+        if not known or len(known) < len(lengths):
+            return None
+        length, index = min(known)
+        return candidates[index] if length < candidates[index].max_ongoing_requests else None
 
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: RequestMetadata | None = None

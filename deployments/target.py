@@ -141,7 +141,8 @@ class TargetReplica:
                     "target.generate", request.traceparent, attributes, kind=SpanKind.SERVER
                 )
             )
-            request = replace(request, traceparent=traceparent_of(span))
+            if (own := traceparent_of(span)) != request.traceparent:
+                request = replace(request, traceparent=own)
             came_at, has_tokens = time.monotonic(), False
             if self._sessions is not None and request.speculation:
                 stack.enter_context(self._sessions.session(request.request_id))
