@@ -98,6 +98,7 @@ class IngressReplica:
         self._metrics = IngressMetrics()
         self._tracing = Tracing(tracing, "paceline-ingress")
         self._tokenizer = Tokenizer.load(folder)
+        self._bytes_of = self._tokenizer.token_bytes
         client = TargetClient(
             target, max_resumes=config.max_resumes, on_resume=self._metrics.resumed
         )
@@ -188,9 +189,7 @@ class IngressReplica:
                         for delta in deltas:
                             num_open -= delta.finish_reason is not None
                             end = None if num_open else totals
-                            yield grpc_api.chunk_message(
-                                plan, delta, end, self._tokenizer.token_bytes
-                            )
+                            yield grpc_api.chunk_message(plan, delta, end, self._bytes_of)
         except Exception as error:  # noqa: BLE001 - root of the request
             self._grpc_error(error, grpc_context)
             # Serve's Python proxy learns of a stream's status only together with a message.
@@ -204,7 +203,7 @@ class IngressReplica:
             with self._guard.call("grpc", "text_completion", _metadata(grpc_context)) as context:
                 plan = await self._plan_grpc(request, context)
                 totals = RequestTotals(plan.prompt_lengths)
-                builder = grpc_api.ResponseBuilder(plan, self._model, self._tokenizer.token_bytes)
+                builder = grpc_api.ResponseBuilder(plan, self._model, self._bytes_of)
                 async with aclosing(self._generation.stream(plan, totals)) as arrivals:
                     async for deltas in arrivals:
                         for delta in deltas:
@@ -305,7 +304,7 @@ class IngressReplica:
             yield sse_error(describe(self._counted("http", error)))
 
     def _writer(self, plan: Plan, body: OpenAIRequest) -> AnswerWriter:
-        return AnswerWriter(plan, self._model, body, self._tokenizer.token_bytes)
+        return AnswerWriter(plan, self._model, body, self._bytes_of)
 
     async def _plan_http(self, body: OpenAIRequest, context: CallContext) -> Plan:
         if isinstance(body, ChatCompletionRequest):

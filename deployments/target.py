@@ -202,6 +202,7 @@ class TargetReplica:
     async def __del__(self) -> None:
         """Serve's shutdown hook: let running sequences end, then stop."""
         self._reporting.cancel()
+        self._tokens.is_refusing = True
         await self._engine.drain(_DRAIN_TIMEOUT_S)
         await self._tokens.close()
         if self._sessions is not None:

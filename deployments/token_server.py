@@ -49,6 +49,7 @@ KEY_KEY = "token_key"
 _MAX_HELLO_BYTES = 1024
 _HELLO_TIMEOUT_S = 5.0
 _CLOSE_TIMEOUT_S = 5.0
+_MAX_CONNECTIONS = 1024
 
 
 class TokenServer:
@@ -64,6 +65,8 @@ class TokenServer:
         self.replica_id = replica_id
         self.key = secrets.token_hex(32)
         self.num_running = 0
+        self.is_refusing = False
+        """Set while the replica is being stopped: what runs goes on, and callers go elsewhere."""
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
         self._endpoint = ""
@@ -91,9 +94,10 @@ class TokenServer:
         for each in tuple(self._connections):
             each.close()
 
-    def add(self, connection: _Connection) -> None:
-        """A peer has connected."""
+    def add(self, connection: _Connection) -> bool:
+        """A peer has connected; False if it is one too many."""
         self._connections.add(connection)
+        return len(self._connections) <= _MAX_CONNECTIONS
 
     def remove(self, connection: _Connection) -> None:
         """It is gone."""
@@ -118,7 +122,8 @@ class _Connection(asyncio.Protocol):
         keep_alive(transport)
         loop = asyncio.get_running_loop()
         self._greeting = loop.call_later(_HELLO_TIMEOUT_S, self._transport.abort)
-        self._server.add(self)
+        if not self._server.add(self):
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -175,9 +180,11 @@ class _Connection(asyncio.Protocol):
         if start.stream in self.tasks:
             raise WireError("a stream twice")
         server = self._server
-        is_accepted = server.num_running < start.max_running
+        is_accepted = server.num_running < start.max_running and not server.is_refusing
         server.num_running += is_accepted
-        self._send(Admission(start.stream, is_accepted, server.num_running))
+        # One that refuses looks full, or its caller would ask again at once.
+        told = max(server.num_running, start.max_running * server.is_refusing)
+        self._send(Admission(start.stream, is_accepted, told))
         if is_accepted:
             running = self._run(start.stream, start.request)
             task = asyncio.create_task(running, name=f"direct-{start.request.request_id}")

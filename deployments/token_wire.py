@@ -69,7 +69,8 @@ class Admission(NamedTuple):
     """Whether a stream is taken; the first answer to ``Start``.
 
     Attributes:
-        num_running: streams that the target runs, this one included if it is taken.
+        num_running: streams that the target runs, this one included if it is taken; at least
+            ``max_running`` if it takes none.
     """
 
     stream: int

@@ -153,6 +153,18 @@ async def test_a_full_replica_refuses() -> None:
         assert (await link.start(request(), 1).admission).is_accepted
 
 
+async def test_a_replica_that_is_being_stopped_looks_full_and_ends_what_it_runs() -> None:
+    engine = Engine()
+    async with served(engine) as (server, link):
+        first = link.start(request("slow", 1), 8)
+        assert (await first.admission).is_accepted
+        server.is_refusing = True
+        second = await link.start(request(), 8).admission
+        assert (second.is_accepted, second.num_running) == (False, 8)
+        engine.permits.release()
+        assert tokens(await everything(first)) == [1]
+
+
 async def test_cancelling_ends_the_sequence_at_the_replica() -> None:
     engine = Engine()
     ended: list[str] = []
@@ -236,6 +248,16 @@ async def test_a_link_dials_again(monkeypatch: pytest.MonkeyPatch) -> None:
         await until(lambda: not link.is_open())
         await until(link.is_open)
         assert tokens(await everything(link.start(request(), 8))) == [1, 2, 3, 4, 5]
+
+
+async def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with served(Engine()) as (server, link):
+        monkeypatch.setattr("deployments.token_server._MAX_CONNECTIONS", 1)
+        second = TokenLink.of(server.metadata())
+        assert second is not None
+        await until(lambda: second._dialling is None)
+        assert not second.is_open()
+        assert link.is_open()
 
 
 async def test_nobody_gets_in_without_the_key() -> None:
