@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from deployments.accounting import RequestTotals
     from deployments.config import IngressConfig
     from deployments.detokenizer import PlacedLogprob
-    from deployments.engine.types import FinishReason, StructuredOutput, TokenLogprob
+    from deployments.engine.types import (
+        FinishReason,
+        StructuredOutput,
+        TokenDelta,
+        TokenLogprob,
+    )
     from deployments.metrics import IngressMetrics
     from deployments.sampling import SamplingFields
     from deployments.target_client import TargetClient
@@ -247,8 +252,10 @@ class Generation:
             num_choices_per_prompt=n,
         )
 
-    async def stream(self, plan: Plan, totals: RequestTotals) -> AsyncGenerator[TextDelta, None]:
-        """Text of all choices, interleaved as it is generated.
+    async def stream(
+        self, plan: Plan, totals: RequestTotals
+    ) -> AsyncGenerator[list[TextDelta], None]:
+        """Text of all choices, interleaved as it is generated; deltas of one item came together.
 
         Closing the generator cancels every choice at its replica.
 
@@ -263,10 +270,11 @@ class Generation:
         observer = self._metrics.observe(plan.context.surface, plan.context.tenant.name)
         streams = [self._choice(plan, index, totals) for index in range(len(plan.requests))]
         try:
-            async with aclosing(merge(streams)) as deltas:
-                async for delta in deltas:
-                    observer.tokens(delta.index, len(delta.token_ids))
-                    yield delta
+            async with aclosing(merge(streams)) as arrivals:
+                async for deltas in arrivals:
+                    for delta in deltas:
+                        observer.tokens(delta.index, len(delta.token_ids))
+                    yield deltas
             observer.finished(totals.usage())
         except Exception:
             observer.failed()
@@ -276,26 +284,30 @@ class Generation:
 
     async def _choice(
         self, plan: Plan, index: int, totals: RequestTotals
-    ) -> AsyncGenerator[TextDelta, None]:
+    ) -> AsyncGenerator[list[TextDelta], None]:
         request = plan.requests[index]
+        prompt_index = index // plan.num_choices_per_prompt
         text = ChoiceText(self._tokenizer.decode, request.sampling.stop_strings)
-        async with aclosing(self._target.stream(request)) as deltas:
-            async for delta in deltas:
-                totals.add_output(len(delta.token_ids))
-                totals.replica_id = totals.replica_id or delta.replica_id
-                if delta.finish_reason is not None:
-                    prompt_index = index // plan.num_choices_per_prompt
-                    totals.add_finished(prompt_index, delta.usage, delta.speculation)
-                shown = text.push(delta)
-                yield TextDelta(
-                    index=index,
-                    text=shown.text,
-                    token_ids=delta.token_ids,
-                    finish_reason=delta.finish_reason,
-                    replica_id=delta.replica_id,
-                    logprobs=shown.logprobs,
-                    prompt_logprobs=delta.prompt_logprobs,
-                )
+
+        def shown(delta: TokenDelta) -> TextDelta:
+            totals.add_output(len(delta.token_ids))
+            totals.replica_id = totals.replica_id or delta.replica_id
+            if delta.finish_reason is not None:
+                totals.add_finished(prompt_index, delta.usage, delta.speculation)
+            visible = text.push(delta)
+            return TextDelta(
+                index=index,
+                text=visible.text,
+                token_ids=delta.token_ids,
+                finish_reason=delta.finish_reason,
+                replica_id=delta.replica_id,
+                logprobs=visible.logprobs,
+                prompt_logprobs=delta.prompt_logprobs,
+            )
+
+        async with aclosing(self._target.stream(request)) as arrivals:
+            async for deltas in arrivals:
+                yield list(map(shown, deltas))
 
     def close(self) -> None:
         """Stop the tokeniser's threads, and write down the last prompts to be kept."""

@@ -7,9 +7,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import orjson
-from fastapi import FastAPI
-from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route, Router
 
 from deployments.errors import (
     MethodNotAllowedError,
@@ -20,9 +20,8 @@ from deployments.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
-    from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
     from deployments.errors import ApiError
@@ -88,28 +87,61 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def build_app() -> FastAPI:
-    """An application whose own errors (no route, wrong method, a bug) have OpenAI's shape."""
-    app = FastAPI(title="Paceline", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_bug)
-    return app
+class HttpApp(Router):
+    """Paths to handlers; its own errors (no route, wrong method, a bug) have OpenAI's shape too.
+
+    Starlette's routing alone: a framework's layers would cost a request, and every event of a
+    stream, more than what is done in them here.
+    """
+
+    def __init__(self, *routes: HttpRoute) -> None:
+        super().__init__(routes, redirect_slashes=False)
+
+    async def not_found(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request to any other path."""
+        if scope["type"] != "http":
+            await super().not_found(scope, receive, send)
+            return
+        missing = f"Unknown request URL: {scope['method']} {scope['path']}."
+        await error_response(describe(RouteNotFoundError(missing)))(scope, receive, send)
 
 
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    if status == 405:
-        wrong = f"Method {request.method} is not allowed for {request.url.path}."
+class HttpRoute(Route):
+    """One method of one path.
+
+    Args:
+        method: all others are refused.
+        path: with parameters as Starlette writes them.
+        handler: answers a request.
+    """
+
+    def __init__(
+        self, method: str, path: str, handler: Callable[[Request], Awaitable[Response]]
+    ) -> None:
+        super().__init__(path, _Endpoint(handler), methods=[method])
+        self.methods = {method}  # Starlette adds HEAD to GET
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request to the path."""
+        if scope["method"] in self.methods:
+            await self.app(scope, receive, send)
+            return
+        wrong = f"Method {scope['method']} is not allowed for {scope['path']}."
         response = error_response(describe(MethodNotAllowedError(wrong)))
-        allow = getattr(error, "headers", None) or {}
-        response.headers.update(allow)
-        return response
-    if status == 404:
-        missing = f"Unknown request URL: {request.method} {request.url.path}."
-        return error_response(describe(RouteNotFoundError(missing)))
-    return error_response(describe(RequestInvalidError("The request could not be read.")))
+        response.headers["allow"] = ", ".join(self.methods)
+        await response(scope, receive, send)
 
 
-async def _on_bug(request: Request, error: Exception) -> Response:
-    logger.error("unexpected error at %s", request.url.path, exc_info=error)
-    return error_response(describe(error))
+class _Endpoint:
+    """A handler as an ASGI application."""
+
+    def __init__(self, handler: Callable[[Request], Awaitable[Response]]) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._handler(Request(scope, receive))
+        except Exception as error:
+            logger.exception("unexpected error at %s", scope["path"])
+            response = error_response(describe(error))
+        await response(scope, receive, send)

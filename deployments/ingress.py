@@ -13,9 +13,7 @@ import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from fastapi import Request  # noqa: TC002 - FastAPI reads the annotations at run time
 from ray import serve
-from starlette.responses import Response  # noqa: TC002
 
 from deployments import grpc_api
 from deployments.accounting import RequestTotals
@@ -27,7 +25,8 @@ from deployments.generation import Generation, Plan
 from deployments.grpc_health import HealthService
 from deployments.http_app import (
     EventStream,
-    build_app,
+    HttpApp,
+    HttpRoute,
     error_response,
     json_response,
     read_body,
@@ -54,6 +53,8 @@ if TYPE_CHECKING:
 
     from grpc_health.v1 import health_pb2
     from ray.serve.grpc_util import RayServegRPCContext
+    from starlette.requests import Request
+    from starlette.responses import Response
 
     from deployments.config import AuthConfig, IngressConfig, TracingConfig
     from deployments.engine.config import EngineConfig
@@ -64,8 +65,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COMPLETION_DEFAULT_MAX_TOKENS = 16
-
-app = build_app()
 
 
 class IngressReplica:
@@ -99,6 +98,7 @@ class IngressReplica:
         self._metrics = IngressMetrics()
         self._tracing = Tracing(tracing, "paceline-ingress")
         self._tokenizer = Tokenizer.load(folder)
+        self._bytes_of = self._tokenizer.token_bytes
         client = TargetClient(
             target, max_resumes=config.max_resumes, on_resume=self._metrics.resumed
         )
@@ -119,17 +119,25 @@ class IngressReplica:
         await asyncio.to_thread(self._generation.close)
         await asyncio.to_thread(self._tracing.close)
 
-    @app.post("/v1/chat/completions")
+    def __serve_build_asgi_app__(self) -> HttpApp:
+        """What Serve runs behind HTTP."""
+        return HttpApp(
+            HttpRoute("POST", "/v1/chat/completions", self.chat_completions),
+            HttpRoute("POST", "/v1/completions", self.completions),
+            HttpRoute("POST", "/v1/embeddings", self.embeddings),
+            HttpRoute("GET", "/v1/models", self.models),
+            HttpRoute("GET", "/v1/models/{model:path}", self.model),
+            HttpRoute("GET", "/health", self.health),
+        )
+
     async def chat_completions(self, request: Request) -> Response:
         """Chat completion, whole or streamed."""
         return await self._answer_http(request, ChatCompletionRequest)
 
-    @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
         """Plain completion, whole or streamed."""
         return await self._answer_http(request, CompletionRequest)
 
-    @app.post("/v1/embeddings")
     async def embeddings(self, request: Request) -> Response:
         """Vectors of texts."""
         try:
@@ -144,7 +152,6 @@ class IngressReplica:
         except Exception as error:  # noqa: BLE001 - root of the request
             return self._http_error(error)
 
-    @app.get("/v1/models")
     async def models(self, request: Request) -> Response:
         """The one model served here."""
         try:
@@ -154,18 +161,16 @@ class IngressReplica:
         body = model_body(self._model, self._created, self._max_model_len)
         return json_response({"object": "list", "data": [body]})
 
-    @app.get("/v1/models/{model:path}")
-    async def model(self, request: Request, model: str) -> Response:
+    async def model(self, request: Request) -> Response:
         """One model by its id."""
         try:
             self._guard.authenticate(request.headers)
-            self._check_model(model)
+            self._check_model(request.path_params["model"])
         except Exception as error:  # noqa: BLE001 - root of the request
             return self._http_error(error)
         return json_response(model_body(self._model, self._created, self._max_model_len))
 
-    @app.get("/health")
-    async def health(self) -> Response:
+    async def health(self, _: Request) -> Response:
         """200 while a target replica answers, else 503."""
         ready = await self._probe.is_ready()
         return json_response({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
@@ -178,13 +183,13 @@ class IngressReplica:
             with self._guard.call("grpc", "text_completion", _metadata(grpc_context)) as context:
                 plan = await self._plan_grpc(request, context)
                 totals = RequestTotals(plan.prompt_lengths)
-                async with aclosing(self._generation.stream(plan, totals)) as deltas:
+                async with aclosing(self._generation.stream(plan, totals)) as arrivals:
                     num_open = len(plan.requests)
-                    async for delta in deltas:
-                        num_open -= delta.finish_reason is not None
-                        yield grpc_api.chunk_message(
-                            plan, delta, None if num_open else totals, self._tokenizer.token_bytes
-                        )
+                    async for deltas in arrivals:
+                        for delta in deltas:
+                            num_open -= delta.finish_reason is not None
+                            end = None if num_open else totals
+                            yield grpc_api.chunk_message(plan, delta, end, self._bytes_of)
         except Exception as error:  # noqa: BLE001 - root of the request
             self._grpc_error(error, grpc_context)
             # Serve's Python proxy learns of a stream's status only together with a message.
@@ -198,10 +203,11 @@ class IngressReplica:
             with self._guard.call("grpc", "text_completion", _metadata(grpc_context)) as context:
                 plan = await self._plan_grpc(request, context)
                 totals = RequestTotals(plan.prompt_lengths)
-                builder = grpc_api.ResponseBuilder(plan, self._model, self._tokenizer.token_bytes)
-                async with aclosing(self._generation.stream(plan, totals)) as deltas:
-                    async for delta in deltas:
-                        builder.collect(delta)
+                builder = grpc_api.ResponseBuilder(plan, self._model, self._bytes_of)
+                async with aclosing(self._generation.stream(plan, totals)) as arrivals:
+                    async for deltas in arrivals:
+                        for delta in deltas:
+                            builder.collect(delta)
                 return builder.build(totals)
         except Exception as error:  # noqa: BLE001 - root of the request
             self._grpc_error(error, grpc_context)
@@ -269,9 +275,10 @@ class IngressReplica:
             plan = await self._plan_http(body, context)
             totals = RequestTotals(plan.prompt_lengths)
             writer = self._writer(plan, body)
-            async with aclosing(self._generation.stream(plan, totals)) as deltas:
-                async for delta in deltas:
-                    writer.collect(delta)
+            async with aclosing(self._generation.stream(plan, totals)) as arrivals:
+                async for deltas in arrivals:
+                    for delta in deltas:
+                        writer.collect(delta)
             return json_response(writer.body(totals), headers={REPLICA_HEADER: totals.replica_id})
 
     async def _events(
@@ -283,11 +290,11 @@ class IngressReplica:
                 plan = await self._plan_http(body, context)
                 totals = RequestTotals(plan.prompt_lengths)
                 writer = self._writer(plan, body)
-                async with aclosing(self._generation.stream(plan, totals)) as deltas:
-                    async for delta in deltas:
-                        events = writer.delta(delta)
-                        if not begun:
-                            events = writer.opening() + events
+                async with aclosing(self._generation.stream(plan, totals)) as arrivals:
+                    async for deltas in arrivals:
+                        events = [] if begun else writer.opening()
+                        for delta in deltas:
+                            events += writer.delta(delta)
                         begun = True
                         yield b"".join(events)
                 yield b"".join(writer.closing(totals))
@@ -297,7 +304,7 @@ class IngressReplica:
             yield sse_error(describe(self._counted("http", error)))
 
     def _writer(self, plan: Plan, body: OpenAIRequest) -> AnswerWriter:
-        return AnswerWriter(plan, self._model, body, self._tokenizer.token_bytes)
+        return AnswerWriter(plan, self._model, body, self._bytes_of)
 
     async def _plan_http(self, body: OpenAIRequest, context: CallContext) -> Plan:
         if isinstance(body, ChatCompletionRequest):
@@ -381,7 +388,7 @@ class IngressReplica:
 
 
 IngressDeployment = serve.deployment(name="ingress", max_ongoing_requests=512)(
-    serve.ingress(app)(IngressReplica)
+    serve.ingress()(IngressReplica)
 )
 
 

@@ -7,6 +7,7 @@ Ray prefixes the names with ``ray_``; Serve adds the labels ``deployment``, ``re
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -325,14 +326,13 @@ class RequestObserver:
         self._first: dict[int, float] = {}
         self._last: dict[int, tuple[float, int]] = {}
         self._outcome = "cancelled"
+        self._usage: GenerationUsage | None = None
 
     def tokens(self, index: int, num_tokens: int) -> None:
         """Choice ``index`` got new tokens."""
         if not num_tokens:
             return
         now = time.perf_counter()
-        if not self._first:
-            self._metrics.ttft.observe(now - self._started, tags=self._labels)
         if index not in self._first:
             # A first step may bring several tokens; only those behind it have a gap to measure.
             self._first[index] = now
@@ -343,6 +343,36 @@ class RequestObserver:
     def finished(self, usage: GenerationUsage) -> None:
         """All choices ended."""
         self._outcome = "finished"
+        self._usage = usage
+
+    def failed(self) -> None:
+        """The request ended in an error."""
+        self._outcome = "failed"
+
+    def close(self) -> None:
+        """The request has ended, however it did.
+
+        Its metrics are written when the event loop comes round again: they take longer than all
+        else that its last words have to wait for.
+        """
+        elapsed = time.perf_counter() - self._started
+        asyncio.get_running_loop().call_soon(self._write, elapsed)
+
+    def _write(self, elapsed: float) -> None:
+        if self._first:
+            first = min(self._first.values())
+            self._metrics.ttft.observe(first - self._started, tags=self._labels)
+        self._metrics.duration.observe(elapsed, tags=self._labels)
+        for index, (last, count) in self._last.items():
+            if count:
+                gap = (last - self._first[index]) / count
+                self._metrics.inter_token.observe(gap, tags=self._labels)
+        self._metrics.requests.inc(tags={**self._labels, "outcome": self._outcome})
+        if self._usage is not None:
+            self._write_usage(self._usage)
+        self._metrics.released()
+
+    def _write_usage(self, usage: GenerationUsage) -> None:
         tenant = {"tenant": self._labels["tenant"]}
         if usage.num_prompt_tokens:
             self._metrics.prompt_tokens.inc(usage.num_prompt_tokens, tags=tenant)
@@ -352,18 +382,3 @@ class RequestObserver:
         for source, count in (("replica", local), ("tier", usage.num_tier_cached_tokens)):
             if count > 0:
                 self._metrics.cached_tokens.inc(count, tags={**tenant, "source": source})
-
-    def failed(self) -> None:
-        """The request ended in an error."""
-        self._outcome = "failed"
-
-    def close(self) -> None:
-        """The request has ended, however it did."""
-        elapsed = time.perf_counter() - self._started
-        self._metrics.duration.observe(elapsed, tags=self._labels)
-        for index, (last, count) in self._last.items():
-            if count:
-                gap = (last - self._first[index]) / count
-                self._metrics.inter_token.observe(gap, tags=self._labels)
-        self._metrics.requests.inc(tags={**self._labels, "outcome": self._outcome})
-        self._metrics.released()

@@ -7,6 +7,7 @@ import random
 import time
 from typing import TYPE_CHECKING
 
+from deployments.direct_replica import DirectReplica
 from deployments.engine.embedding import EmbeddingRequest
 from deployments.engine.types import GenerationRequest
 from deployments.ping import Ping
@@ -14,7 +15,12 @@ from deployments.prefix_affinity import PrefixAffinity, prefix_hashes
 from deployments.serve_compat import ExactRequestRouter
 
 if TYPE_CHECKING:
-    from deployments.serve_compat import PendingRequest, ReplicaID, RunningReplica
+    from deployments.serve_compat import (
+        PendingRequest,
+        ReplicaID,
+        RunningReplica,
+        RunningReplicaInfo,
+    )
 
 TextRequest = GenerationRequest | EmbeddingRequest
 """What carries a prompt, hence has a replica that may hold its beginning."""
@@ -47,6 +53,11 @@ class PrefixAwareRouter(ExactRequestRouter):
         self._affinity = PrefixAffinity(capacity)
         self._max_queue_excess = max_queue_excess
         self._avoid_grace_s = avoid_grace_s
+        self._hashed: tuple[TextRequest | None, list[int]] = (None, [])
+
+    def create_replica_wrapper(self, replica_info: RunningReplicaInfo) -> RunningReplica:
+        """A replica whose tokens come on direct streams."""
+        return DirectReplica(replica_info)
 
     async def choose_replicas(
         self,
@@ -71,8 +82,13 @@ class PrefixAwareRouter(ExactRequestRouter):
         """Remember where a prompt went."""
         request = _text_request(pending_request)
         if request is not None:
-            hashes = prefix_hashes(request.tenant, request.prompt_token_ids)
-            self._affinity.record(hashes, replica_id.unique_id)
+            self._affinity.record(self._hashes(request), replica_id.unique_id)
+
+    def _hashes(self, request: TextRequest) -> list[int]:
+        """Of its prompt; asked for when a replica is chosen, and soon again when it has agreed."""
+        if self._hashed[0] is not request:
+            self._hashed = (request, prefix_hashes(request.tenant, request.prompt_token_ids))
+        return self._hashed[1]
 
     def _without_avoided(
         self, replicas: list[RunningReplica], pending_request: PendingRequest
@@ -89,8 +105,7 @@ class PrefixAwareRouter(ExactRequestRouter):
         self, replicas: list[RunningReplica], request: TextRequest
     ) -> RunningReplica | None:
         by_id = {replica.replica_id.unique_id: replica for replica in replicas}
-        hashes = prefix_hashes(request.tenant, request.prompt_token_ids)
-        cached = self._affinity.lookup(hashes, by_id.keys())
+        cached = self._affinity.lookup(self._hashes(request), by_id.keys())
         if cached is None:
             return None
         queues = {name: self._queue_len(replica) for name, replica in by_id.items()}

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+import ray
 from opentelemetry.trace import SpanKind
 from ray import serve
 
@@ -23,13 +24,14 @@ from deployments.engine.speculation.grpc_transport import grpc_connector
 from deployments.engine.speculation.handshake import Identity
 from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.speculation.split_speculator import SplitSpeculator
-from deployments.engine.types import TokenDelta
 from deployments.model_files import model_folder, served_model_name
 from deployments.prefill_metrics import PrefillMetrics
 from deployments.prefill_pool import PrefillPool
 from deployments.scaling_stats import TargetScalingStats
-from deployments.serve_compat import current_replica_id
+from deployments.serve_compat import current_replica_id, uses_tls
 from deployments.target_metrics import TargetMetrics
+from deployments.token_server import TokenServer
+from deployments.token_wire import named_delta
 from deployments.tokenizer import load_vocabulary
 from deployments.tracing import Tracing, traceparent_of
 from kv_store.calibration import check_codec_loss
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from deployments.engine.config import EngineConfig
     from deployments.engine.embedding import Embedding, EmbeddingRequest
     from deployments.engine.speculation.speculator import Speculator
-    from deployments.engine.types import GenerationRequest, Prefilled
+    from deployments.engine.types import GenerationRequest, Prefilled, TokenDelta
     from deployments.ping import Ping
     from deployments.serve_compat import Handle
     from deployments.tokenizer import Vocabulary
@@ -120,23 +122,35 @@ class TargetReplica:
                 self._tracing,
                 PrefillMetrics(),
             )
+        self._tokens = TokenServer(self._deltas, self._replica_id)
+        await self._tokens.start(ray.util.get_node_ip_address())
         self._reporting = asyncio.create_task(self._report(), name="target-metrics")
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+    def record_replica_metadata(self) -> dict[str, str]:
+        """What routers learn of this replica; Serve asks once."""
+        # Tokens then travel as Ray's own messages do: encrypted.
+        return {} if uses_tls() else self._tokens.metadata()
+
+    async def generate(
+        self, request: GenerationRequest
+    ) -> AsyncGenerator[tuple[TokenDelta, ...], None]:
         """Generate one sequence; closing the stream aborts it and frees its pages.
 
         The first delta has no tokens: it names the replica, so that the caller can avoid it should
         it die before its first token.
 
+        Returns:
+            Deltas; those of one item came together.
+
         Raises:
             EngineError: see ``Engine.generate``.
         """
-        yield TokenDelta(
-            request_id=request.request_id,
-            token_ids=(),
-            choice_index=request.choice_index,
-            replica_id=self._replica_id,
-        )
+        yield (named_delta(request, self._replica_id),)
+        async with aclosing(self._deltas(request)) as deltas:
+            async for delta in deltas:
+                yield (replace(delta, replica_id=self._replica_id),)
+
+    async def _deltas(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         attributes: dict[str, str | int | float] = {
             "paceline.replica": self._replica_id,
             "paceline.resumed_tokens": len(request.resumed_output_ids),
@@ -147,7 +161,8 @@ class TargetReplica:
                     "target.generate", request.traceparent, attributes, kind=SpanKind.SERVER
                 )
             )
-            request = replace(request, traceparent=traceparent_of(span))
+            if (own := traceparent_of(span)) != request.traceparent:
+                request = replace(request, traceparent=own)
             try:
                 ahead = None
                 if self._prefill_pool is not None:
@@ -168,7 +183,7 @@ class TargetReplica:
                             ahead.first_token()
                     if ahead is not None and delta.usage is not None:
                         delta = replace(delta, usage=ahead.usage(delta.usage))
-                    yield replace(delta, replica_id=self._replica_id)
+                    yield delta
             except EngineGoneError as error:
                 raise error.at(self._replica_id) from error
 
@@ -240,7 +255,9 @@ class TargetReplica:
     async def __del__(self) -> None:
         """Serve's shutdown hook: let running sequences end, then stop."""
         self._reporting.cancel()
+        self._tokens.is_refusing = True
         await self._engine.drain(_DRAIN_TIMEOUT_S)
+        await self._tokens.close()
         if self._sessions is not None:
             await self._sessions.close()
         await self._engine.close()

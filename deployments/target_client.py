@@ -57,8 +57,10 @@ class TargetClient:
         self._max_resumes = max_resumes
         self._on_resume = on_resume
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Deltas of one sequence, the last one with a finish reason.
+    async def stream(
+        self, request: GenerationRequest
+    ) -> AsyncGenerator[tuple[TokenDelta, ...], None]:
+        """Deltas of one sequence, the last one with a finish reason; some come together.
 
         Closing the generator cancels the sequence at its replica.
 
@@ -76,7 +78,7 @@ class TargetClient:
                 self._on_resume()
                 await asyncio.sleep(_RESUME_PAUSE_S * attempt)
             if transcript and len(transcript) >= request.sampling.max_tokens:
-                yield _ended_by_length(request, transcript)
+                yield (_ended_by_length(request, transcript),)
                 return
             replica_id = ""
             is_finished = False
@@ -84,14 +86,16 @@ class TargetClient:
                 resumed = replace(
                     request, resumed_output_ids=tuple(transcript), avoid_replicas=tuple(avoid)
                 )
-                async with aclosing(self._attempt(resumed)) as deltas:
-                    async for delta in deltas:
-                        replica_id = delta.replica_id
-                        if not delta.token_ids and delta.finish_reason is None:
-                            continue  # The replica has only told its name.
-                        transcript.extend(delta.token_ids)
-                        is_finished = delta.finish_reason is not None
-                        yield delta
+                async with aclosing(self._attempt(resumed)) as arrivals:
+                    async for together in arrivals:
+                        replica_id = together[-1].replica_id
+                        # The replica may only have told its name.
+                        deltas = tuple(filter(_tells_something, together))
+                        for delta in deltas:
+                            transcript.extend(delta.token_ids)
+                            is_finished = delta.finish_reason is not None
+                        if deltas:
+                            yield deltas
             except _ReplicaLostError as lost:
                 replica_id = lost.replica_id or replica_id
                 num_dead_engines += lost.is_engine_dead
@@ -148,7 +152,9 @@ class TargetClient:
                 break
         raise TargetUnavailableError("The model's replicas failed repeatedly under this request.")
 
-    async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+    async def _attempt(
+        self, request: GenerationRequest
+    ) -> AsyncGenerator[tuple[TokenDelta, ...], None]:
         deadline = _loop_deadline(request.deadline)
         stream = self._generate.remote(request)
         finished = False
@@ -156,8 +162,8 @@ class TargetClient:
             items = aiter(stream)
             while True:
                 async with asyncio.timeout_at(deadline):
-                    delta = await anext(items)
-                yield delta
+                    together = await anext(items)
+                yield together
         except StopAsyncIteration:
             finished = True
         except TimeoutError as error:
@@ -206,6 +212,10 @@ def _translated(error: Exception) -> Exception:
     if is_cancelled(error):
         return RequestCancelledError("The request was cancelled.")
     return error
+
+
+def _tells_something(delta: TokenDelta) -> bool:
+    return bool(delta.token_ids) or delta.finish_reason is not None
 
 
 def _ended_by_length(request: GenerationRequest, transcript: list[int]) -> TokenDelta:

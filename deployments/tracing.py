@@ -15,7 +15,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class Tracing:
         The span is not made current: a streaming answer crosses tasks, and a context variable set
         in one of them cannot be reset in another. Pass ``traceparent_of(span)`` on instead.
         """
+        if self._provider is None and traceparent is None:
+            yield INVALID_SPAN
+            return
         carrier = {"traceparent": traceparent} if traceparent else {}
         span = self._tracer.start_span(
             name, context=_PROPAGATOR.extract(carrier), kind=kind, attributes=attributes
@@ -91,6 +94,8 @@ class Tracing:
 
 def traceparent_of(span: Span) -> str | None:
     """The W3C header that makes other spans children of this one; None if it is not recorded."""
+    if span is INVALID_SPAN:
+        return None
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier, trace.set_span_in_context(span))
     return carrier.get("traceparent")

@@ -10,10 +10,12 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledE
 from ray.serve._private import constants
 from ray.serve._private import replica as replica_module
 from ray.serve._private.autoscaling_state import ApplicationAutoscalingState
-from ray.serve._private.common import RequestMetadata
+from ray.serve._private.common import ReplicaQueueLengthInfo, RequestMetadata
+from ray.serve._private.replica_result import ReplicaResult
 from ray.serve._private.request_router.common import PendingRequest
-from ray.serve._private.request_router.replica_wrapper import ReplicaSelection
+from ray.serve._private.request_router.replica_wrapper import ReplicaSelection, RunningReplica
 from ray.serve._private.request_router.request_router import RequestRouter
+from ray.serve._private.router import AsyncioRouter
 from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
 from ray.serve.config import AutoscalingContext
 from ray.serve.exceptions import (
@@ -25,8 +27,10 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ServeApplicationSchema
 
 from deployments import serve_compat
+from deployments.direct_replica import DirectReplica, DirectResult
 from deployments.draft import DraftReplica
 from deployments.engine.errors import EngineDeadError, EngineDrainingError, EngineOverloadedError
+from deployments.ingress import IngressReplica
 from deployments.routing import PrefixAwareRouter
 from deployments.target import TargetReplica
 
@@ -37,6 +41,8 @@ def test_the_router_overrides_what_the_base_class_calls() -> None:
         "on_request_routed",
         "initialize_state",
         "_get_pending_request_matching_internal_request_id",
+        "_choose_replica_for_request",
+        "create_replica_wrapper",
     ):
         base = inspect.signature(getattr(RequestRouter, name))
         own = inspect.signature(getattr(PrefixAwareRouter, name))
@@ -45,6 +51,10 @@ def test_the_router_overrides_what_the_base_class_calls() -> None:
     source = inspect.getsource(RequestRouter)
     assert "self._get_pending_request_matching_internal_request_id(request_metadata)" in source
     assert "self._pending_requests_to_fulfill" in source
+    # What a call that is routed at once reads and records.
+    assert "_record_queue_wait_time" in vars(RequestRouter)
+    assert "self._replica_queue_len_cache.get(r.replica_id)" in source
+    assert "self._replicas_list" in source
 
 
 def test_a_pending_request_carries_arguments_and_its_arrival() -> None:
@@ -59,6 +69,26 @@ def test_handles_choose_replicas_that_publish_metadata() -> None:
     assert {"replica_id", "replica_metadata"} <= set(ReplicaSelection.__dataclass_fields__)
     assert constants.RECORD_REPLICA_METADATA_METHOD == "record_replica_metadata"
     assert callable(getattr(DraftReplica, constants.RECORD_REPLICA_METADATA_METHOD))
+
+
+def test_a_replica_s_results_can_be_our_own() -> None:
+    for name in ("try_send_request", "get_queue_len"):
+        base = inspect.signature(getattr(RunningReplica, name))
+        own = inspect.signature(getattr(DirectReplica, name))
+        assert list(own.parameters) == list(base.parameters), name
+    assert not DirectResult.__abstractmethods__
+    assert ReplicaResult.__abstractmethods__ >= {"get_rejection_response", "cancel", "__anext__"}
+    assert "_on_separate_loop" in RequestMetadata.__dataclass_fields__
+    assert {"accepted", "num_ongoing_requests"} <= set(ReplicaQueueLengthInfo.__dataclass_fields__)
+    source = inspect.getsource(AsyncioRouter)
+    assert "with_rejection=with_rejection" in source
+    assert "await result.get_rejection_response()" in source
+    assert callable(getattr(TargetReplica, constants.RECORD_REPLICA_METADATA_METHOD))
+
+
+def test_the_ingress_builds_its_own_application() -> None:
+    assert replica_module.SERVE_BUILD_ASGI_APP_METHOD == "__serve_build_asgi_app__"
+    assert callable(getattr(IngressReplica, replica_module.SERVE_BUILD_ASGI_APP_METHOD))
 
 
 def _rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:

@@ -1,8 +1,9 @@
 """``make bench-gateway``: what the way through the ingress adds to a call of the engine.
 
-Paceline as ``paceline serve`` starts it, the same application behind Ray Serve's default proxy, and
-the engine in this very process, in turn within one run. Prints a table, writes
-``build/reports/gateway.json`` and ``gateway.png``.
+Paceline as ``paceline serve`` starts it, the same application behind Ray Serve's default proxy, the
+engine alone behind the same surfaces, all asked by the same clients, and the engine in this very
+process, in turn within one run. Prints a table, writes ``build/reports/gateway.json`` and
+``gateway.png``.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deployments.tokenizer import ChatTurn, Tokenizer
-from tests.bench.gateway.bars import DEFAULT, DIRECT, PACELINE, hold_bars
+from tests.bench.gateway.bars import BARE, DEFAULT, DIRECT, PACELINE, hold_bars
 from tests.bench.gateway.clients import Direct, Grpc, Http
-from tests.bench.gateway.instant import LETTER, InstantEngine
+from tests.bench.gateway.engine import LETTER, InstantEngine
 from tests.bench.gateway.measure import PROMPT, Plan, Way, measure
 from tests.bench.gateway.processor_time import ProcessorTime
 from tests.bench.gateway.report import draw, show, summaries
@@ -56,7 +57,7 @@ def main() -> int:
         log = stack.enter_context(_REPORT.with_suffix(".log").open("w", encoding="utf-8"))
         clusters = {
             gateway: stack.enter_context(_cluster(gateway, folder, log))
-            for gateway in (PACELINE, DEFAULT)
+            for gateway in (BARE, PACELINE, DEFAULT)
         }
         rows = asyncio.run(_ask(folder, clusters, plan))
     found = summaries(rows)
@@ -106,7 +107,9 @@ def _through(gateway: str, at: dict[str, Any], spent: ProcessorTime) -> dict[str
 def _cluster(gateway: str, folder: Path, log: Any) -> Iterator[tuple[dict[str, Any], int]]:
     """Addresses of a cluster of its own, and the process to which it belongs."""
     sys.stderr.write(f"starting {gateway}\n")
-    command = [sys.executable, "-m", "tests.bench.gateway.server", gateway, str(folder)]
+    module = ["bare"] if gateway == BARE else ["server", gateway]
+    module[0] = f"tests.bench.gateway.{module[0]}"
+    command = [sys.executable, "-m", *module, str(folder)]
     variables = os.environ | {"PYTHONPATH": str(Path.cwd())}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables

@@ -6,7 +6,13 @@ from collections import Counter
 
 import psutil
 
-_ROLES = {"ingress": "ingress", "target": "target", "haproxy": "HAProxy", "ProxyActor": "proxy"}
+_ROLES = {
+    "gateway.bare": "engine",
+    "ingress": "ingress",
+    "target": "target",
+    "haproxy": "HAProxy",
+    "ProxyActor": "proxy",
+}
 
 
 class ProcessorTime:
@@ -36,6 +42,7 @@ class ProcessorTime:
 
 def _role(command: str) -> str:
     """What a process is for; Ray names those of replicas after them."""
-    is_served = command.startswith("ray::") or "haproxy" in command.partition(" ")[0]
+    first, _, rest = command.partition(" ")
+    is_served = first.startswith("ray::") or "haproxy" in first or "gateway.bare" in rest
     found = (role for part, role in _ROLES.items() if is_served and part in command)
     return next(found, "Ray")

@@ -34,10 +34,11 @@ from tests.bench.loadtest.aiperf import AiPerf, as_aiperf_counts
 from tests.bench.loadtest.bars import hold_bars
 from tests.bench.loadtest.capacity import Capacity, find_capacity
 from tests.bench.loadtest.report import draw, show
+from tests.bench.loadtest.server_view import with_server_view
 from tests.integration.cluster.cluster_process import ClusterProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from cluster.load.outcome import Outcome
     from cluster.load.surfaces import Surface
@@ -147,7 +148,7 @@ class _Load:
     def __init__(self, state: ClusterState, plan: Plan) -> None:
         self._state = state
         self._plan = plan
-        self.model, self.url = state.model, state.http_url
+        self.model, self.url, self.metrics_url = state.model, state.http_url, state.metrics_url
 
     def schedule(self, rate: float, *, ignore_eos: bool = False) -> list[LoadRequest]:
         """Poisson arrivals of the package's questions."""
@@ -206,17 +207,20 @@ class _Load:
 def _check(
     load: _Load, peer: AiPerf, schedule: list[LoadRequest], *, ours_first: bool
 ) -> dict[str, dict[str, float]]:
-    """Both tools; which one goes first changes, so that a machine that drifts favours neither."""
+    """Both tools; which one goes first changes, so that a machine that drifts favours neither.
 
-    def ours() -> dict[str, float]:
-        return as_aiperf_counts(asyncio.run(load.alone(schedule)))
-
-    def theirs() -> dict[str, float]:
-        return peer.run(load.url, load.model, schedule)
-
-    if ours_first:
-        return {"paceline": ours(), "aiperf": theirs()}
-    return {"aiperf": theirs(), "paceline": ours()}
+    Returns:
+        By tool what it saw, and by ``server of TOOL`` what the server did meanwhile.
+    """
+    tools: dict[str, Callable[[], dict[str, float]]] = {
+        "paceline": lambda: as_aiperf_counts(asyncio.run(load.alone(schedule))),
+        "aiperf": lambda: peer.run(load.url, load.model, schedule),
+    }
+    check: dict[str, dict[str, float]] = {}
+    for name in tools if ours_first else reversed(tools):
+        seen, served = with_server_view(load.metrics_url, len(schedule), tools[name])
+        check |= {name: seen, f"server of {name}": served}
+    return check
 
 
 @contextmanager

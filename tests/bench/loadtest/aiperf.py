@@ -81,14 +81,18 @@ class AiPerf:
 
 
 def as_aiperf_counts(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """The same measures of our own run: from when a request left, to its last text.
+    """The same measures of our own run, by aiperf's definitions.
+
+    A request begins when it leaves, a connection that it opens included. Only events with text
+    count: the first one is the first token, the last one the end, of the run too. Tokens are those
+    of the server's usage, and all but one lie between the first event and the last.
 
     Raises:
         RuntimeError: requests failed.
     """
     if failed := [outcome.error for outcome in outcomes if outcome.ending != "complete"]:
         raise RuntimeError(f"{len(failed)} of {len(outcomes)} requests failed: {failed[0]}")
-    seconds = max(each.ended_s for each in outcomes) - min(each.sent_s for each in outcomes)
+    seconds = max(each.event_s[-1] for each in outcomes) - min(each.sent_s for each in outcomes)
     first = [each.event_s[0] - each.sent_s for each in outcomes]
     last = [each.event_s[-1] - each.sent_s for each in outcomes]
     behind = [

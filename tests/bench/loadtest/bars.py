@@ -21,7 +21,8 @@ def hold_bars(
 
     Args:
         steps: by share of the capacity, each with the ``report`` of its load.
-        checks: pairs of runs of one schedule, by tool and measure.
+        checks: pairs of runs of one schedule, by tool and measure, and what the server measured
+            during each; see ``server_view``.
         absent: why there are no checks; they neither hold nor fail then.
     """
     bars: dict[str, dict[str, Any]] = {}
@@ -50,7 +51,15 @@ def hold_bars(
         }
         return bars
     for measure in checks[0]["paceline"]:
-        off = median(check["paceline"][measure] / check["aiperf"][measure] for check in checks) - 1
+        ratios = [
+            _seen(check, "paceline", measure) / _seen(check, "aiperf", measure) for check in checks
+        ]
+        off = median(ratios) - 1
         name = f"{measure}: bench serve over aiperf, less 1"
         bar(name, off, _AGREEMENT, holds=abs(off) <= _AGREEMENT)
     return bars
+
+
+def _seen(check: dict[str, dict[str, float]], tool: str, measure: str) -> float:
+    """What a tool saw; of times, over what the server itself measured of the same requests."""
+    return check[tool][measure] / check[f"server of {tool}"].get(measure, 1.0)

@@ -66,9 +66,11 @@ def _check_table(checks: Sequence[Mapping[str, Mapping[str, float]]]) -> Table:
     tools = list(checks[0])
     for tool in tools:
         table.add_column(tool, justify="right")
-    for measure in checks[0][tools[0]]:
-        values = [median(check[tool][measure] for check in checks) for tool in tools]
-        table.add_row(measure, *(f"{value:.2f}" for value in values))
+    for measure in checks[0]["aiperf"]:
+        values = (
+            [check[tool][measure] for check in checks if measure in check[tool]] for tool in tools
+        )
+        table.add_row(measure, *(f"{median(told):.2f}" if told else "-" for told in values))
     return table
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from cluster.load.surfaces import BrokenError
 from cluster.load.workload import LoadRequest
-from tests.bench.gateway.bars import DEFAULT, DIRECT, PACELINE, hold_bars
+from tests.bench.gateway.bars import BARE, DEFAULT, PACELINE, hold_bars
 from tests.bench.gateway.clients import Direct, Http
-from tests.bench.gateway.instant import InstantEngine
+from tests.bench.gateway.engine import InstantEngine
 from tests.bench.gateway.measure import Plan, Way, measure
 from tests.bench.gateway.processor_time import ProcessorTime
 
@@ -21,9 +21,10 @@ def _way(p50: float, p99: float, item: float | None = None, num_failed: int = 0)
 
 
 def _ways(**changed: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    ways = {DIRECT: _way(0.1, 0.2, 0.01)}
+    ways = {}
     for surface in ("HTTP", "gRPC"):
         for kind, item in (("whole", None), ("streamed", 0.1)):
+            ways[f"{BARE}, {surface}, {kind}"] = _way(0.1, 0.2, None if item is None else 0.01)
             ways[f"{PACELINE}, {surface}, {kind}"] = _way(1.6, 5.2, item)
             ways[f"{DEFAULT}, {surface}, {kind}"] = _way(4.1, 9.0, item)
     return ways | changed

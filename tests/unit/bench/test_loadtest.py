@@ -11,7 +11,7 @@ import pytest
 from cluster.load.outcome import Outcome
 from cluster.load.surfaces import Counts, Piece
 from cluster.load.workload import LoadRequest
-from tests.bench.loadtest import aiperf
+from tests.bench.loadtest import aiperf, server_view
 from tests.bench.loadtest.bars import hold_bars
 from tests.bench.loadtest.capacity import find_capacity
 
@@ -69,7 +69,8 @@ def _outcome(sent_s: float, ending: str = "complete") -> Outcome:
 def test_our_figures_are_counted_as_aiperf_counts():
     told = aiperf.as_aiperf_counts([_outcome(1.0), _outcome(4.0)])
     assert list(told) == list(aiperf.MEASURES)
-    assert list(told.values()) == pytest.approx([0.5, 2.5, 200, 600, 100])
+    # The run ends with the last text, 3.6 s from its first request.
+    assert list(told.values()) == pytest.approx([2 / 3.6, 10 / 3.6, 200, 600, 100])
     with pytest.raises(RuntimeError, match="1 of 2 requests failed: gone"):
         aiperf.as_aiperf_counts([_outcome(1.0), _outcome(4.0, "failed")])
 
@@ -129,7 +130,9 @@ def _step(share: float, **changed: float) -> dict[str, Any]:
 def _check(off: float) -> dict[str, dict[str, float]]:
     return {
         "paceline": {"requests per second": 2 * (1 + off)},
+        "server of paceline": {},
         "aiperf": {"requests per second": 2},
+        "server of aiperf": {},
     }
 
 
@@ -157,6 +160,44 @@ def test_tools_agree_by_the_median_of_their_ratios():
     assert not _failing(offs=(0.04, -0.2, 0.04))
     assert _failing(offs=(0.06, -0.2, 0.07))
     assert _failing(offs=(-0.06,))
+
+
+@pytest.mark.parametrize(("seen_ms", "holds"), [(110.0, True), (116.0, False)])
+def test_a_tool_that_slows_the_server_is_not_blamed_for_it(seen_ms: float, *, holds: bool):
+    name = "mean ms to the first text"
+    check = {
+        "paceline": {name: seen_ms},
+        "server of paceline": {name: 100.0},
+        "aiperf": {name: 220.0},
+        "server of aiperf": {name: 200.0},
+    }
+    [bar] = hold_bars([], [check], "").values()
+    assert bar["holds"] is holds
+
+
+def test_the_server_s_figures_are_those_of_one_run(monkeypatch: pytest.MonkeyPatch):
+    totals = [(4, 1.0), (4, 1.0), (5, 1.5), (6, 2.0)]
+    scrapes = iter(totals)
+
+    class Snapshot:
+        def __init__(self) -> None:
+            self.count, self.sum = next(scrapes)
+
+        def total(self, name: str, **labels: str) -> float:
+            assert labels == {"surface": "http"}
+            return self.count if name.endswith("_count") else self.sum
+
+    monkeypatch.setattr(server_view.MetricsSnapshot, "read", lambda _: Snapshot())
+    monkeypatch.setattr(server_view, "_PAUSE_S", 0.0)
+    seen, served = server_view.with_server_view("url", 2, lambda: {"requests per second": 2.0})
+    assert seen == {"requests per second": 2.0}
+    assert served == dict.fromkeys(server_view.MEASURES, 500.0)
+    assert set(served) < set(aiperf.MEASURES)
+
+    monkeypatch.setattr(server_view, "_PATIENCE_S", -1.0)
+    scrapes = iter(totals)
+    with pytest.raises(RuntimeError, match="of 2 requests"):
+        server_view.with_server_view("url", 2, dict)
 
 
 def test_without_aiperf_agreement_neither_holds_nor_fails():

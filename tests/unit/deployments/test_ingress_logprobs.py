@@ -50,8 +50,9 @@ class Stream:
     def __init__(self, deltas: AsyncIterator[TokenDelta]) -> None:
         self._deltas = deltas
 
-    def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        return self._deltas
+    async def __aiter__(self) -> AsyncIterator[tuple[TokenDelta, ...]]:
+        async for delta in self._deltas:
+            yield (delta,)
 
     def cancel(self) -> None:
         """Nobody else runs here."""

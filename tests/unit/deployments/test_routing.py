@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.request_router.request_router import RequestRouter
 
 from deployments.engine.embedding import EmbeddingRequest
 from deployments.engine.types import GenerationRequest, SamplingParams
@@ -18,7 +20,7 @@ PAGE = tuple(range(64))
 
 
 def replica(name: str) -> Any:
-    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name))
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), max_ongoing_requests=8)
 
 
 class Router(PrefixAwareRouter):
@@ -48,6 +50,24 @@ def request(tokens: tuple[int, ...] = PAGE, avoid: tuple[str, ...] = ()) -> Gene
         sampling=SamplingParams(max_tokens=1, seed=1),
         avoid_replicas=avoid,
     )
+
+
+class Waiting(Router):
+    """With what the base class keeps of replicas and of calls that wait."""
+
+    def __init__(self, *replicas: Any, **queues: int) -> None:
+        super().__init__()
+        self.queues = queues
+        self._replicas_list = list(replicas)
+        self._pending_requests_to_fulfill: deque[Any] = deque()
+        self.recorded: list[Any] = []
+
+    @property
+    def _replica_queue_len_cache(self) -> Any:
+        return self.replica_queue_len_cache
+
+    def _record_queue_wait_time(self, pending_request: Any) -> None:
+        self.recorded.append(pending_request)
 
 
 def choose(router: Router, replicas: list[Any], item: Any) -> list[list[str]]:
@@ -97,6 +117,64 @@ def test_avoided_replicas_are_the_last_resort() -> None:
 def test_a_health_check_asks_a_replica_that_it_has_not_asked() -> None:
     item = pending(Ping(avoid_replicas=("a", "c")))
     assert choose(Router(), [A, B, C], item)[0] == ["b"]
+
+
+@pytest.fixture
+def by_base(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether calls that the base class's tasks had to route were tried before."""
+    routed: list[bool] = []
+
+    async def choose_replica(_: Any, pending_request: Any, *, is_retry: bool = False) -> str:
+        assert pending_request is not None
+        routed.append(is_retry)
+        return "routed by a task"
+
+    monkeypatch.setattr(RequestRouter, "_choose_replica_for_request", choose_replica)
+    return routed
+
+
+def at_once(router: Waiting, item: Any, *, is_retry: bool = False) -> Any:
+    return asyncio.run(router._choose_replica_for_request(item, is_retry=is_retry))
+
+
+def test_a_call_that_nobody_is_before_goes_to_a_free_replica_at_once(by_base: list[bool]) -> None:
+    router = Waiting(A, B, a=3, b=1)
+    item = pending(request())
+    assert at_once(router, item) is B
+    assert router.recorded == [item]
+    router.on_request_routed(item, A.replica_id, None)
+    assert at_once(router, pending(request())) is A
+    router.queues["a"] = 7
+    assert at_once(router, pending(request())) is B
+    assert by_base == []
+
+
+@pytest.mark.parametrize("queues", [{}, {"a": 1}, {"a": 8, "b": 8}], ids=str)
+def test_unknown_and_full_replicas_are_left_to_serve(
+    queues: dict[str, int], by_base: list[bool]
+) -> None:
+    router = Waiting(A, B, **queues)
+    assert at_once(router, pending(request())) == "routed by a task"
+    assert by_base == [False]
+    assert router.recorded == []
+
+
+def test_nobody_is_overtaken(by_base: list[bool]) -> None:
+    router = Waiting(A, a=0)
+    ended, waits = (SimpleNamespace(future=SimpleNamespace(done=lambda it=it: it)) for it in (1, 0))
+    router._pending_requests_to_fulfill.extend((ended, waits))
+    assert at_once(router, pending(request())) == "routed by a task"
+    router._pending_requests_to_fulfill.remove(waits)
+    router._pending_requests_to_fulfill.append(ended)
+    assert at_once(router, pending(request())) is A
+    assert at_once(router, pending(request()), is_retry=True) == "routed by a task"
+    assert by_base == [False, True]
+
+
+def test_an_avoided_replica_waits_for_another_one(by_base: list[bool]) -> None:
+    router = Waiting(A, a=0)
+    assert at_once(router, pending(request(avoid=("a",)))) == "routed by a task"
+    assert by_base == [False]
 
 
 def test_waiting_calls_back_off() -> None:

@@ -38,14 +38,20 @@ LOST = ActorUnavailableError("gone", None)
 
 
 class Stream:
-    """What a streaming handle call returns."""
+    """What a streaming handle call returns: deltas, as many together as are given."""
 
-    def __init__(self, items: AsyncIterator[TokenDelta]) -> None:
-        self._items = items
+    def __init__(self, deltas: AsyncIterator[TokenDelta], num_together: int) -> None:
+        self._deltas = deltas
+        self._num_together = num_together
         self.is_cancelled = False
 
-    def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        return self._items
+    async def __aiter__(self) -> AsyncIterator[tuple[TokenDelta, ...]]:
+        together: list[TokenDelta] = []
+        async for delta in self._deltas:
+            together.append(delta)
+            if len(together) == self._num_together or delta.finish_reason is not None:
+                yield tuple(together)
+                together.clear()
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -57,9 +63,10 @@ class Pool:
     Each may die after some tokens.
     """
 
-    def __init__(self, *lives: int | None, error: Exception = LOST) -> None:
+    def __init__(self, *lives: int | None, error: Exception = LOST, num_together: int = 1) -> None:
         self._lives = list(lives)
         self._error = error
+        self._num_together = num_together
         self.requests: list[GenerationRequest] = []
         self.streams: list[Stream] = []
 
@@ -70,7 +77,8 @@ class Pool:
     def remote(self, request: GenerationRequest) -> Stream:
         self.requests.append(request)
         life = self._lives.pop(0)
-        self.streams.append(Stream(self._generate(request, life, f"replica{len(self.requests)}")))
+        deltas = self._generate(request, life, f"replica{len(self.requests)}")
+        self.streams.append(Stream(deltas, self._num_together))
         return self.streams[-1]
 
     async def _generate(
@@ -119,13 +127,24 @@ def client(
 
 
 async def tokens(target: TargetClient, wanted: GenerationRequest) -> list[int]:
-    return [token async for delta in target.stream(wanted) for token in delta.token_ids]
+    return [token for delta in await deltas_of(target, wanted) for token in delta.token_ids]
+
+
+async def deltas_of(target: TargetClient, wanted: GenerationRequest) -> list[TokenDelta]:
+    return [delta async for together in target.stream(wanted) for delta in together]
 
 
 async def test_one_replica_that_lives() -> None:
     pool = Pool(None)
     assert await tokens(client(pool), request()) == [1, 2, 3, 4, 5, 6]
     assert not pool.streams[0].is_cancelled
+
+
+async def test_deltas_that_come_together_stay_together() -> None:
+    pool = Pool(4, None, num_together=2)
+    sizes = [len(together) async for together in client(pool).stream(request())]
+    assert sizes == [2, 2, 2]
+    assert pool.requests[1].resumed_output_ids == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +177,7 @@ async def test_the_text_survives_dead_replicas(
 @pytest.mark.parametrize("lives", [(None,), (2, None), (0, None), (2, 0, 1, None)])
 async def test_log_probabilities_survive_dead_replicas(lives: tuple[int | None, ...]) -> None:
     target = client(Pool(*lives))
-    deltas = [delta async for delta in target.stream(request())]
+    deltas = await deltas_of(target, request())
     told = [entry for delta in deltas for entry in delta.logprobs]
     assert [(entry.token_id, entry.logprob) for entry in told] == [(i, -i) for i in range(1, 7)]
     assert [delta.prompt_logprobs for delta in deltas] == [(None,), *[None] * 5]
@@ -191,7 +210,7 @@ async def test_a_replica_that_fails_before_its_first_token_is_avoided(
     error: Exception, *, says_hello: bool
 ) -> None:
     pool = NamedPool(0, 0, None, error=error, says_hello=says_hello)
-    deltas = [delta async for delta in client(pool).stream(request())]
+    deltas = await deltas_of(client(pool), request())
     assert [token for delta in deltas for token in delta.token_ids] == [1, 2, 3, 4, 5, 6]
     assert all(delta.token_ids for delta in deltas)
     assert [sent.avoid_replicas for sent in pool.requests] == [
@@ -219,7 +238,7 @@ async def test_a_replica_that_dies_between_last_token_and_last_delta() -> None:
                     raise LOST
 
     pool = Late(None)
-    deltas = [delta async for delta in client(pool).stream(request(3))]
+    deltas = await deltas_of(client(pool), request(3))
     assert [token for delta in deltas for token in delta.token_ids] == [1, 2, 3]
     assert deltas[-1].finish_reason is FinishReason.LENGTH
     assert deltas[-1].usage == GenerationUsage(num_prompt_tokens=2, num_output_tokens=3)
