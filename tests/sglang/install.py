@@ -55,8 +55,8 @@ def run_pip(python: Path, *arguments: str) -> None:
     if run.returncode:
         raise InstallError(
             f"pip ended with {run.returncode}, see above, while it installed SGLang's environment. "
-            "If it does not reach its package index, name another one (PIP_INDEX_URL) or run this "
-            "again later; what is installed already is kept."
+            "If it does not reach its package index, name another one (PIP_INDEX_URL), or run this "
+            "again later: it goes on where it ended."
         )
 
 
