@@ -80,7 +80,7 @@ check-spelling: $(ENVIRONMENT) ## codespell
 check-repository: $(ENVIRONMENT) ## Module sizes, exports, constraints, stray paths, large files
 	$(PYTEST) -q tests/unit/test_repository.py
 
-test: test-unit test-integration ## All tests that need no GPU
+test: test-unit test-integration ## All tests that need neither a GPU nor SGLang
 
 test-unit: $(ENVIRONMENT) ## Unit, contract and chart tests
 	$(PYTEST) -m "not integration and not gpu" -n $(TEST_WORKERS)
@@ -92,19 +92,11 @@ test-gpu: $(ENVIRONMENT) ## The engine's tests on a CUDA device; says so where t
 	@$(PY) -c 'import torch; ok = torch.cuda.is_available(); print("CUDA device:", torch.cuda.get_device_name() if ok else "none; the tests will be skipped")'
 	$(PYTEST) -m gpu -rs -s tests/gpu
 
-# Replicas import this tree: Ray hands its workers the folder through PYTHONPATH.
-$(SGLANG_STAMP):
-	@echo "Installing SGLang for a CPU into $(SGLANG_VENV) (about 3 GB, some minutes)"
-	@test -x $(SGLANG_VENV)/bin/python || $(PY) -m venv $(SGLANG_VENV)
-	@rm -f $(SGLANG_VENV)/.installed-*
-	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check -c .constraints/sglang.txt \
-	  -r tests/sglang/requirements.txt
-	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps -c .constraints/sglang.txt sglang
-	@# Of this environment alone: in the cluster's own, torchvision must stay absent.
-	@echo "$(CURDIR)/tests/sglang/shims" \
-	  > $$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shims.pth
+$(SGLANG_STAMP): | $(ENVIRONMENT)
+	@$(PY) -m tests.sglang.install $(SGLANG_VENV)
 	@touch $@
 
+# Replicas import this tree: Ray hands its workers the folder through PYTHONPATH.
 test-sglang: $(ENVIRONMENT) $(SGLANG_STAMP) ## The real SGLang on a CPU in target replicas; some minutes, and 3 GB the first time
 	SGLANG_PYTHON=$(CURDIR)/$(SGLANG_VENV)/bin/python $(PYTEST) -q -rs -s tests/sglang
 
@@ -141,6 +133,9 @@ bench-split: plotting ## What drafts give, by source and distance, on a simulate
 
 loadtest-autoscale: plotting ## Both pools scale under 8x load, beside a cluster that is always large; 20 minutes (RATE=2 for more requests, TIME_SCALE=0.1 shortens)
 	$(PY) -m tests.bench.autoscale $(if $(RATE),--rate $(RATE)) $(if $(TIME_SCALE),--time-scale $(TIME_SCALE))
+
+bench-sglang: plotting $(SGLANG_STAMP) ## Drafts inside the real SGLang on a CPU, beside none and its own NGRAM; some ten minutes (QUICK=1: three)
+	$(PY) -m tests.bench.sglang --python $(CURDIR)/$(SGLANG_VENV)/bin/python $(if $(QUICK),--quick)
 
 bench-capacity: plotting ## Clients held at a TPOT target, drafts beside the target or in a pool, on a simulated clock
 	$(PY) -m tests.bench.capacity

@@ -120,6 +120,10 @@ ROUND_TRIP = Metric(
     "paceline_draft_round_trip_seconds",
     "Median time from a commit to its table, at the target.",
 )
+SPECULATION_STALL = Metric(
+    "paceline_speculation_stall_seconds",
+    "Median time that drafts add to a step of SGLang, outside forward and choice of tokens.",
+)
 DRAFT_LINKS = Metric("paceline_draft_links", "Streams of this target replica that are up.")
 LINKED_SESSIONS = Metric(
     "paceline_draft_linked_sessions",

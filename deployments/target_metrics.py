@@ -39,6 +39,7 @@ class TargetMetrics:
         self._links = new_gauge(names.DRAFT_LINKS)
         self._linked_sessions = new_gauge(names.LINKED_SESSIONS)
         self._round_trip = new_gauge(names.ROUND_TRIP)
+        self._stall = new_gauge(names.SPECULATION_STALL)
         self._tables = LabelledFeeds(names.OUTCOME_TABLES)
         self._events = LabelledFeeds(names.SPECULATOR_EVENTS)
 
@@ -89,6 +90,7 @@ class TargetMetrics:
         self._links.set(stats.num_links_up)
         self._linked_sessions.set(stats.num_pool_sessions)
         self._round_trip.set(stats.round_trip_p50_s)
+        self._stall.set(stats.stall_p50_s)
 
     def page_store(self, stats: PageStoreStats) -> None:
         """Report the KV tier's snapshot."""

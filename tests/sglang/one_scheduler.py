@@ -130,12 +130,13 @@ def main(folder: Path, requests: list[GenerationRequest]) -> None:
                 server.close()
                 is_closed = True
     gives_up_at = time.monotonic() + LOSS_TIMEOUT_S
-    while not lost and time.monotonic() < gives_up_at:
+    while not (lost and link.stats().stall_p50_s) and time.monotonic() < gives_up_at:
         time.sleep(0.05)
     found = {
         "tokens": {req.rid: list(req.output_ids)[: req.finished_len] for req in running},
         "counts": {req.rid: {"pool": sum(c[2] for c in counts_of(req))} for req in running},
         "num_links_lost": len(lost),
+        "stall_p50_s": link.stats().stall_p50_s,
     }
     print(json.dumps(found), flush=True)  # noqa: T201 - read by the test
     # SGLang's threads would keep the process.

@@ -185,6 +185,7 @@ def test_one_scheduler_gives_the_embedded_engines_text_with_a_drafter_that_dies(
     run = in_sglangs_python("tests.sglang.one_scheduler", str(folder), str(path))
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["num_links_lost"] > 0
+    assert found["stall_p50_s"] > 0
     assert sum(counts["pool"] for counts in found["counts"].values()) > 0
     assert_same_text(Reference(default_cache_dir()), requests, expected, found["tokens"])
 

@@ -6,10 +6,11 @@ import json
 import logging
 import socket
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from deployments.engine.sglang_engine.draft_link import DraftSettings, connect, send
+from deployments.engine.sglang_engine.step_stalls import StepStalls
 from deployments.engine.speculation.grpc_transport import grpc_connector
 from deployments.engine.speculation.split_speculator import SplitSpeculator
 
@@ -27,6 +28,7 @@ class DraftClient:
     Attributes:
         speculator: the same that the embedded engine uses; the scheduler's thread drives it.
         settings: what the actor sent.
+        stalls: of the scheduler's steps; who runs them adds to it.
     """
 
     def __init__(self, address: str) -> None:
@@ -35,6 +37,7 @@ class DraftClient:
         Raises:
             OSError: nobody listens at the address, or says nothing.
         """
+        self.stalls = StepStalls()
         self._connection = connect(address)
         self._sending = threading.Lock()
         lines = self._connection.makefile("r", encoding="utf-8")
@@ -80,7 +83,8 @@ class DraftClient:
 
     def _report(self) -> None:
         while not self._is_over.wait(_STATS_PERIOD_S):
-            self._tell({"stats": asdict(self.speculator.stats())})
+            stats = replace(self.speculator.stats(), stall_p50_s=self.stalls.p50_s)
+            self._tell({"stats": asdict(stats)})
 
     def _tell(self, message: dict[str, Any]) -> None:
         try:

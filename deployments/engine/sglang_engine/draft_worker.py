@@ -11,6 +11,7 @@ B: sequences, W: width of the step, S: SGLang's fixed width of results, V: vocab
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         # Recorded graphs are of this width alone; what is narrower runs kernel by kernel.
         self._is_fixed = self._device != "cpu" and not server_args.disable_cuda_graph
         client = DraftClient(os.environ[DRAFT_LINK])
+        self._stalls = client.stalls
         self._rounds = DraftRounds(client.speculator, client.settings.identity.vocab_size)
 
     def alloc_memory_pool(self, **_: Any) -> None:  # noqa: ANN401, D102 - SGLang's method
@@ -80,21 +82,27 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
     ) -> GenerationBatchResult:
         if not batch.forward_mode.is_decode():
             return self._prefill(batch, on_publish, pp_proxy_tensors)
+        began_at = time.perf_counter()
         drafts = self._rounds.begin([self._running(req) for req in batch.reqs])
         width = self._stride if self._is_fixed else 1 + max(map(len, drafts))
         tokens_BW = _rectangle(batch.reqs, drafts, width).to(self._device)
         self._prepare(batch, tokens_BW)
+        prepared_at = time.perf_counter()
         result = self._target_worker.forward_batch_generation(batch, is_verify=True)
         logits_output = result.logits_output
         self._adjust(batch, logits_output.next_token_logits, tokens_BW, drafts)
         choices = self._choose(batch, logits_output.next_token_logits, drafts, width)
+        # Plain steps choose, too, and there the device is waited for: that is not the drafts' time.
+        chosen_at = time.perf_counter()
         committed = self._rounds.end(choices)
         batch.forward_mode = ForwardMode.DECODE
         if batch.return_logprob:
             self._tell_logprobs(batch, logits_output, choices, committed, width)
         for req, one in zip(batch.reqs, committed, strict=True):
             _tell_counts(req, one)
-        return self._result(batch, result, committed, on_publish)
+        answer = self._result(batch, result, committed, on_publish)
+        self._stalls.add(prepared_at - began_at + time.perf_counter() - chosen_at)
+        return answer
 
     def _prefill(
         self,

@@ -37,6 +37,8 @@ class SpeculatorStats:
         round_trip_p50_s: median time from a commit to its table; 0 before the first.
         num_pool_pending: sessions that wait for a table, as a draft replica reported last.
         pool_batch_time_s: what its drafter takes for a batch, likewise.
+        stall_p50_s: median of what drafts added to a step outside forward and choice of tokens,
+            where an engine tells; 0 elsewhere.
     """
 
     num_rounds: int = 0
@@ -67,6 +69,7 @@ class SpeculatorStats:
     round_trip_p50_s: float = 0.0
     num_pool_pending: int = 0
     pool_batch_time_s: float = 0.0
+    stall_p50_s: float = 0.0
 
 
 @dataclass(slots=True)

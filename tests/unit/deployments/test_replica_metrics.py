@@ -41,6 +41,7 @@ def test_a_target_reports_its_links(exporter: Exporter) -> None:
         num_links_up=3,
         num_pool_sessions=9,
         round_trip_p50_s=0.25,
+        stall_p50_s=0.002,
     )
     expected = {
         ("draft_tokens_total", "pool"): 70,
@@ -55,6 +56,7 @@ def test_a_target_reports_its_links(exporter: Exporter) -> None:
         ("draft_links",): 3,
         ("draft_linked_sessions",): 9,
         ("draft_round_trip_seconds",): 0.25,
+        ("speculation_stall_seconds",): 0.002,
     }
     for _ in range(2):
         target.speculator(stats)

@@ -1,14 +1,23 @@
 """Stands in for SGLang's kernels, which are published for CUDA alone.
 
 On a CPU plain generation calls none of them, they only have to be importable; verifying drafts
-calls the two that are here. The op ``torch.ops.sgl_kernel.convert_weight_packed`` must stay
-undefined: SGLang takes it for a sign that its kernels for AMX are there.
+calls the two that are here, and SGLang's own speculation those of ``speculative``. The op
+``torch.ops.sgl_kernel.convert_weight_packed`` must stay undefined: SGLang takes it for a sign that
+its kernels for AMX are there.
 """
 
 from __future__ import annotations
 
 import ctypes
 from typing import TYPE_CHECKING
+
+from sgl_kernel.speculative import (
+    assign_extend_cache_locs_cpu as assign_extend_cache_locs_cpu,
+)
+from sgl_kernel.speculative import (
+    fill_accept_out_cache_loc_cpu as fill_accept_out_cache_loc_cpu,
+)
+from sgl_kernel.speculative import verify_tree_greedy_cpu as verify_tree_greedy_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +36,8 @@ def copy_all_layer_kv_cache_cpu(
         tgt_loc: rows to write.
         src_loc: rows to read, as many.
     """
+    is_moved = tgt_loc != src_loc
+    tgt_loc, src_loc = tgt_loc[is_moved], src_loc[is_moved]
     for address, stride in zip(data_ptrs.tolist(), strides.tolist(), strict=True):
         rows = [ctypes.string_at(address + row * stride, stride) for row in src_loc.tolist()]
         for row, content in zip(tgt_loc.tolist(), rows, strict=True):

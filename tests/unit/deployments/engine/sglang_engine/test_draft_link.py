@@ -72,6 +72,19 @@ def test_a_request_is_served_by_the_replica_that_was_attached_and_its_loss_is_to
         server.close()
 
 
+def test_the_actor_hears_what_drafts_cost_a_step(link):
+    client = DraftClient(link.address)
+    try:
+        for milliseconds in (0.1, 0.3, 0.2):
+            client.stalls.add(milliseconds / 1e3)
+        wait_until(lambda: link.stats().stall_p50_s == 0.2 / 1e3, "the actor hears the median")
+        for _ in range(2000):  # old steps are forgotten
+            client.stalls.add(0.5)
+        wait_until(lambda: link.stats().stall_p50_s == 0.5, "the actor hears the new median")
+    finally:
+        client.close()
+
+
 def test_a_detached_request_leaves_its_replica(link):
     server = DraftServer(ModelDrafter(ToyModel(seed=5)), IDENTITY, SECRET)
     client = DraftClient(link.address)
