@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # As a path and not as a class: Serve pickles a class by value, with all of its module.
 _ROUTER = "deployments.routing.PrefixAwareRouter"
+_REPORT_PERIOD_S = 2.0
+"""How often Serve asks a target replica which prefixes it holds."""
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
@@ -68,7 +70,9 @@ def build_application(config: ClusterConfig) -> serve.Application:
         )
     target = TargetDeployment.options(
         **target_options(config),
-        request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
+        request_router_config=RequestRouterConfig(
+            request_router_class=_ROUTER, request_routing_stats_period_s=_REPORT_PERIOD_S
+        ),
     ).bind(
         draft,
         engine=engine,
