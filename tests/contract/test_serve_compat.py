@@ -61,6 +61,12 @@ def test_handles_choose_replicas_that_publish_metadata() -> None:
     assert callable(getattr(DraftReplica, constants.RECORD_REPLICA_METADATA_METHOD))
 
 
+def test_replicas_tell_routers_of_themselves() -> None:
+    assert constants.REQUEST_ROUTING_STATS_METHOD == "record_routing_stats"
+    assert callable(getattr(TargetReplica, constants.REQUEST_ROUTING_STATS_METHOD))
+    assert isinstance(serve_compat.RunningReplica.routing_stats, property)
+
+
 def _rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata())
 

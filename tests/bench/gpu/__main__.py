@@ -1,4 +1,4 @@
-"""``make bench-gpu``: the real SGLang on one GPU, plain, with its own drafts, with ours, with a tier.
+"""``make bench-gpu``: the real SGLang on one GPU: plain, with its own drafts, ours, and a tier.
 
 One contestant after the other on the same device, each asked the same questions. Prints tables,
 writes ``build/reports/gpu.json`` and ``gpu.png``. Needs no network: the default model comes with
