@@ -160,6 +160,10 @@ bench-kv-trace: plotting ## What an SSD tier of each size would give on a public
 bench-ttft: plotting ## Time to the first token by hits, from Valkey, SSD and another node; some 20 minutes (QUICK=1: one)
 	$(PY) -m tests.bench.ttft $(if $(QUICK),--quick)
 
+bench-gpu: plotting ## SGLang on one GPU: plain, its own drafts, remote drafts, and a KV tier (BENCH_GPU= more options)
+	SGLANG_PYTHON=$(or $(SGLANG_PYTHON),$(if $(wildcard $(SGLANG_STAMP)),$(CURDIR)/$(SGLANG_VENV)/bin/python)) \
+	  $(PY) -m tests.bench.gpu $(BENCH_GPU)
+
 bench-gateway: plotting ## What the ingress adds to a call of the engine, beside Ray Serve's own proxy; eight minutes
 	$(PY) -m tests.bench.gateway $(if $(QUICK),--quick)
 

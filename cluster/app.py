@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # As a path and not as a class: Serve pickles a class by value, with all of its module.
 _ROUTER = "deployments.routing.PrefixAwareRouter"
+_REPORT_PERIOD_S = 2.0
+"""How often Serve asks a target replica which prefixes it holds."""
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
@@ -66,7 +68,9 @@ def build_application(config: ClusterConfig) -> serve.Application:
             cache_dir=config.cache_dir,
             tracing=config.tracing,
         )
-    router = RequestRouterConfig(request_router_class=_ROUTER)
+    router = RequestRouterConfig(
+        request_router_class=_ROUTER, request_routing_stats_period_s=_REPORT_PERIOD_S
+    )
     target = TargetDeployment.options(**target_options(config), request_router_config=router).bind(
         draft,
         _prefill(config, router),

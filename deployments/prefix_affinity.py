@@ -1,59 +1,90 @@
-"""Which replica has seen the beginning of a prompt: a bounded map, no Ray."""
+"""Which replica holds the beginning of a prompt: a bounded map and what replicas report, no Ray."""
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING
-
-import numpy as np
-import xxhash
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-_PAGE_TOKENS = 64
-_MAX_PAGES = 64
+    from deployments.engine.prefixes import HeldPrefixes
 
 
-def prefix_hashes(tenant: str, token_ids: Sequence[int]) -> list[int]:
-    """One 64-bit hash per full page of a prompt, each covering everything before it."""
-    num_pages = min(len(token_ids) // _PAGE_TOKENS, _MAX_PAGES)
-    tokens = np.asarray(token_ids[: num_pages * _PAGE_TOKENS], dtype="<u4")
-    digest = xxhash.xxh3_64(tenant.encode())
-    hashes: list[int] = []
-    for page in range(num_pages):
-        digest.update(tokens[page * _PAGE_TOKENS : (page + 1) * _PAGE_TOKENS].tobytes())
-        hashes.append(digest.intdigest())
-    return hashes
+class _Sent(NamedTuple):
+    replica: str
+    at: float
 
 
 class PrefixAffinity:
-    """Remembers the replica that last took each prompt prefix; the least used are forgotten."""
+    """Remembers the replica that last took each prompt prefix; the least used are forgotten.
 
-    def __init__(self, capacity: int) -> None:
+    A replica that reports what it holds is believed more than this memory: it holds what it
+    reports, and what was sent to it ``unconfirmed_s`` ago and is not in its report it has given up.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        unconfirmed_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Start empty.
 
         Args:
             capacity: prefixes remembered, at most.
+            unconfirmed_s: seconds after which a replica that reports should have reported a prefix
+                that was sent to it.
+            clock: seconds, monotonic.
         """
         self._capacity = capacity
-        self._replica_of: OrderedDict[int, str] = OrderedDict()
+        self._unconfirmed_s = unconfirmed_s
+        self._clock = clock
+        self._sent: OrderedDict[int, _Sent] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._replica_of)
+        return len(self._sent)
 
-    def record(self, hashes: Sequence[int], replica: str) -> None:
-        """``replica`` now holds these prefixes."""
-        for value in hashes:
-            self._replica_of[value] = replica
-            self._replica_of.move_to_end(value)
-        while len(self._replica_of) > self._capacity:
-            self._replica_of.popitem(last=False)
+    def record(self, names: Sequence[int], replica: str) -> None:
+        """``replica`` takes a prompt with these prefixes."""
+        sent = _Sent(replica, self._clock())
+        for name in names:
+            self._sent[name] = sent
+            self._sent.move_to_end(name)
+        while len(self._sent) > self._capacity:
+            self._sent.popitem(last=False)
 
-    def lookup(self, hashes: Sequence[int], replicas: Collection[str]) -> str | None:
-        """The replica among ``replicas`` with the longest known prefix, if any."""
-        for value in reversed(hashes):
-            replica = self._replica_of.get(value)
-            if replica is not None and replica in replicas:
-                return replica
-        return None
+    def lookup(
+        self, names: Sequence[int], replicas: Mapping[str, HeldPrefixes | None]
+    ) -> tuple[str, ...]:
+        """The replicas that hold the longest known prefix, the one that took it last first.
+
+        Args:
+            names: of a prompt's pages.
+            replicas: those in question, with their reports.
+        """
+        for name in reversed(names):
+            sent = self._sent.get(name)
+            last = (
+                sent.replica if sent is not None and self._is_likely(name, sent, replicas) else ""
+            )
+            holders = [
+                replica
+                for replica, held in replicas.items()
+                if held is not None and held.holds(name) and replica != last
+            ]
+            if last or holders:
+                return (last, *holders) if last else tuple(holders)
+        return ()
+
+    def _is_likely(
+        self, name: int, sent: _Sent, replicas: Mapping[str, HeldPrefixes | None]
+    ) -> bool:
+        if sent.replica not in replicas:
+            return False
+        held = replicas[sent.replica]
+        if held is None or not held.is_complete or held.holds(name):
+            return True
+        return self._clock() - sent.at < self._unconfirmed_s

@@ -16,7 +16,13 @@ from ray import serve
 
 from deployments.config import PrefillConfig
 from deployments.draft_sessions import DraftSessions
-from deployments.engine.base import Embedder, Prefiller, SharesPages
+from deployments.engine.base import (
+    Embedder,
+    HasOwnMetrics,
+    Prefiller,
+    ReportsPrefixes,
+    SharesPages,
+)
 from deployments.engine.errors import EngineGoneError, RequestRejectedError
 from deployments.engine.factory import build_engine
 from deployments.engine.sglang_engine.draft_link import DraftLink, DraftSettings
@@ -25,6 +31,7 @@ from deployments.engine.speculation.handshake import Identity
 from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.model_files import model_folder, served_model_name
+from deployments.own_metrics_feed import OwnMetricsFeed
 from deployments.prefill_metrics import PrefillMetrics
 from deployments.prefill_pool import PrefillPool
 from deployments.scaling_stats import TargetScalingStats
@@ -33,7 +40,7 @@ from deployments.target_metrics import TargetMetrics
 from deployments.token_server import TokenServer
 from deployments.token_wire import named_delta
 from deployments.tokenizer import load_vocabulary
-from deployments.tracing import Tracing, traceparent_of
+from deployments.tracing import Tracing, span_export, traceparent_of
 from kv_store.calibration import check_codec_loss
 from kv_store.factory import build_page_store
 
@@ -47,6 +54,7 @@ if TYPE_CHECKING:
     from deployments.engine.base import Engine
     from deployments.engine.config import EngineConfig
     from deployments.engine.embedding import Embedding, EmbeddingRequest
+    from deployments.engine.prefixes import Report
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.types import GenerationRequest, Prefilled, TokenDelta
     from deployments.ping import Ping
@@ -99,7 +107,9 @@ class TargetReplica:
         """
         self._replica_id = current_replica_id()
         self._tracing = Tracing(tracing, service)
+        self._spans = span_export(tracing)
         self._metrics = TargetMetrics()
+        self._own_metrics = OwnMetricsFeed()
         self._scaling = TargetScalingStats()
         self._model = served_model_name(engine)
         self._page_store: PageStore | None = None
@@ -248,6 +258,12 @@ class TargetReplica:
         spec = self._split.stats() if self._split is not None else None
         return self._scaling.figures(self._engine.stats(), spec)
 
+    def record_routing_stats(self) -> Report:
+        """What the routers learn of this replica; Serve asks."""
+        if isinstance(self._engine, ReportsPrefixes):
+            return self._engine.held_prefixes()
+        return {}
+
     def check_health(self) -> None:
         """Serve's health check: an engine that died has the replica replaced."""
         self._engine.check_health()
@@ -327,6 +343,7 @@ class TargetReplica:
             detokenize=tokenizer.decode,
             tokenizer_json=tokenizer.to_json,
             kv=kv,
+            spans=self._spans,
         )
 
     async def _report(self) -> None:
@@ -341,6 +358,8 @@ class TargetReplica:
                 pages = await asyncio.to_thread(self._engine.page_store_stats)
                 if pages is not None:
                     self._metrics.page_store(pages)
+            if isinstance(self._engine, HasOwnMetrics):
+                self._own_metrics.update(await asyncio.to_thread(self._engine.own_metrics))
             if self._sessions is not None:
                 self._metrics.draft_sessions(self._sessions.num_attached)
 

@@ -6,29 +6,24 @@ Serve's own tracing covers replicas only, so the ingress opens the root itself a
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from deployments.engine.span_export import SpanExport
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-    from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
     from deployments.config import TracingConfig
 
 _PROPAGATOR = TraceContextTextMapPropagator()
-_EXPORT_DELAY_MS = 1000
 
 
 class Tracing:
@@ -42,15 +37,9 @@ class Tracing:
             service: ``service.name`` of this process, such as ``paceline-ingress``.
         """
         self._provider: TracerProvider | None = None
-        exporter = _build_exporter(config, service)
-        if exporter is not None:
-            self._provider = TracerProvider(
-                resource=Resource.create({"service.name": service}),
-                sampler=ParentBased(TraceIdRatioBased(config.sample_ratio)),
-            )
-            self._provider.add_span_processor(
-                BatchSpanProcessor(exporter, schedule_delay_millis=_EXPORT_DELAY_MS)
-            )
+        export = span_export(config)
+        if export is not None:
+            self._provider = export.provider(service)
             # The engine finds the provider through the API package, which is all it imports.
             trace.set_tracer_provider(self._provider)
         self._tracer = (
@@ -101,26 +90,13 @@ def traceparent_of(span: Span) -> str | None:
     return carrier.get("traceparent")
 
 
-def _build_exporter(config: TracingConfig, service: str) -> SpanExporter | None:
-    if config.exporter == "console":
-        return ConsoleSpanExporter()
-    if config.exporter == "otlp":
-        # Imported late: a tenth of a second of every replica's start, for one kind of exporter.
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-
-        return OTLPSpanExporter(endpoint=config.otlp_endpoint)
-    if config.exporter == "file" and config.file_path is not None:
-        return _file_exporter(config.file_path, service)
-    return None
-
-
-def _file_exporter(folder: Path, service: str) -> SpanExporter:
-    folder.mkdir(parents=True, exist_ok=True)
-    # Open for the life of the process; the span processor is the only writer.
-    out = (folder / f"{service}-{os.getpid()}.jsonl").open("a", encoding="utf-8", buffering=1)
-    return ConsoleSpanExporter(out=out, formatter=_one_line)
-
-
-def _one_line(span: ReadableSpan) -> str:
-    text: str = span.to_json(indent=None)
-    return text + "\n"
+def span_export(config: TracingConfig) -> SpanExport | None:
+    """Where spans go, for processes that are not replicas; None where there are none."""
+    if config.exporter == "none":
+        return None
+    return SpanExport(
+        exporter=config.exporter,
+        otlp_endpoint=config.otlp_endpoint,
+        file_path=None if config.file_path is None else str(config.file_path.absolute()),
+        sample_ratio=config.sample_ratio,
+    )

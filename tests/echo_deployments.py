@@ -12,6 +12,7 @@ from ray import serve
 from deployments.config import AuthConfig, DraftPoolConfig, IngressConfig, TracingConfig
 from deployments.draft import DraftReplica
 from deployments.engine.config import TorchEngineConfig
+from deployments.engine.prefixes import report
 from deployments.ingress import IngressDeployment
 from deployments.model_files import context_length
 from deployments.target import TargetReplica
@@ -56,6 +57,11 @@ class EchoTarget(TargetReplica):
         if replica_id == self._replica_id and isinstance(self._engine, EchoEngine):
             self._engine.is_dead = True
 
+    async def hold(self, replica_id: str, names: list[int]) -> None:
+        """Have one replica report these prefixes, and no others."""
+        if replica_id == self._replica_id and isinstance(self._engine, EchoEngine):
+            self._engine.held = report(names, is_complete=True)
+
 
 class EchoDraft(DraftReplica):
     """A draft replica that tells its process."""
@@ -95,6 +101,7 @@ def echo_app(
         ray_actor_options={"num_cpus": 0.1},
         request_router_config={
             "request_router_class": "deployments.routing:PrefixAwareRouter",
+            "request_routing_stats_period_s": 0.5,
         },
     ).bind(
         draft,

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from deployments.engine.embedding import EmbeddingRequest
+    from deployments.engine.prefixes import Report
     from deployments.engine.speculation.speculator import Speculator
     from deployments.engine.types import GenerationRequest
 
@@ -66,6 +67,7 @@ class EchoEngine(Engine, Embedder):
         self._num_output_tokens = 0
         self._is_draining = False
         self.is_dead = False
+        self.held: Report = {}
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
         if self.is_dead:
@@ -208,6 +210,9 @@ class EchoEngine(Engine, Embedder):
             num_free_pages=10 - min(10, len(self._running)),
             num_output_tokens=self._num_output_tokens,
         )
+
+    def held_prefixes(self) -> Report:
+        return self.held
 
     def check_health(self) -> None:
         if self.is_dead:

@@ -31,6 +31,7 @@ class FakeRuntime:
         self.num_unfinished = 0
         self.dead: str | None = None
         self.pages: PageStoreStats | None = None
+        self.owners: dict[str, str] = {}
         self.is_closed = False
 
     async def generate(self, arguments):
@@ -61,6 +62,15 @@ class FakeRuntime:
 
     def page_store_stats(self):
         return self.pages
+
+    def owner(self, salt, tenant):
+        self.owners[salt] = tenant
+
+    def held_prefixes(self):
+        return {}
+
+    def own_metrics(self):
+        return []
 
     def close(self):
         self.is_closed = True

@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from deployments.engine.embedding import Embedding, EmbeddingRequest
+    from deployments.engine.own_metrics import Sample
+    from deployments.engine.prefixes import Report
     from deployments.engine.types import EngineStats, GenerationRequest, Prefilled, TokenDelta
     from kv_store.page_store import PageStoreStats
 
@@ -59,6 +61,22 @@ class Engine(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Stop threads and free memory; requests still running end in EngineDeadError."""
+
+
+@runtime_checkable
+class ReportsPrefixes(Protocol):
+    """An engine that knows which prefixes its pages hold."""
+
+    def held_prefixes(self) -> Report:
+        """For the routers, see ``prefixes.report``; empty where it is not known."""
+
+
+@runtime_checkable
+class HasOwnMetrics(Protocol):
+    """An engine that keeps figures of its own accord."""
+
+    def own_metrics(self) -> Sequence[Sample]:
+        """A snapshot; blocks for some milliseconds."""
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from deployments.engine.base import Engine
     from deployments.engine.config import EngineConfig
+    from deployments.engine.span_export import SpanExport
     from deployments.engine.speculation.speculator import Speculator
     from kv_store.config import KVStoreConfig
     from kv_store.layout import PageLayout
@@ -26,6 +27,7 @@ def build_engine(
     detokenize: Callable[[Sequence[int]], str],
     tokenizer_json: Callable[[], str] | None = None,
     kv: KVStoreConfig | None = None,
+    spans: SpanExport | None = None,
 ) -> Engine:
     """Load the model and start the engine; takes seconds, blocks.
 
@@ -39,6 +41,7 @@ def build_engine(
         tokenizer_json: the tokenizer as a ``tokenizer.json``, for structured output; called from
             any thread. Without it such requests are refused.
         kv: the KV tier of SGLang, which opens it in its own processes.
+        spans: where these processes send their spans; None for nowhere.
 
     Raises:
         WeightsMissingError: the model, or its draft head, is not here and cannot be had.
@@ -58,6 +61,7 @@ def build_engine(
             speculator=speculator,
             kv=kv,
             model_digest=lambda: weights_digest(folder),
+            spans=spans,
         )
     if config.kind == "simulated":
         from deployments.engine.simulated_engine.start import start_simulated_engine

@@ -91,6 +91,12 @@ def test_the_ingress_builds_its_own_application() -> None:
     assert callable(getattr(IngressReplica, replica_module.SERVE_BUILD_ASGI_APP_METHOD))
 
 
+def test_replicas_tell_routers_of_themselves() -> None:
+    assert constants.REQUEST_ROUTING_STATS_METHOD == "record_routing_stats"
+    assert callable(getattr(TargetReplica, constants.REQUEST_ROUTING_STATS_METHOD))
+    assert isinstance(serve_compat.RunningReplica.routing_stats, property)
+
+
 def _rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata())
 

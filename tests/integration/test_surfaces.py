@@ -21,6 +21,7 @@ from cluster.load.summary import Slo
 from cluster.load.surfaces import surfaces
 from cluster.load.workload import LoadRequest
 from deployments.config import AuthConfig, IngressConfig, TenantConfig
+from deployments.engine.prefixes import prefix_names
 from deployments.grpc_servicers import GRPC_SERVICERS
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
@@ -340,6 +341,31 @@ def test_a_known_prefix_goes_to_the_replica_that_has_it(http: httpx.Client) -> N
         for n in range(8)
     }
     assert len(used) == 1
+
+
+def test_a_prompt_goes_to_the_replica_that_reports_its_beginning(http: httpx.Client) -> None:
+    wait_until(lambda: len(replicas()) == 2, what="two target replicas")
+    holder = min(replicas())
+    prompts = [[10 + n // 60, 10 + n % 60, *range(10, 73)] for n in range(3600)]
+    names = [name for prompt in prompts for name in prefix_names("one", prompt)]
+    assert len(names) == len(prompts)
+    # Each is asked once, so that no router has sent it anywhere.
+    unasked = iter(prompts)
+
+    def all_go_there() -> bool:
+        return all(
+            http.post(
+                "/v1/completions",
+                json={"model": MODEL, "prompt": next(unasked), "max_tokens": 1},
+            ).headers["x-paceline-replica"]
+            == holder
+            for _ in range(24)
+        )
+
+    _BROADCASTERS[-1]("target", "hold", holder, names)
+    wait_until(all_go_there, what="prompts at the replica that reports them")
+    _BROADCASTERS[-1]("target", "hold", holder, [])
+    wait_until(lambda: not all_go_there(), what="prompts elsewhere")
 
 
 def test_the_request_id_comes_back(http: httpx.Client) -> None:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.otlp_receiver import OtlpReceiver, otlp_receiver
 from tests.sglang.dense_model import write_dense_model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 HERE = Path(__file__).parent
 
@@ -21,6 +22,13 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dense_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def receiver() -> Iterator[OtlpReceiver]:
+    """Of the spans of all clusters that are told its endpoint."""
+    with otlp_receiver() as receiver:
+        yield receiver
 
 
 @pytest.hookimpl(trylast=True)

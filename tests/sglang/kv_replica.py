@@ -49,6 +49,7 @@ async def ask(engine: SGLangEngine, number: int, asked: dict[str, Any]) -> dict[
         request_id=f"r{number}",
         prompt_token_ids=tuple(asked["prompt"]),
         sampling=SamplingParams(max_tokens=asked["max_tokens"], seed=0, temperature=0.0),
+        tenant=f"tenant-{asked['tenant']}",
         tenant_key=bytes([asked["tenant"]]) * 32,
     )
     token_ids: list[int] = []
@@ -92,6 +93,8 @@ async def obey(engine: SGLangEngine, number: int, line: dict[str, Any]) -> Any:
             return True
         case "name":
             return page_name(line["extra_key"], line["cache_salt"])
+        case "held":
+            return engine.held_prefixes()
         case "stats":
             return asdict(engine.page_store_stats())
     raise ValueError(line)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.integration.cluster.cluster_process import ClusterProcess
+    from tests.otlp_receiver import OtlpReceiver
 
 pytestmark = [
     pytest.mark.integration,
@@ -49,11 +50,14 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9}
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess]:
+def cluster(
+    folder: Path, receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ClusterProcess]:
     # Without a local drafter, so that every accepted token is one of the pool's.
     engine = {"speculation": {"local_drafter": "none"}}
     place = tmp_path_factory.mktemp("cluster")
-    with served(place, folder, engine, draft={"drafter": "suffix"}) as process:
+    tracing = {"exporter": "otlp", "otlp_endpoint": receiver.endpoint}
+    with served(place, folder, engine, draft={"drafter": "suffix"}, tracing=tracing) as process:
         yield process
 
 
@@ -119,6 +123,34 @@ def test_drafts_of_the_pool_change_no_token(
     print(f"{1 + num_accepted / num_steps:.2f} tokens per verification")  # noqa: T201
     if sampling is GREEDY:
         assert 1 + num_accepted / num_steps > 1.5
+
+
+def test_rounds_and_drafter_are_in_the_requests_trace(
+    rpc: pb_grpc.InferenceStub, receiver: OtlpReceiver
+) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    messages = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=REPEATING[1])])
+    options = pb.SamplingOptions(max_tokens=MAX_TOKENS, seed=11, temperature=0.0)
+    request = pb.GenerateRequest(model=MODEL, chat=messages, sampling=options, speculation=True)
+    metadata = [("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01")]
+    answer = rpc.GenerateUnary(request, timeout=600, metadata=metadata)
+    wanted = {"target.generate", "draft.rounds", "draft.session"}
+    wait_until(
+        lambda: wanted <= {span.name for span in receiver.trace(trace_id)},
+        timeout_s=120,
+        what="spans of the rounds",
+    )
+    spans = receiver.trace(trace_id)
+    named = {span.name: span for span in spans}
+    rounds = named["draft.rounds"]
+    assert rounds.service == "paceline-sglang"
+    assert set(rounds.events) == {"round"}
+    assert rounds.attributes["paceline.rounds"] == len(rounds.events)
+    assert rounds.attributes["paceline.accepted"] == answer.speculation.num_accepted_draft_tokens
+    assert named["draft.session"].service == "paceline-draft"
+    for name in ("draft.rounds", "draft.session"):
+        assert named[name].parent_id == named["target.generate"].span_id
+    assert len(answer.choices[0].token_ids) > len(rounds.events)
 
 
 def stream(cluster: ClusterProcess, *, kills_drafter: bool = False, **fields: Any) -> str:

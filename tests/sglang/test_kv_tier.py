@@ -6,17 +6,21 @@ share pages as well is shown by ``test_serving``.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import queue
 import subprocess
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deployments.engine.prefixes import report
 from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.engine.types import GenerationRequest, SamplingParams
+from deployments.routing import PrefixAwareRouter
 from deployments.tokenizer import Tokenizer
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.valkey_admin import admin_clients, page_sizes, read_page
@@ -97,6 +101,17 @@ class Engine:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+class FreshRouter(PrefixAwareRouter):
+    """Only what the choice needs of the base class: queue lengths, all equal."""
+
+    def __init__(self) -> None:
+        self.initialize_state()
+
+    @property
+    def replica_queue_len_cache(self) -> Any:
+        return SimpleNamespace(get=lambda _: 0)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +246,40 @@ def test_pages_of_one_engine_are_loaded_by_another(
         timeout_s=PATIENT_S,
         what="the count of pages",
     )
+
+
+def test_a_router_knows_what_an_engine_holds_until_it_is_flushed(
+    prompts: list[list[int]], reader: Engine
+) -> None:
+    """The router of an ingress that has sent nothing yet."""
+
+    def rank(prompt: list[int], tenant: int = OURS) -> list[str]:
+        """The replicas that Serve tries first."""
+        replicas: Any = [
+            SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats=told)
+            for name, told in {
+                "one": reader.do("held"),
+                "other": report([], is_complete=True),
+            }.items()
+        ]
+        request = GenerationRequest(
+            request_id="r",
+            prompt_token_ids=tuple(prompt),
+            sampling=SamplingParams(max_tokens=1, seed=0),
+            tenant=f"tenant-{tenant}",
+        )
+        pending: Any = SimpleNamespace(args=[request], routing_context=SimpleNamespace())
+        ranks = asyncio.run(FreshRouter().choose_replicas(replicas, pending))
+        return [replica.replica_id.unique_id for replica in ranks[0]]
+
+    reader.ask(prompts[0])
+    wait_until(lambda: rank(prompts[0]) == ["one"], timeout_s=PATIENT_S, what="its pages")
+    assert rank(prompts[0][: 2 * PAGE]) == ["one"]
+    assert len(rank(prompts[0], THEIRS)) == 2
+    assert len(rank(prompts[3])) == 2
+    reader.do_when_idle("flush")
+    wait_until(lambda: len(rank(prompts[0])) == 2, timeout_s=PATIENT_S, what="no pages")
+    assert reader.do("held") == report([], is_complete=True)
 
 
 def test_damaged_pages_are_computed(

@@ -30,6 +30,7 @@ from protos import inference_pb2_grpc as pb_grpc
 from tests.exactness import Reference, assert_same_text
 from tests.integration.cluster.cluster_process import ClusterProcess, still_running
 from tests.integration.test_torch_engine_parity import QUESTIONS
+from tests.otlp_receiver import OtlpReceiver, ancestors
 from tests.ray_cluster import wait_until
 from tests.sglang.embedded import by_the_embedded_engine
 
@@ -50,10 +51,14 @@ pytestmark = [
 MODEL = "smollm2"
 MAX_TOKENS = 48
 START_TIMEOUT_S = 420
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+CALLER_ID = "b7ad6b7169203331"
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess]:
+def cluster(
+    folder: Path, receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ClusterProcess]:
     place = tmp_path_factory.mktemp("cluster")
     engine = {
         "kind": "sglang",
@@ -71,6 +76,7 @@ def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "engine": engine,
         "pools": {"draft": None},
         "kv": {"tiers": [{"kind": "embedded_valkey", "name": "hot", "operation_timeout_s": 10}]},
+        "tracing": {"exporter": "otlp", "otlp_endpoint": receiver.endpoint},
     }
     config = place / "config.yaml"
     config.write_text(json.dumps(settings))
@@ -262,8 +268,22 @@ def test_a_client_that_leaves_ends_its_request(client: openai.OpenAI) -> None:
     print(f"the next request took {time.monotonic() - began:.1f} s")  # noqa: T201
 
 
+def test_sglangs_own_metrics_are_on_the_endpoint_of_all_others(cluster: ClusterProcess) -> None:
+    def total(name: str, **labels: str) -> float:
+        return MetricsSnapshot.read(cluster.state.metrics_url).total(name, **labels)
+
+    for name in (
+        "sglang_prompt_tokens_total",  # of the tokenizer, in the replica's actor
+        "sglang_time_to_first_token_seconds_count",
+        "sglang_max_total_num_tokens",  # of the scheduler
+        "paceline_kv_pages",
+    ):
+        wait_until(lambda: total(name) > 0, timeout_s=120, what=name)  # noqa: B023
+    assert total("sglang_time_to_first_token_seconds_bucket", le="+Inf") > 0
+
+
 def test_a_killed_scheduler_has_its_replica_replaced(
-    cluster: ClusterProcess, client: openai.OpenAI
+    cluster: ClusterProcess, client: openai.OpenAI, receiver: OtlpReceiver
 ) -> None:
     before = chat(client, QUESTIONS[0]).choices[0].message.content
     story = "Tell me again, in other words: " + " ".join(QUESTIONS)
@@ -288,10 +308,40 @@ def test_a_killed_scheduler_has_its_replica_replaced(
     wait_until(serves_again, timeout_s=START_TIMEOUT_S, what="an answer from a new replica")
     assert scheduler not in sglang_processes(cluster)
     # The new one has computed nothing of it: its pages are those of the dead one.
-    again = chat(client, story)
+    again = chat(client, story, extra_headers={"traceparent": f"00-{TRACE_ID}-{CALLER_ID}-01"})
     assert again.usage.prompt_tokens_details.cached_tokens >= 64 * (num_pages - 1)
     assert again.choices[0].message.content == told.choices[0].message.content
     wait_until(lambda: tier_pages(cluster, "hit") > 0, timeout_s=120, what="the count of pages")
+    assert_one_trace_leads_from_the_caller_to_the_pages(receiver, num_pages)
+
+
+def assert_one_trace_leads_from_the_caller_to_the_pages(
+    receiver: OtlpReceiver, num_pages: int
+) -> None:
+    wanted = {"target.generate", "prefill_forward", "decode_forward", "kv.load", "kv.get"}
+
+    def is_whole() -> bool:
+        spans = receiver.trace(TRACE_ID)
+        names = {span.name for span in spans}
+        ids = {span.span_id for span in spans} | {CALLER_ID}
+        return wanted <= names and all(span.parent_id in ids for span in spans)
+
+    wait_until(is_whole, timeout_s=120, what="a whole trace")
+    spans = receiver.trace(TRACE_ID)
+    named = {span.name: span for span in spans}
+    (generate,) = (span for span in spans if span.name == "target.generate")
+    (root,) = ancestors(generate, spans)
+    assert (root.service, root.parent_id) == ("paceline-ingress", CALLER_ID)
+    (request,) = (s for s in spans if s.attributes.get("module") == "sglang::request")
+    assert ancestors(request, spans) == [generate, root]
+    for name in ("prefill_forward", "decode_forward"):
+        assert named[name].service == "paceline-sglang"
+        assert ancestors(named[name], spans)[-3:] == [request, generate, root]
+    load = named["kv.load"]
+    assert load.service == "paceline-sglang"
+    assert ancestors(load, spans) == [generate, root]
+    assert load.attributes["paceline.kv.pages_loaded"] >= num_pages - 1
+    assert load in ancestors(named["kv.get"], spans)
 
 
 def test_a_stop_leaves_no_process(cluster: ClusterProcess) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from deployments.engine.sglang_engine.draft_spans import RoundsSpan
 from deployments.engine.speculation.acceptance import accept
 from deployments.engine.speculation.speculator import (
     DraftRequest,
@@ -72,9 +73,10 @@ class Committed(NamedTuple):
 
 
 class _Session:
-    def __init__(self, session_id: int, token_ids: list[int]) -> None:
+    def __init__(self, session_id: int, token_ids: list[int], traceparent: str | None) -> None:
         self.session_id = session_id
         self.token_ids = token_ids
+        self.span = RoundsSpan(traceparent)
 
 
 class DraftRounds:
@@ -143,9 +145,15 @@ class DraftRounds:
                 )
         if results:
             self._speculator.verified(results)
-        for (running, _), (tokens, _) in zip(self._step, committed, strict=True):
+        for (running, _), (tokens, counts) in zip(self._step, committed, strict=True):
             if (session := self._sessions.get(running.rid)) is not None:
                 session.token_ids += tokens
+                session.span.round(
+                    num_draft_tokens=counts.num_draft_tokens,
+                    num_accepted=counts.num_accepted,
+                    num_accepted_pool=counts.num_accepted_pool,
+                    is_hit=counts.num_table_hits > 0,
+                )
         self._step = []
         return committed
 
@@ -154,6 +162,7 @@ class DraftRounds:
         session = self._sessions.pop(rid, None)
         if session is not None:
             self._speculator.close(session.session_id)
+            session.span.end()
 
     def _session(self, running: Running) -> _Session | None:
         own = running.own
@@ -165,7 +174,8 @@ class DraftRounds:
         # Tokens came that were not chosen here: SGLang cut an output, or prefilled it again.
         self.leave(running.rid)
         self._num_sessions += 1
-        session = _Session(self._num_sessions, [*running.prompt_ids, *running.output_ids])
+        text = [*running.prompt_ids, *running.output_ids]
+        session = _Session(self._num_sessions, text, own["traceparent"])
         self._sessions[running.rid] = session
         self._speculator.open(
             SessionSpec(

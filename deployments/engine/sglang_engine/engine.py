@@ -37,6 +37,8 @@ from kv_store.layout import PAGE_TOKENS
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
+    from deployments.engine.own_metrics import Sample
+    from deployments.engine.prefixes import Report
     from deployments.engine.sglang_engine.answers import Answer
     from deployments.engine.sglang_engine.draft_rounds import RoundCounts
     from deployments.engine.sglang_engine.runtime import Runtime
@@ -114,6 +116,7 @@ class SGLangEngine(Engine):
         stop = self._stop_condition(request)
         running = self._open(request)
         arguments = generation_arguments(request, self._limits, running.rid)
+        self._runtime.owner(arguments["cache_salt"], request.tenant)
         try:
             # Closing SGLang's generator before its end aborts the request there.
             async with aclosing(self._runtime.generate(arguments)) as items:
@@ -152,6 +155,14 @@ class SGLangEngine(Engine):
     def page_store_stats(self) -> PageStoreStats | None:
         """See ``SharesPages``."""
         return self._runtime.page_store_stats()
+
+    def held_prefixes(self) -> Report:
+        """See ``ReportsPrefixes``."""
+        return self._runtime.held_prefixes()
+
+    def own_metrics(self) -> Sequence[Sample]:
+        """See ``HasOwnMetrics``: SGLang's."""
+        return self._runtime.own_metrics()
 
     def check_health(self) -> None:
         """See ``Engine.check_health``."""

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferRes
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
 from deployments.engine.sglang_engine.host_pages import HostPages, host_page_layout
+from deployments.engine.sglang_engine.page_owners import current_traceparent
 from deployments.engine.sglang_engine.shared_pages import SharedPages, without_positions
 from deployments.engine.sglang_engine.tier_link import StatsWriter, folder_of, read_settings
 from kv_store.factory import build_page_store
@@ -121,7 +122,8 @@ class PacelineStorage(HiCacheStorage):  # type: ignore[misc] # SGLang is not typ
         """Load pages into the host pool."""
         del extra_info
         began = time.monotonic()
-        loaded = self._shared.load(keys, self._memory.at(host_indices, len(keys)))
+        pages = self._memory.at(host_indices, len(keys))
+        loaded = self._shared.load(keys, pages, traceparent=current_traceparent())
         self._sample(self._metrics.prefetch_pgs, self._metrics.prefetch_bandwidth, loaded, began)
         return loaded
 

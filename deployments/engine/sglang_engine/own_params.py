@@ -20,6 +20,9 @@ CUSTOM_PARAMS_KEY = "paceline"
 DRAFT_LINK = "PACELINE_SGLANG_DRAFT_LINK"
 """Environment variable of SGLang's processes: where the actor listens, see ``draft_link``."""
 
+SPANS = "PACELINE_SGLANG_SPANS"
+"""Likewise: where spans go, a ``SpanExport`` as JSON. Unset without tracing."""
+
 Scalars: TypeAlias = "dict[str, bool | int | float | str | None]"
 
 

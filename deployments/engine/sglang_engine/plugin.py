@@ -7,11 +7,13 @@ installed, and a SGLang that somebody else starts in the same environment stays 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from deployments.engine.sglang_engine.own_params import DRAFT_LINK
+from deployments.engine.sglang_engine.own_params import DRAFT_LINK, SPANS
+from deployments.engine.span_export import SpanExport
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +55,10 @@ def install() -> None:
         add_rows,
         HookType.AFTER,
     )
+    if SPANS in os.environ:
+        from deployments.engine.sglang_engine.sglang_spans import install_spans
+
+        install_spans(SpanExport(**json.loads(os.environ[SPANS])))
     if DRAFT_LINK in os.environ:
         _install_drafting()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -9,28 +10,35 @@ import signal
 import tempfile
 import threading
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from deployments.engine.errors import EngineSetupError
-from deployments.engine.sglang_engine import plugin
-from deployments.engine.sglang_engine.own_params import DRAFT_LINK
+from deployments.engine.sglang_engine import kv_events, plugin, prometheus
+from deployments.engine.sglang_engine.expectations import TELLING_PAGES, TRACING
+from deployments.engine.sglang_engine.held_pages import HeldPages
+from deployments.engine.sglang_engine.own_params import DRAFT_LINK, SPANS
 from deployments.engine.sglang_engine.self_check import (
     DRAFTING,
     SHARING,
     check_installed,
     differences,
 )
-from deployments.engine.sglang_engine.server_args import environment, server_args
+from deployments.engine.sglang_engine.server_args import environment, server_args, tells_pages
 from deployments.engine.sglang_engine.tier_link import TierLink
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from deployments.engine.config import EngineConfig
+    from deployments.engine.own_metrics import Sample
+    from deployments.engine.prefixes import Report
     from deployments.engine.sglang_engine.tier_link import TierSettings
+    from deployments.engine.span_export import SpanExport
     from kv_store.page_store import PageStoreStats
 
 logger = logging.getLogger(__name__)
@@ -72,6 +80,15 @@ class Runtime(Protocol):
     def page_store_stats(self) -> PageStoreStats | None:
         """Counters of the KV tier, some seconds old; None where no pages are shared."""
 
+    def owner(self, salt: str, tenant: str) -> None:
+        """Pages of requests with this ``cache_salt`` are this tenant's."""
+
+    def held_prefixes(self) -> Report:
+        """See ``ReportsPrefixes``."""
+
+    def own_metrics(self) -> Sequence[Sample]:
+        """See ``HasOwnMetrics``."""
+
     def close(self) -> None:
         """End all processes; blocks."""
 
@@ -94,6 +111,7 @@ class SGLangRuntime:
         *,
         draft_address: str | None = None,
         tier: TierSettings | None = None,
+        spans: SpanExport | None = None,
     ) -> None:
         """Load the model; takes from seconds to minutes, blocks.
 
@@ -104,6 +122,7 @@ class SGLangRuntime:
             draft_address: where the scheduler hears of draft replicas, see ``draft_link``; a
                 SGLang that cannot be drafted for serves without.
             tier: where pages are shared, if they are; a SGLang that cannot serves without.
+            spans: where spans go, if they do; a SGLang that makes other ones serves without.
 
         Raises:
             EngineSetupError: SGLang is missing, is not the one that is known, or does not start.
@@ -114,12 +133,28 @@ class SGLangRuntime:
         self.is_drafted = draft_address is not None and can_draft()
         if self.is_drafted and draft_address is not None:
             os.environ[DRAFT_LINK] = draft_address
+        os.environ.pop(SPANS, None)
+        is_traced = spans is not None and can_trace()
+        if spans is not None and is_traced:
+            os.environ[SPANS] = json.dumps(asdict(spans))
+            # Without a span for each step.
+            os.environ.setdefault("SGLANG_TRACE_LEVEL", "2")
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-sglang-")
         plugin.announce(Path(self._folder.name))
+        self._metrics = Path(self._folder.name) / "metrics"
+        self._metrics.mkdir()
+        os.environ[prometheus.FOLDER] = str(self._metrics)
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.server_args import ServerArgs
 
         self._tier = TierLink(tier) if tier is not None and can_share() else None
+        self._held: HeldPages | None = None
+        self._events: kv_events.EventReader | None = None
+        if tells_pages(config, has_tier=self._tier is not None) and can_tell_pages():
+            self._held = HeldPages()
+            # Before SGLang is there, so that nothing it publishes is missed.
+            source = partial(kv_events.connect, Path(self._folder.name))
+            self._events = kv_events.EventReader(source, self._held)
         others = set(multiprocessing.active_children())
         try:
             with self._offered_tier() as offer, _own_signals_kept():
@@ -130,6 +165,12 @@ class SGLangRuntime:
                     known=ServerArgs.__struct_fields__,
                     is_drafted=self.is_drafted,
                     tier=offer,
+                    kv_events=(
+                        kv_events.publisher_settings(Path(self._folder.name))
+                        if self._held is not None
+                        else None
+                    ),
+                    is_traced=is_traced,
                 )
                 self._engine = Engine(**arguments)
         except (RuntimeError, ValueError, OSError) as error:
@@ -178,6 +219,15 @@ class SGLangRuntime:
         """See ``Runtime.page_store_stats``."""
         return None if self._tier is None else self._tier.stats()
 
+    def owner(self, salt: str, tenant: str) -> None:
+        """See ``Runtime.owner``."""
+        if self._held is not None:
+            self._held.owner(salt, tenant)
+
+    def held_prefixes(self) -> Report:
+        """See ``Runtime.held_prefixes``."""
+        return {} if self._held is None else self._held.report()
+
     async def attach_tier(self) -> None:
         """Share pages again after ``detach_tier``; SGLang must be idle.
 
@@ -209,10 +259,16 @@ class SGLangRuntime:
             child.join()
         self._close_folders()
 
+    def own_metrics(self) -> Sequence[Sample]:
+        """See ``Runtime.own_metrics``."""
+        return prometheus.read_metrics(self._metrics)
+
     def _offered_tier(self) -> AbstractContextManager[str | None]:
         return nullcontext() if self._tier is None else self._tier.offered()
 
     def _close_folders(self) -> None:
+        if self._events is not None:
+            self._events.close()
         self._folder.cleanup()
         if self._tier is not None:
             self._tier.close()
@@ -223,6 +279,22 @@ def can_draft() -> bool:
     found = differences(DRAFTING)
     if found:
         logger.error("SGLang cannot verify drafts of the pool: %s", "; ".join(found))
+    return not found
+
+
+def can_tell_pages() -> bool:
+    """Whether this SGLang can tell routers of its pages; if not, says why."""
+    found = differences(TELLING_PAGES)
+    if found:
+        logger.error("SGLang cannot tell routers of its pages: %s", "; ".join(found))
+    return not found
+
+
+def can_trace() -> bool:
+    """Whether this SGLang's spans can be joined to ours; if not, says why."""
+    found = differences(TRACING)
+    if found:
+        logger.error("SGLang's spans cannot be joined to ours: %s", "; ".join(found))
     return not found
 
 

@@ -8,31 +8,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from deployments.engine.errors import EngineSetupError
+from deployments.engine.sglang_engine.expectations import TELLING_PAGES, TRACING, Expectation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 KNOWN_VERSION = "0.5.23"
-
-
-@dataclass(frozen=True, slots=True)
-class Expectation:
-    """One thing of SGLang's that is relied on.
-
-    Attributes:
-        target: ``module:name`` or ``module:Class.name``.
-        parameters: that a call of it names.
-        fields: that a record of it has.
-    """
-
-    target: str
-    parameters: tuple[str, ...] = ()
-    fields: tuple[str, ...] = ()
 
 
 EXPECTATIONS = (
@@ -74,6 +59,7 @@ EXPECTATIONS = (
             "grammar_backend",
             "constrained_json_whitespace_pattern",
             "sampling_backend",
+            "enable_metrics",
         ),
     ),
     Expectation("sglang.srt.layers.sampler:register_sampler_backend"),
@@ -348,8 +334,8 @@ def _differences(expected: Expectation) -> list[str]:
 
 
 def _fields(record: Any) -> frozenset[str]:  # noqa: ANN401 - whatever SGLang has there
-    """Field names of a msgspec or data class."""
-    kinds = ("__struct_fields__", "__dataclass_fields__")
+    """Field names of a msgspec, pydantic or data class."""
+    kinds = ("__struct_fields__", "__dataclass_fields__", "__pydantic_fields__")
     return frozenset(name for kind in kinds for name in getattr(record, kind, ()))
 
 
@@ -363,6 +349,8 @@ def main() -> int:
     lacks = {
         "cannot verify drafts of the pool": differences(DRAFTING),
         "cannot share pages": differences(SHARING),
+        "makes spans that cannot be joined to ours": differences(TRACING),
+        "cannot tell routers of its pages": differences(TELLING_PAGES),
     }
     notes = [f"{what}: {'; '.join(found)}" for what, found in lacks.items() if found]
     print(", which ".join([f"SGLang {installed_version()}", *notes]))  # noqa: T201

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _JSON_WHITESPACE = r"\n?[ ]{0,20}"
 """As the embedded engine allows it: a weak model may write white space for ever where it may."""
+_DEFAULTS = {"enable_metrics": True}
+"""What ``extra_args`` may say otherwise."""
 _KEPT_BACK = 8
 """SGLang lets no sequence have its last tokens: two of the context, and six more of a prompt."""
 
@@ -29,6 +31,8 @@ def server_args(
     known: Collection[str],
     is_drafted: bool = False,
     tier: str | None = None,
+    kv_events: str | None = None,
+    is_traced: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments of ``sglang.Engine``.
 
@@ -39,6 +43,8 @@ def server_args(
         known: names of the installed SGLang's server arguments.
         is_drafted: whether drafts of the pool are verified.
         tier: configuration of the storage backend, where pages are shared.
+        kv_events: configuration of what publishes its pages, where routers are told of them.
+        is_traced: whether spans are sent, see ``sglang_spans``.
 
     Raises:
         EngineSetupError: ``engine.sglang.extra_args`` names an argument that does not exist, or
@@ -49,6 +55,10 @@ def server_args(
         own |= _drafting(config.speculation.num_draft_tokens)
     if tier is not None:
         own |= _hierarchical_cache(tier)
+    if kv_events is not None:
+        own["kv_events_config"] = kv_events
+    if is_traced:
+        own["enable_trace"] = True
     problems = []
     for name in config.sglang.extra_args:
         if name in own:
@@ -59,7 +69,18 @@ def server_args(
             problems.append(f"SGLang has no server argument {name}{hint}")
     if problems:
         raise EngineSetupError(f"engine.sglang.extra_args: {'; '.join(problems)}")
-    return own | dict(config.sglang.extra_args)
+    return _DEFAULTS | own | dict(config.sglang.extra_args)
+
+
+def tells_pages(config: EngineConfig, *, has_tier: bool) -> bool:
+    """Whether SGLang's pages are those that routers have names for, and nobody else reads them.
+
+    Args:
+        config: the engine's settings.
+        has_tier: whether pages are shared.
+    """
+    own = config.sglang.extra_args
+    return "kv_events_config" not in own and (has_tier or own.get("page_size") == PAGE_TOKENS)
 
 
 def environment(config: EngineConfig, num_cpus: int) -> dict[str, str]:

@@ -111,12 +111,15 @@ class SharedPages:
         found = self._store.find([*map(self.key, names)], timeout_s=self._find_timeout_s)
         return found.result(self._find_timeout_s + _GRACE_S)
 
-    def load(self, names: Sequence[str], pages: Sequence[Tensor]) -> list[bool]:
+    def load(
+        self, names: Sequence[str], pages: Sequence[Tensor], *, traceparent: str | None = None
+    ) -> list[bool]:
         """Fill pages from the tier; once this has returned nothing writes to them any more.
 
         Args:
             names: consecutive pages of one chain.
             pages: where they go, [num_layers, 2, page_tokens, num_kv_heads, head_dim] each.
+            traceparent: W3C trace context of the request the pages are for.
 
         Returns:
             True for each page of the prefix that came and is sound, then False; memory of a page
@@ -127,7 +130,8 @@ class SharedPages:
         for start in range(0, len(names), self._pages_per_load):
             left_s = max(0.0, deadline - self._clock())
             keys = [*map(self.key, names[start : start + self._pages_per_load])]
-            loaded = self._store.load(keys, timeout_s=left_s).result(left_s + _GRACE_S)
+            loading = self._store.load(keys, timeout_s=left_s, traceparent=traceparent)
+            loaded = loading.result(left_s + _GRACE_S)
             for page, raw in zip(pages[start:], loaded.pages, strict=False):
                 page.copy_(self._tensor(raw))
             num_loaded += len(loaded.pages)

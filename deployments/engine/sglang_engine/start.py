@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deployments.engine.config import EngineConfig
+    from deployments.engine.span_export import SpanExport
     from deployments.engine.speculation.speculator import Speculator
     from kv_store.config import KVStoreConfig
 
@@ -30,6 +31,7 @@ def start_sglang_engine(
     speculator: Speculator,
     kv: KVStoreConfig | None = None,
     model_digest: Callable[[], str] | None = None,
+    spans: SpanExport | None = None,
 ) -> SGLangEngine:
     """Load the model; takes from seconds to minutes, blocks.
 
@@ -40,6 +42,7 @@ def start_sglang_engine(
         speculator: shut down with the engine; a ``DraftLink`` where drafts are to be verified.
         kv: where pages are shared; None keeps them in this replica.
         model_digest: of the model's files; needed with ``kv``.
+        spans: where SGLang's processes send theirs; None for nowhere.
 
     Raises:
         WeightsMissingError: the folder holds no weights that SGLang reads.
@@ -50,7 +53,9 @@ def start_sglang_engine(
     tier = None
     if kv is not None and model_digest is not None:
         tier = _tier_settings(config, kv, model_digest)
-    runtime = SGLangRuntime(config, folder, max_model_len, draft_address=address, tier=tier)
+    runtime = SGLangRuntime(
+        config, folder, max_model_len, draft_address=address, tier=tier, spans=spans
+    )
     if not runtime.is_drafted:
         speculator.shutdown()
     limits = ModelLimits(

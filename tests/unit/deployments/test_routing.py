@@ -12,6 +12,7 @@ import pytest
 from ray.serve._private.request_router.request_router import RequestRouter
 
 from deployments.engine.embedding import EmbeddingRequest
+from deployments.engine.prefixes import Report, prefix_names, report
 from deployments.engine.types import GenerationRequest, SamplingParams
 from deployments.ping import Ping
 from deployments.routing import PrefixAwareRouter
@@ -19,8 +20,12 @@ from deployments.routing import PrefixAwareRouter
 PAGE = tuple(range(64))
 
 
-def replica(name: str) -> Any:
-    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), max_ongoing_requests=8)
+def replica(name: str, told: Report | None = None) -> Any:
+    return SimpleNamespace(
+        replica_id=SimpleNamespace(unique_id=name),
+        max_ongoing_requests=8,
+        routing_stats=told or {},
+    )
 
 
 class Router(PrefixAwareRouter):
@@ -187,3 +192,24 @@ def test_other_calls_are_balanced_too() -> None:
     item = pending("ping")
     item.args = []
     assert len(choose(Router(), [A, B, C], item)[0]) == 2
+
+
+def test_a_prompt_goes_where_its_beginning_is_reported() -> None:
+    router = Router()
+    held = prefix_names(request().tenant, PAGE)
+    one = replica("a", report([], is_complete=True))
+    other = replica("b", report(held, is_complete=True))
+    assert choose(router, [one, other], pending(request()))[0] == ["b"]
+    router.queues = {"a": 0, "b": 5}
+    assert choose(router, [one, other], pending(request()))[0] != ["b"]
+    router.queues = {"a": 3, "b": 2}
+    both = [replica(name, report(held, is_complete=True)) for name in ("a", "b")]
+    assert choose(router, both, pending(request()))[0] == ["b"]
+
+
+def test_a_prompt_does_not_go_back_to_a_replica_that_has_forgotten_it() -> None:
+    router = Router(unconfirmed_s=0.0)
+    router.on_request_routed(pending(request()), A.replica_id, None)
+    assert choose(router, [A, B], pending(request()))[0] == ["a"]
+    one, other = (replica(name, report([], is_complete=True)) for name in ("a", "b"))
+    assert sorted(choose(router, [one, other], pending(request()))[0]) == ["a", "b"]

@@ -10,11 +10,11 @@ import pytest
 
 from deployments.engine.errors import EngineSetupError
 from deployments.engine.sglang_engine import self_check
+from deployments.engine.sglang_engine.expectations import TELLING_PAGES, TRACING, Expectation
 from deployments.engine.sglang_engine.self_check import (
     DRAFTING,
     EXPECTATIONS,
     SHARING,
-    Expectation,
     check_installed,
     differences,
 )
@@ -31,7 +31,7 @@ def modules(monkeypatch) -> dict[str, ModuleType]:
     """Modules that hold exactly what is expected, until a test changes them."""
     found: dict[str, ModuleType] = {}
     wanted: dict[str, Expectation] = {}
-    for expected in (*EXPECTATIONS, *DRAFTING, *SHARING):
+    for expected in (*EXPECTATIONS, *DRAFTING, *SHARING, *TELLING_PAGES, *TRACING):
         # What several of them say of one record is true of it together.
         known = wanted.get(expected.target, expected)
         fields = tuple(dict.fromkeys((*known.fields, *expected.fields)))
@@ -55,6 +55,8 @@ def test_what_is_as_expected_differs_in_nothing(modules):
     assert differences() == []
     assert differences(DRAFTING) == []
     assert differences(SHARING) == []
+    assert differences(TELLING_PAGES) == []
+    assert differences(TRACING) == []
 
 
 def test_what_only_sharing_pages_needs_is_named_apart(modules):
