@@ -165,7 +165,7 @@ bench-kv-trace: plotting ## What an SSD tier of each size would give on a public
 bench-ttft: plotting ## Time to the first token by hits, from Valkey, SSD and another node; some 20 minutes (QUICK=1: one)
 	$(PY) -m tests.bench.ttft $(if $(QUICK),--quick)
 
-bench-gateway: plotting ## What the ingress adds to a call of the engine, beside Ray Serve's own proxy; eight minutes
+bench-gateway: plotting ## What the ingress adds to a call of the engine, beside Ray Serve's own proxy; ten minutes
 	$(PY) -m tests.bench.gateway $(if $(QUICK),--quick)
 
 loadtest: plotting ## The default model at this machine's capacity, HTTP and gRPC, beside aiperf; about 20 minutes
