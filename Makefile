@@ -164,7 +164,7 @@ bench-gpu: plotting ## SGLang on one GPU: plain, its own drafts, remote drafts, 
 	SGLANG_PYTHON=$(or $(SGLANG_PYTHON),$(if $(wildcard $(SGLANG_STAMP)),$(CURDIR)/$(SGLANG_VENV)/bin/python)) \
 	  $(PY) -m tests.bench.gpu $(BENCH_GPU)
 
-bench-gateway: plotting ## What the ingress adds to a call of the engine, beside Ray Serve's own proxy; eight minutes
+bench-gateway: plotting ## What the ingress adds to a call of the engine, beside Ray Serve's own proxy; ten minutes
 	$(PY) -m tests.bench.gateway $(if $(QUICK),--quick)
 
 loadtest: plotting ## The default model at this machine's capacity, HTTP and gRPC, beside aiperf; about 20 minutes

@@ -119,16 +119,17 @@ class HttpRoute(Route):
         self, method: str, path: str, handler: Callable[[Request], Awaitable[Response]]
     ) -> None:
         super().__init__(path, _Endpoint(handler), methods=[method])
+        self._method = method
         self.methods = {method}  # Starlette adds HEAD to GET
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request to the path."""
-        if scope["method"] in self.methods:
+        if scope["method"] == self._method:
             await self.app(scope, receive, send)
             return
         wrong = f"Method {scope['method']} is not allowed for {scope['path']}."
         response = error_response(describe(MethodNotAllowedError(wrong)))
-        response.headers["allow"] = ", ".join(self.methods)
+        response.headers["allow"] = self._method
         await response(scope, receive, send)
 
 

@@ -183,7 +183,8 @@ def is_replica_lost(error: BaseException) -> bool:
 
 def replica_lost(replica: RunningReplica, why: str) -> Exception:
     """What Serve's router and callers understand as the loss of a replica."""
-    return ActorUnavailableError(why, replica.actor_id.binary())
+    error: Exception = ActorUnavailableError(why, replica.actor_id.binary())
+    return error
 
 
 def is_routed_here(request: PendingRequest) -> bool:
