@@ -23,7 +23,7 @@ from deployments.tracing import traceparent_of
 from kv_store.tiers.breaker import CircuitBreaker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from opentelemetry.trace import Span
 
@@ -45,6 +45,10 @@ _DEADLINE_SHARE = 0.5
 _MAX_FAILURES = 3
 _LEFT_ALONE_S = 1.0
 _MAX_LEFT_ALONE_S = 30.0
+
+
+class _NoRoomError(TimeoutError):
+    """No replica took the prompt in time."""
 
 
 class PromptAhead:
@@ -118,7 +122,7 @@ class PrefillPool:
             metrics: what happens is told there.
             clock: seconds, monotonic.
         """
-        self._prefill = pool.options(method_name="prefill")
+        self._prefill = pool.options(stream=True, method_name="prefill")
         self._config = config
         self._engine = engine
         self._tracing = tracing
@@ -210,6 +214,8 @@ class PrefillPool:
         prefilled: Prefilled | None = None
         try:
             prefilled = await self._call(request, traceparent_of(span))
+        except _NoRoomError:
+            outcome = "overloaded"
         except TimeoutError:
             outcome = "timeout"
         except Exception as error:  # noqa: BLE001 - whatever it is, the target computes the prompt
@@ -237,14 +243,30 @@ class PrefillPool:
             traceparent=traceparent or request.traceparent,
             avoid_replicas=(),
         )
-        response = self._prefill.remote(asked)
+        stream = self._prefill.remote(asked)
+        ends_at = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                answer: Prefilled = await response
+            items = aiter(stream)
+            await self._until_taken(items, timeout_s)
+            async with asyncio.timeout_at(ends_at):
+                answer: Prefilled = await anext(items)
+                async for _ in items:
+                    pass  # Read to its end: a stream that is left early counts as cancelled.
         except (TimeoutError, asyncio.CancelledError):
-            response.cancel()
+            stream.cancel()
             raise
         return answer
+
+    async def _until_taken(self, items: AsyncIterator[Prefilled | None], timeout_s: float) -> None:
+        """Wait for the first item, by which a replica says that it has the prompt.
+
+        Serve has a call wait where every replica is full, and also where there is none.
+        """
+        try:
+            async with asyncio.timeout(min(timeout_s, self._config.queue_timeout_s)):
+                await anext(items)
+        except TimeoutError as error:
+            raise _NoRoomError from error
 
 
 def _computes_its_prompt(request: GenerationRequest) -> bool:
