@@ -167,7 +167,7 @@ class PrefillPool:
         self._metrics.chosen(reason)
         if reason is not Reason.SENT:
             return PromptAhead(self, num_backlog=num_backlog)
-        prefilled = await self._send(request)
+        prefilled = await self._send(request, num_cached)
         if prefilled is not None:
             num_cached = max(num_cached, prefilled.num_cached_tokens)
         return PromptAhead(self, num_backlog=num_backlog, max_cached_tokens=num_cached)
@@ -177,8 +177,13 @@ class PrefillPool:
         cost.learn(seconds, num_tokens, self.clock())
         self._metrics.costs(self.costs, self.clock())
 
-    async def _send(self, request: GenerationRequest) -> Prefilled | None:
-        """The pool's answer; None if there was none. The breaker was asked before."""
+    async def _send(self, request: GenerationRequest, num_cached: int) -> Prefilled | None:
+        """The pool's answer; None if there was none. The breaker was asked before.
+
+        Args:
+            request: whose prompt it is.
+            num_cached: its leading tokens that can be had without the pool.
+        """
         self._num_in_flight += 1
         self._metrics.in_flight(self._num_in_flight)
         began_at = self.clock()
@@ -188,7 +193,7 @@ class PrefillPool:
             with self._tracing.span(
                 "target.prefill_ahead", request.traceparent, attributes, kind=SpanKind.CLIENT
             ) as span:
-                outcome, prefilled = await self._outcome(request, span)
+                outcome, prefilled = await self._outcome(request, num_cached, span)
         finally:
             self._num_in_flight -= 1
             self._metrics.in_flight(self._num_in_flight)
@@ -208,7 +213,7 @@ class PrefillPool:
         return prefilled
 
     async def _outcome(
-        self, request: GenerationRequest, span: Span
+        self, request: GenerationRequest, num_cached: int, span: Span
     ) -> tuple[str, Prefilled | None]:
         """How the call ended, a metric's label, and the pool's answer if there is one."""
         prefilled: Prefilled | None = None
@@ -222,7 +227,7 @@ class PrefillPool:
             outcome = _failure(original_error(error))
             span.record_exception(error)
         else:
-            outcome = "loadable" if prefilled.num_shared_tokens else "in_vain"
+            outcome = "loadable" if prefilled.num_shared_tokens > num_cached else "in_vain"
             span.set_attribute("paceline.shared_tokens", prefilled.num_shared_tokens)
             span.set_attribute("paceline.cached_tokens", prefilled.num_cached_tokens)
         span.set_attribute("paceline.outcome", outcome)

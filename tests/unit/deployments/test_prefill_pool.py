@@ -288,6 +288,18 @@ async def test_whatever_goes_wrong_the_request_goes_on_and_the_pool_is_left_alon
     assert target.told("prefill_prompts") == {"sent": 4, "failing": 3}
 
 
+async def test_a_tier_that_takes_nothing_new_is_a_failure_of_the_pool(exporter: Exporter) -> None:
+    target = Target(
+        Pool(Prefilled(num_prompt_tokens=960, num_cached_tokens=128, num_shared_tokens=128)),
+        exporter,
+    )
+    target.engine.num_cached = 128
+    for _ in range(5):
+        await target.ahead(make_request())
+    assert target.told("prefill_calls") == {"in_vain": 3}
+    assert target.told("prefill_prompts") == {"sent": 3, "failing": 2}
+
+
 async def test_a_pool_without_room_is_not_waited_for(exporter: Exporter) -> None:
     pool = Pool(WHOLE)
     pool.has_replicas = False
