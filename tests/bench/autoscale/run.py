@@ -171,7 +171,9 @@ class _Watch:
         """Until cancelled."""
         while True:
             at_s = time.monotonic() - self._started
-            self.samples.append({"at_s": at_s, "replicas": await asyncio.to_thread(_replicas)})
+            # While an application is put in place of itself, Serve tells of no deployments.
+            if replicas := await asyncio.to_thread(_replicas):
+                self.samples.append({"at_s": at_s, "replicas": replicas})
             for decision in await asyncio.to_thread(self._decided):
                 if self._sizes.get(decision["pool"]) != decision["replicas"]:
                     self._sizes[decision["pool"]] = decision["replicas"]
