@@ -205,7 +205,7 @@ class _Watch:
 
 
 def _replicas() -> tuple[dict[str, int], dict[str, int]]:
-    """By deployment: all that hold a place, those that start or drain as well; and those that run."""
+    """By deployment: all that hold a place, starting and draining ones too; and those that run."""
     from ray import serve
 
     states = {
