@@ -71,7 +71,7 @@ class Tokenizer(Vocabulary):
         Raises:
             OSError: the folder holds no tokenizer.
         """
-        # Imported late: it takes half a second, and simulated engines do without it.
+        # Imported late: it brings torch and takes more than a second; simulated engines need none.
         from transformers import AutoTokenizer
 
         return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True))
@@ -123,8 +123,8 @@ class Tokenizer(Vocabulary):
 def load_vocabulary(engine: EngineConfig, folder: Path) -> Vocabulary:
     """The vocabulary of the model in a folder, for a target or a draft replica.
 
-    A simulated engine takes ``tokenizer.json`` as it is, in a tenth of a second rather than one and
-    a half. A real one takes what transformers makes of all the tokenizer's files, for that is what
+    A simulated engine takes ``tokenizer.json`` as it is, in a tenth of a second rather than two or
+    three. A real one takes what transformers makes of all the tokenizer's files, for that is what
     the ingress encodes with.
 
     Raises:

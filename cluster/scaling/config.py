@@ -18,7 +18,7 @@ class AutoscaleConfig(_Config):
     max_replicas: int = Field(default=4, ge=1)
     """Replicas under any load, at most."""
     target_ongoing_requests: float = Field(default=8.0, gt=0)
-    """Requests in flight per replica that ingress, target and prefill pools are sized for."""
+    """Requests in flight per replica that ingress and target pools are sized for."""
     upscale_delay_s: float = Field(default=10.0, ge=0)
     """Seconds a need must last before replicas are added."""
     downscale_delay_s: float = Field(default=300.0, ge=0)

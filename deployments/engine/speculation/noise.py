@@ -15,8 +15,7 @@ Definition, all arithmetic modulo 2**64, ``mix`` the finaliser of SplitMix64 (St
 ``position`` is the index, counted from the first prompt token, of the token being chosen.
 ``tests/unit/.../test_noise.py`` holds golden vectors; a change of any bit is a new version.
 
-Keys need no torch, which is imported where tensors are: a simulated draft replica has none, and
-starts in half the time without it.
+Keys need no torch, which is imported where tensors are: a simulated draft replica has none.
 """
 
 from __future__ import annotations

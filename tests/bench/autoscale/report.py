@@ -26,20 +26,22 @@ def compare(autoscaled: dict[str, Any], static: dict[str, Any], seconds: float) 
     }
     goodput = autoscaled["all"]["num_good"] / max(1, static["all"]["num_good"])
     share = sum(spent["autoscaled"].values()) / max(1e-9, sum(spent["static"].values()))
+    update = autoscaled["is_updated"]
     bars = {
         "goodput_share": _bar(goodput, MIN_GOODPUT, holds=goodput >= MIN_GOODPUT),
         "replica_seconds_share": _bar(
             share, MAX_REPLICA_SECONDS, holds=share <= MAX_REPLICA_SECONDS
         ),
         "lost_requests": _bar(len(autoscaled["lost"]), 0, holds=not autoscaled["lost"]),
-        "rolling_update": _bar(
-            autoscaled["is_updated"], "ends", holds=isinstance(autoscaled["is_updated"], dict)
-        ),
+        "rolling_update": _bar(update, "ends", holds=isinstance(update, dict)),
     }
     rest = autoscaled["drafts_rest"]
     bars["drafts_to_zero_and_back"] = _bar(rest, "both", holds=isinstance(rest, dict))
+    # An update starts replicas before it stops any: that is no answer to the load.
+    until_s = update["began_s"] if isinstance(update, dict) else seconds
+    samples = [sample for sample in autoscaled["replicas"] if sample["at_s"] < until_s]
     for pool in POOLS:
-        grew, shrank = moves(autoscaled["replicas"], pool)
+        grew, shrank = moves(samples, pool)
         bars[f"{pool}_pool_moves"] = _bar(
             {"up": grew, "down": shrank}, "both", holds=bool(grew and shrank)
         )

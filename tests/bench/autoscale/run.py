@@ -125,13 +125,13 @@ async def _drafts_rest(
         How long either took, or which of them did not happen; and what became of the requests.
     """
     began = time.monotonic()
-    while await asyncio.to_thread(lambda: _replicas().get("draft")):
+    while (await asyncio.to_thread(_replicas))[0].get("draft"):
         if time.monotonic() - began > _REST_S:
             return f"draft replicas are still there {_REST_S:.0f} s after the last request", []
         await asyncio.sleep(_SAMPLE_S)
     gone = time.monotonic()
     outcomes: list[Outcome] = []
-    while not await asyncio.to_thread(lambda: _replicas("RUNNING").get("draft")):
+    while not (await asyncio.to_thread(_replicas))[1].get("draft"):
         if time.monotonic() - gone > _REST_S:
             return f"no draft replica came back within {_REST_S:.0f} s", outcomes
         _, more = await _load_test(plan.trickle(), state).run(lambda _: None)
@@ -171,7 +171,10 @@ class _Watch:
         """Until cancelled."""
         while True:
             at_s = time.monotonic() - self._started
-            self.samples.append({"at_s": at_s, "replicas": await asyncio.to_thread(_replicas)})
+            # While an application is put in place of itself, Serve tells of no deployments.
+            held, running = await asyncio.to_thread(_replicas)
+            if held:
+                self.samples.append({"at_s": at_s, "replicas": held, "running": running})
             for decision in await asyncio.to_thread(self._decided):
                 if self._sizes.get(decision["pool"]) != decision["replicas"]:
                     self._sizes[decision["pool"]] = decision["replicas"]
@@ -201,14 +204,14 @@ class _Watch:
         ]
 
 
-def _replicas(state: str | None = None) -> dict[str, int]:
-    """By deployment: those in a state, or all that hold a place, starting or draining as well."""
+def _replicas() -> tuple[dict[str, int], dict[str, int]]:
+    """By deployment: all that hold a place, starting and draining ones too; and those that run."""
     from ray import serve
 
-    return {
-        name: sum(
-            number for each, number in deployment.replica_states.items() if state in {None, each}
-        )
+    states = {
+        name: deployment.replica_states
         for app in serve.status().applications.values()
         for name, deployment in app.deployments.items()
     }
+    held = {name: sum(by_state.values()) for name, by_state in states.items()}
+    return held, {name: by_state.get("RUNNING", 0) for name, by_state in states.items()}

@@ -75,7 +75,7 @@ def test_bars_hold_or_are_missed():
     good = run(
         95,
         sampled(1, 3, 1),
-        is_updated={"began_s": 1.0, "ended_s": 2.0},
+        is_updated={"began_s": 25.0, "ended_s": 28.0},
         drafts_rest={"gone_after_s": 1.0, "back_after_s": 2.0},
         explained=told("up", "down"),
     )
@@ -93,6 +93,18 @@ def test_bars_hold_or_are_missed():
     report = compare(bad, static, 30.0)
     assert not any(bar["holds"] for bar in report["bars"].values())
     assert table(report).count("MISSED") == len(report["bars"])
+
+
+def test_a_pool_that_only_the_update_moved_did_not_scale():
+    update = {"began_s": 5.0, "ended_s": 28.0}
+    parts = {"drafts_rest": "no", "explained": told(), "is_updated": update}
+    moved = run(95, sampled(1, 2, 1), **parts)
+    bars = compare(moved, run(100, sampled(4, 4, 4)), 30.0)["bars"]
+    assert bars["target_pool_moves"] == {
+        "value": {"up": 0, "down": 0},
+        "bar": "both",
+        "holds": False,
+    }
 
 
 def test_a_pool_is_explained_in_the_log_and_in_the_metric():

@@ -1,4 +1,4 @@
-"""A target pool in small steps of time: requests queue, replicas take a while to start and drain.
+"""A pool in small steps of time: requests queue, replicas take a while to start and drain.
 
 Nothing is real but the policy. What it is told is as late and as averaged as what Serve tells it.
 """
@@ -68,6 +68,7 @@ class PoolSimulation:
         service_s: of one request at a replica.
         num_slots: requests that a replica runs at once.
         seed: of arrivals.
+        role: of the pool, "target" or "prefill".
     """
 
     def __init__(
@@ -79,9 +80,11 @@ class PoolSimulation:
         service_s: float = 2.4,
         num_slots: int = 8,
         seed: int = 0,
+        role: str = "target",
     ) -> None:
         self._pool = pool
-        self._rules = Rules({"target": pool}, scaling)
+        self._role = role
+        self._rules = Rules({role: pool}, scaling)
         self._start_s = start_s
         self._service_s = service_s
         self._num_slots = num_slots
@@ -138,15 +141,18 @@ class PoolSimulation:
             self._told_s, self._told_open = now_s, fmean(num for _, num in self._open)
         waits = sorted(waited_s for _, waited_s in self._taken)
         signals = TargetSignals(
-            name="target",
+            name=self._role,
             num_target=len(kept),
             num_running=len(running),
             num_reporting=len(running),
             num_requests=self._told_open + len(self._waiting),
             ttft_p90_s=waits[round(0.9 * (len(waits) - 1))] if waits else None,
         )
+        pools = {self._role: signals}
         (decision,), self._memory = decide(
-            self._memory, Signals(now_s=now_s, target=signals), self._rules
+            self._memory,
+            Signals(now_s=now_s, target=pools.get("target"), prefill=pools.get("prefill")),
+            self._rules,
         )
         self._resize(kept, decision.num_replicas, now_s)
         self.told.sizes.append(decision.num_replicas)

@@ -35,11 +35,14 @@ def the_loadtests_rate(at_s: float) -> float:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("start_s", [3.0, 8.0, 15.0])
+@pytest.mark.parametrize("role", ["target", "prefill"])
 def test_a_pool_serves_eight_times_its_load_almost_as_well_as_a_large_one_for_much_less(
-    start_s, seed
+    role, start_s, seed
 ):
     scaled, static = (
-        PoolSimulation(pool, _SCALING, start_s=start_s, seed=seed).run(the_loadtests_rate, _RUN_S)
+        PoolSimulation(pool, _SCALING, start_s=start_s, seed=seed, role=role).run(
+            the_loadtests_rate, _RUN_S
+        )
         for pool in (_SCALED, _STATIC)
     )
     assert scaled.good(_SLO_S) >= 0.95 * static.good(_SLO_S)
