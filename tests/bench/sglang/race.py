@@ -93,24 +93,26 @@ def race(
     answers: dict[str, list[Answers]] = {each.entry.name: [] for each in contestants}
     dead: dict[str, str] = {}
     started = time.monotonic()
-    for number, question in enumerate([*warm_up, *asked]):
-        is_kept = number >= len(warm_up)
-        if is_kept and time.monotonic() - started > limit_s:
-            say(f"out of time after {number - len(warm_up)} questions")
-            break
-        for contestant in _rotated(contestants, number):
-            name = contestant.entry.name
-            if name in dead:
-                continue
-            try:
-                found = _put(contestant, question, num_new_tokens)
-            except NotRunningError as error:
-                dead[name] = str(error)
-                continue
+    try:
+        for number, question in enumerate([*warm_up, *asked]):
+            is_kept = number >= len(warm_up)
+            if is_kept and time.monotonic() - started > limit_s:
+                say(f"out of time after {number - len(warm_up)} questions")
+                break
+            found: dict[str, Answers] = {}
+            for contestant in _rotated(contestants, number):
+                name = contestant.entry.name
+                if name not in dead:
+                    try:
+                        found[name] = _put(contestant, question, num_new_tokens)
+                    except NotRunningError as error:
+                        dead[name] = str(error)
             if is_kept:
-                answers[name].append(found)
-        if is_kept:
-            say(f"{question.kind}, batch {question.batch}: {_speeds(answers, dead)}")
+                for name, own in found.items():
+                    answers[name].append(own)
+                say(f"{question.kind}, batch {question.batch}: {_speeds(found)}")
+    except KeyboardInterrupt:
+        say("ended early; what was measured is reported")
     return answers, dead
 
 
@@ -126,9 +128,8 @@ def _put(contestant: Contestant, question: Question, num_new_tokens: int) -> Ans
     return Answers(contestant.ask(do="generate", prompts=prompts, num_new_tokens=num_new_tokens))
 
 
-def _speeds(answers: Mapping[str, Sequence[Answers]], dead: Mapping[str, str]) -> str:
-    last = {name: own[-1].tokens_per_s for name, own in answers.items() if name not in dead}
-    return ", ".join(f"{name} {speed:.1f}" for name, speed in last.items())
+def _speeds(found: Mapping[str, Answers]) -> str:
+    return ", ".join(f"{name} {own.tokens_per_s:.1f}" for name, own in found.items())
 
 
 def rows_of(
