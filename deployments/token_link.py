@@ -256,7 +256,8 @@ class _Connection(asyncio.Protocol):
                     self._end(message.stream, StopAsyncIteration())
         elif isinstance(message, Admission):
             if stream := self.streams.get(message.stream):
-                stream.admission.set_result(message)
+                if not stream.admission.done():  # it is cancelled with the task that waits for it
+                    stream.admission.set_result(message)
                 if message.is_accepted:
                     stream.push(named_delta(stream.request, self._replica_id))
                 else:

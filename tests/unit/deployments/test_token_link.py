@@ -183,6 +183,17 @@ async def test_cancelling_ends_the_sequence_at_the_replica() -> None:
         assert tokens(await everything(link.start(request(), 1))) == [1, 2, 3, 4, 5]
 
 
+async def test_a_caller_that_leaves_before_it_is_admitted_breaks_nothing() -> None:
+    engine = Engine()
+    async with served(engine) as (_, link):
+        left = link.start(request("slow", 1), 8)
+        left.admission.cancel()
+        assert tokens(await everything(link.start(request(), 8))) == [1, 2, 3, 4, 5]
+        left.cancel()
+        await until(lambda: link.num_open == 0)
+        assert tokens(await everything(link.start(request(), 8))) == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
     ("raised", "seen"),
     [
