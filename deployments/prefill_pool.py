@@ -262,7 +262,7 @@ class PrefillPool:
             raise
         return answer
 
-    async def _until_taken(self, items: AsyncIterator[Prefilled | None], timeout_s: float) -> None:
+    async def _until_taken(self, items: AsyncIterator[object], timeout_s: float) -> None:
         """Wait for the first item, by which a replica says that it has the prompt.
 
         Serve has a call wait where every replica is full, and also where there is none.

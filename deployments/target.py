@@ -197,11 +197,11 @@ class TargetReplica:
             except EngineGoneError as error:
                 raise error.at(self._replica_id) from error
 
-    async def prefill(self, request: GenerationRequest) -> AsyncGenerator[Prefilled | None, None]:
+    async def prefill(self, request: GenerationRequest) -> AsyncGenerator[str | Prefilled, None]:
         """Compute a prompt's pages for a target replica; ends once they are in the KV tier.
 
-        The first item is None and says that a replica has the prompt, the second one what became
-        of it. Closing the stream aborts it and frees its pages.
+        The first item is the name of the replica, which now has the prompt, the second one what
+        became of it. Closing the stream aborts it and frees its pages.
 
         Raises:
             RequestRejectedError: this replica's engine does not compute prompts for others.
@@ -209,7 +209,7 @@ class TargetReplica:
         """
         if not isinstance(self._engine, Prefiller):
             raise RequestRejectedError("This model's engine computes no prompts for others.")
-        yield None
+        yield self._replica_id
         attributes: dict[str, str | int | float] = {"paceline.replica": self._replica_id}
         came_at = time.monotonic()
         with self._tracing.span(

@@ -42,12 +42,12 @@ WHOLE = Prefilled(num_prompt_tokens=960, num_cached_tokens=64, num_shared_tokens
 class Call:
     """What a streaming handle call returns."""
 
-    def __init__(self, items: AsyncIterator[Prefilled | None]) -> None:
+    def __init__(self, items: AsyncIterator[str | Prefilled]) -> None:
         self._items = items
         self.is_cancelled = False
         self.has_ended = False
 
-    async def __aiter__(self) -> AsyncIterator[Prefilled | None]:
+    async def __aiter__(self) -> AsyncIterator[str | Prefilled]:
         async for item in self._items:
             yield item
         self.has_ended = True
@@ -77,11 +77,11 @@ class Pool:
         self.asked.append(request)
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
 
-        async def come() -> AsyncIterator[Prefilled | None]:
+        async def come() -> AsyncIterator[str | Prefilled]:
             if not self.has_replicas:
                 await asyncio.Event().wait()
             if not isinstance(answer, BackPressureError):
-                yield None
+                yield "p1"
             if answer is None:
                 await asyncio.Event().wait()
             if isinstance(answer, Exception):

@@ -50,20 +50,20 @@ class Replica(TargetReplica):
 class Call:
     """A stream of a replica, read by a task of its own as a replica's calls are."""
 
-    def __init__(self, items: AsyncIterator[Prefilled | None]) -> None:
-        self._queue: asyncio.Queue[tuple[Prefilled | None, Exception | None]] = asyncio.Queue()
+    def __init__(self, items: AsyncIterator[str | Prefilled]) -> None:
+        self._queue: asyncio.Queue[tuple[str | Prefilled, Exception | None]] = asyncio.Queue()
         self._task = asyncio.create_task(self._read(items))
 
-    async def _read(self, items: AsyncIterator[Prefilled | None]) -> None:
+    async def _read(self, items: AsyncIterator[str | Prefilled]) -> None:
         try:
             async for item in items:
                 self._queue.put_nowait((item, None))
         except Exception as error:  # noqa: BLE001 - raised where the stream is read
-            self._queue.put_nowait((None, error))
+            self._queue.put_nowait(("", error))
         else:
-            self._queue.put_nowait((None, StopAsyncIteration()))
+            self._queue.put_nowait(("", StopAsyncIteration()))
 
-    async def __aiter__(self) -> AsyncIterator[Prefilled | None]:
+    async def __aiter__(self) -> AsyncIterator[str | Prefilled]:
         while True:
             item, error = await self._queue.get()
             if isinstance(error, StopAsyncIteration):
@@ -91,9 +91,9 @@ class Handle:
     def remote(self, request: GenerationRequest) -> Call:
         self.asked.append(request)
 
-        async def lost() -> AsyncIterator[Prefilled | None]:
+        async def lost() -> AsyncIterator[str | Prefilled]:
             raise ActorUnavailableError("gone", None)
-            yield None
+            yield "p1"
 
         return Call(lost() if self.is_lost else self._replica.prefill(request))
 
@@ -204,7 +204,7 @@ async def test_a_pool_that_is_gone_costs_no_token(pools: Pools, dies: str) -> No
 async def test_a_tier_that_lost_the_pages_meanwhile_is_a_miss(pools: Pools) -> None:
     real = pools.prefill.prefill
 
-    async def prefill(request: GenerationRequest) -> AsyncIterator[Prefilled | None]:
+    async def prefill(request: GenerationRequest) -> AsyncIterator[str | Prefilled]:
         async for item in real(request):
             pools.prefill.store.pages.clear()
             yield item
@@ -232,8 +232,8 @@ async def test_who_leaves_while_the_pool_computes_leaves_nothing_there(pools: Po
     is_there, never = asyncio.Event(), asyncio.Event()
     is_cancelled = asyncio.Event()
 
-    async def prefill(request: GenerationRequest) -> AsyncIterator[Prefilled | None]:
-        yield None
+    async def prefill(request: GenerationRequest) -> AsyncIterator[str | Prefilled]:
+        yield "p1"
         is_there.set()
         try:
             await never.wait()
