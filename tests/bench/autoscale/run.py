@@ -93,10 +93,12 @@ async def _run(
         report["drafts_rest"], later = await _drafts_rest(plan, cluster.state)
         outcomes += later
     watching.cancel()
-    await asyncio.gather(watching, return_exceptions=True)
+    for ended in await asyncio.gather(watching, return_exceptions=True):
+        if isinstance(ended, Exception):
+            raise ended
     report["replicas"] = watch.samples
     report["decisions"] = watch.decisions
-    report["explained"] = await asyncio.to_thread(_explained, cluster.state)
+    report["explained"] = {"log": _logged(cluster.state), "metric": watch.directions}
     report["lost"] = [
         {"due_s": each.due_s, "surface": each.surface, "error": each.error}
         for each in outcomes
@@ -140,21 +142,16 @@ async def _drafts_rest(
     return {"gone_after_s": gone - began, "back_after_s": back_s}, outcomes
 
 
-def _explained(state: ClusterState) -> dict[str, Any]:
-    """What Serve's controller logged of its decisions, and the counts of its metric."""
+def _logged(state: ClusterState) -> list[str]:
+    """What Serve's controller logged of its decisions."""
     logs = sorted(Path(state.run_dir).glob("ray/session_[0-9]*/logs/serve/controller_*.log"))
-    lines = [
+    return [
         # Lines are JSON; what the policy says has no quotes.
         line[line.index(_TOLD) :].partition('"')[0]
         for log in logs
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
         if _TOLD in line
     ]
-    snapshot = MetricsSnapshot.read(state.metrics_url)
-    metric = "paceline_autoscaling_decisions_total"
-    pools = snapshot.by_label(metric, "pool")
-    by_pool = {pool: snapshot.by_label(metric, "direction", pool=pool) for pool in pools}
-    return {"log": lines, "metric": by_pool}
 
 
 class _Watch:
@@ -165,14 +162,22 @@ class _Watch:
         self._started = time.monotonic()
         self.samples: list[dict[str, Any]] = []
         self.decisions: list[dict[str, Any]] = []
+        self.directions: dict[str, dict[str, float]] = {}
+        """How often each pool was made larger, smaller, and neither, by the metric."""
         self._sizes: dict[str, int] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
+        from ray.exceptions import RayError
+
         while True:
             at_s = time.monotonic() - self._started
+            try:
+                held, running = await asyncio.to_thread(_replicas)
+            except RayError as error:
+                logger.warning("no sample of the pools: %s", error)
+                held, running = {}, {}
             # While an application is put in place of itself, Serve tells of no deployments.
-            held, running = await asyncio.to_thread(_replicas)
             if held:
                 self.samples.append({"at_s": at_s, "replicas": held, "running": running})
             for decision in await asyncio.to_thread(self._decided):
@@ -188,6 +193,10 @@ class _Watch:
             logger.warning("no sample of the decisions: %s", error)
             return []
         decided = snapshot.by_label("paceline_autoscaling_replicas", "pool")
+        self.directions = {
+            pool: snapshot.by_label("paceline_autoscaling_decisions_total", "direction", pool=pool)
+            for pool in decided
+        }
         return [
             {
                 "pool": pool,
