@@ -140,6 +140,13 @@ def test_an_existing_secret_replaces_the_charts() -> None:
     assert "Secret" not in kinds
 
 
+def test_without_shared_pages_there_is_nothing_to_seal() -> None:
+    values = _with("config.kv", None)
+    values["auth"] |= {"encryptPages": True, "pageEncryptionKey": "0f" * 32}
+    with pytest.raises(helm.HelmRenderError, match="nothing to seal"):
+        render(values)
+
+
 def test_a_null_kv_shares_no_pages() -> None:
     (service,) = (
         item for item in objects(render(_with("config.kv", None))) if item["kind"] == "RayService"

@@ -25,6 +25,9 @@
 {{- fail "ray.gcsFaultTolerance.existingSecret is of a server of yours: set its address as well" -}}
 {{- end -}}
 {{- end -}}
+{{- if and .Values.auth.encryptPages (not (include "paceline.sharesPages" .)) -}}
+{{- fail "auth.encryptPages has nothing to seal while config.kv is null" -}}
+{{- end -}}
 {{- if and .Values.valkey.enabled .Values.externalValkey.existingSecret -}}
 {{- fail "externalValkey is not used while valkey.enabled is true" -}}
 {{- end -}}
