@@ -149,6 +149,8 @@ class PrefillConfig(_Config):
     timeout_s: float = Field(default=15.0, gt=0)
     """Seconds that a request waits for its pages, at most, and never more than half of the time to
     its deadline; then the target computes what is not there."""
+    queue_timeout_s: float = Field(default=1.0, gt=0)
+    """Seconds of these that a prompt waits for a prefill replica with room."""
     max_in_flight: int = Field(default=16, ge=1)
     """Prompts that one target replica has at the pool at once; it computes further ones itself."""
     max_slowdown: float = Field(default=1.5, gt=0)

@@ -183,8 +183,8 @@ PREFILL_PROMPTS = Metric(
 )
 PREFILL_CALLS = Metric(
     "paceline_prefill_calls_total",
-    "Prompts sent to the prefill pool, by what came of it: pages to load, or none in the tier "
-    "(in_vain), timeout, overloaded, lost, failed, cancelled.",
+    "Prompts sent to the prefill pool, by what came of it: pages to load (loadable), or none "
+    "that were not there before (in_vain), timeout, overloaded, lost, failed, cancelled.",
     ("outcome",),
 )
 PREFILL_SECONDS = Metric(

@@ -23,7 +23,7 @@ from deployments.tracing import traceparent_of
 from kv_store.tiers.breaker import CircuitBreaker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from opentelemetry.trace import Span
 
@@ -45,6 +45,10 @@ _DEADLINE_SHARE = 0.5
 _MAX_FAILURES = 3
 _LEFT_ALONE_S = 1.0
 _MAX_LEFT_ALONE_S = 30.0
+
+
+class _NoRoomError(TimeoutError):
+    """No replica took the prompt in time."""
 
 
 class PromptAhead:
@@ -118,7 +122,7 @@ class PrefillPool:
             metrics: what happens is told there.
             clock: seconds, monotonic.
         """
-        self._prefill = pool.options(method_name="prefill")
+        self._prefill = pool.options(stream=True, method_name="prefill")
         self._config = config
         self._engine = engine
         self._tracing = tracing
@@ -163,7 +167,7 @@ class PrefillPool:
         self._metrics.chosen(reason)
         if reason is not Reason.SENT:
             return PromptAhead(self, num_backlog=num_backlog)
-        prefilled = await self._send(request)
+        prefilled = await self._send(request, num_cached)
         if prefilled is not None:
             num_cached = max(num_cached, prefilled.num_cached_tokens)
         return PromptAhead(self, num_backlog=num_backlog, max_cached_tokens=num_cached)
@@ -173,8 +177,13 @@ class PrefillPool:
         cost.learn(seconds, num_tokens, self.clock())
         self._metrics.costs(self.costs, self.clock())
 
-    async def _send(self, request: GenerationRequest) -> Prefilled | None:
-        """The pool's answer; None if there was none. The breaker was asked before."""
+    async def _send(self, request: GenerationRequest, num_cached: int) -> Prefilled | None:
+        """The pool's answer; None if there was none. The breaker was asked before.
+
+        Args:
+            request: whose prompt it is.
+            num_cached: its leading tokens that can be had without the pool.
+        """
         self._num_in_flight += 1
         self._metrics.in_flight(self._num_in_flight)
         began_at = self.clock()
@@ -184,7 +193,7 @@ class PrefillPool:
             with self._tracing.span(
                 "target.prefill_ahead", request.traceparent, attributes, kind=SpanKind.CLIENT
             ) as span:
-                outcome, prefilled = await self._outcome(request, span)
+                outcome, prefilled = await self._outcome(request, num_cached, span)
         finally:
             self._num_in_flight -= 1
             self._metrics.in_flight(self._num_in_flight)
@@ -204,19 +213,21 @@ class PrefillPool:
         return prefilled
 
     async def _outcome(
-        self, request: GenerationRequest, span: Span
+        self, request: GenerationRequest, num_cached: int, span: Span
     ) -> tuple[str, Prefilled | None]:
         """How the call ended, a metric's label, and the pool's answer if there is one."""
         prefilled: Prefilled | None = None
         try:
             prefilled = await self._call(request, traceparent_of(span))
+        except _NoRoomError:
+            outcome = "overloaded"
         except TimeoutError:
             outcome = "timeout"
         except Exception as error:  # noqa: BLE001 - whatever it is, the target computes the prompt
             outcome = _failure(original_error(error))
             span.record_exception(error)
         else:
-            outcome = "loadable" if prefilled.num_shared_tokens else "in_vain"
+            outcome = "loadable" if prefilled.num_shared_tokens > num_cached else "in_vain"
             span.set_attribute("paceline.shared_tokens", prefilled.num_shared_tokens)
             span.set_attribute("paceline.cached_tokens", prefilled.num_cached_tokens)
         span.set_attribute("paceline.outcome", outcome)
@@ -237,14 +248,30 @@ class PrefillPool:
             traceparent=traceparent or request.traceparent,
             avoid_replicas=(),
         )
-        response = self._prefill.remote(asked)
+        stream = self._prefill.remote(asked)
+        ends_at = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                answer: Prefilled = await response
+            items = aiter(stream)
+            await self._until_taken(items, timeout_s)
+            async with asyncio.timeout_at(ends_at):
+                answer: Prefilled = await anext(items)
+                async for _ in items:
+                    pass  # Read to its end: a stream that is left early counts as cancelled.
         except (TimeoutError, asyncio.CancelledError):
-            response.cancel()
+            stream.cancel()
             raise
         return answer
+
+    async def _until_taken(self, items: AsyncIterator[Prefilled | None], timeout_s: float) -> None:
+        """Wait for the first item, by which a replica says that it has the prompt.
+
+        Serve has a call wait where every replica is full, and also where there is none.
+        """
+        try:
+            async with asyncio.timeout(min(timeout_s, self._config.queue_timeout_s)):
+                await anext(items)
+        except TimeoutError as error:
+            raise _NoRoomError from error
 
 
 def _computes_its_prompt(request: GenerationRequest) -> bool:

@@ -171,10 +171,11 @@ class TargetReplica:
             except EngineGoneError as error:
                 raise error.at(self._replica_id) from error
 
-    async def prefill(self, request: GenerationRequest) -> Prefilled:
-        """Compute a prompt's pages for a target replica; returns once they are in the KV tier.
+    async def prefill(self, request: GenerationRequest) -> AsyncGenerator[Prefilled | None, None]:
+        """Compute a prompt's pages for a target replica; ends once they are in the KV tier.
 
-        Cancelling the call aborts it and frees its pages.
+        The first item is None and says that a replica has the prompt, the second one what became
+        of it. Closing the stream aborts it and frees its pages.
 
         Raises:
             RequestRejectedError: this replica's engine does not compute prompts for others.
@@ -182,6 +183,7 @@ class TargetReplica:
         """
         if not isinstance(self._engine, Prefiller):
             raise RequestRejectedError("This model's engine computes no prompts for others.")
+        yield None
         attributes: dict[str, str | int | float] = {"paceline.replica": self._replica_id}
         came_at = time.monotonic()
         with self._tracing.span(
@@ -193,7 +195,7 @@ class TargetReplica:
             except EngineGoneError as error:
                 raise error.at(self._replica_id) from error
         self._scaling.first_token(time.monotonic() - came_at)
-        return prefilled
+        yield prefilled
 
     async def embed(self, request: EmbeddingRequest) -> Embedding:
         """Embed one text; cancelling the call aborts it and frees its pages.

@@ -26,7 +26,7 @@ CONFIG = """
 server: {http_port: 0, grpc_port: 0}
 engine: {max_model_len: 512, num_pages: 32, speculation: {num_draft_tokens: 3}}
 pools: {target: {replicas: 2}, prefill: {replicas: 1}}
-prefill: {min_tokens: 128, timeout_s: 120, max_slowdown: 1000}
+prefill: {min_tokens: 128, timeout_s: 120, queue_timeout_s: 30, max_slowdown: 1000}
 kv: {tiers: [{kind: embedded_valkey, max_memory_bytes: 67108864, operation_timeout_s: 20}]}
 """
 BODY = {

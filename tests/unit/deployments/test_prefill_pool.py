@@ -31,7 +31,7 @@ from tests.fakes_async import eventually
 from tests.fakes_metrics import Exporter, exporter_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator
 
     from deployments.prefill_pool import PromptAhead
 
@@ -40,45 +40,55 @@ WHOLE = Prefilled(num_prompt_tokens=960, num_cached_tokens=64, num_shared_tokens
 
 
 class Call:
-    """What a handle call returns."""
+    """What a streaming handle call returns."""
 
-    def __init__(self, answer: Callable[[], Any]) -> None:
-        self._answer = answer
+    def __init__(self, items: AsyncIterator[Prefilled | None]) -> None:
+        self._items = items
         self.is_cancelled = False
+        self.has_ended = False
 
-    def __await__(self) -> Any:
-        return self._answer().__await__()
+    async def __aiter__(self) -> AsyncIterator[Prefilled | None]:
+        async for item in self._items:
+            yield item
+        self.has_ended = True
 
     def cancel(self) -> None:
         self.is_cancelled = True
 
 
 class Pool:
-    """The handle of a prefill pool; every call gets the next answer, the last one for ever."""
+    """The handle of a prefill pool; every call gets the next answer, the last one for ever.
+
+    None is an answer that does not come; without replicas nobody takes a prompt.
+    """
 
     def __init__(self, *answers: Prefilled | Exception | None) -> None:
         self._answers = list(answers)
         self.asked: list[GenerationRequest] = []
         self.calls: list[Call] = []
-        self.method = ""
+        self.options_: dict[str, object] = {}
+        self.has_replicas = True
 
-    def options(self, *, method_name: str) -> Pool:
-        self.method = method_name
+    def options(self, **options: object) -> Pool:
+        self.options_ = options
         return self
 
     def remote(self, request: GenerationRequest) -> Call:
         self.asked.append(request)
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
 
-        async def come() -> Prefilled:
+        async def come() -> AsyncIterator[Prefilled | None]:
+            if not self.has_replicas:
+                await asyncio.Event().wait()
+            if not isinstance(answer, BackPressureError):
+                yield None
             if answer is None:
                 await asyncio.Event().wait()
             if isinstance(answer, Exception):
                 raise answer
-            assert answer is not None
-            return answer
+            yield answer
 
-        self.calls.append(Call(come))
+        self.calls.append(Call(come()))
         return self.calls[-1]
 
 
@@ -162,7 +172,8 @@ async def test_a_long_prompt_is_computed_ahead_under_a_name_of_its_own(exporter:
     )
     await target.ahead(request)
     await target.ahead(request)
-    assert pool.method == "prefill"
+    assert pool.options_ == {"stream": True, "method_name": "prefill"}
+    assert all(call.has_ended and not call.is_cancelled for call in pool.calls)
     first, second = pool.asked
     assert (first.prompt_token_ids, first.tenant_key) == (PROMPT, request.tenant_key)
     assert (first.tenant, first.priority, first.avoid_replicas) == ("acme", -3, ())
@@ -275,6 +286,33 @@ async def test_whatever_goes_wrong_the_request_goes_on_and_the_pool_is_left_alon
     assert target.told("prefill_prompts") == {"sent": 4, "failing": 2}, "one is let through"
     await target.ahead(make_request())
     assert target.told("prefill_prompts") == {"sent": 4, "failing": 3}
+
+
+async def test_a_tier_that_takes_nothing_new_is_a_failure_of_the_pool(exporter: Exporter) -> None:
+    target = Target(
+        Pool(Prefilled(num_prompt_tokens=960, num_cached_tokens=128, num_shared_tokens=128)),
+        exporter,
+    )
+    target.engine.num_cached = 128
+    for _ in range(5):
+        await target.ahead(make_request())
+    assert target.told("prefill_calls") == {"in_vain": 3}
+    assert target.told("prefill_prompts") == {"sent": 3, "failing": 2}
+
+
+async def test_a_pool_without_room_is_not_waited_for(exporter: Exporter) -> None:
+    pool = Pool(WHOLE)
+    pool.has_replicas = False
+    target = Target(pool, exporter, timeout_s=10_000, queue_timeout_s=0.01)
+    for _ in range(5):
+        await target.ahead(make_request())
+    assert target.told("prefill_calls") == {"overloaded": 3}
+    assert target.told("prefill_prompts") == {"sent": 3, "failing": 2}
+    assert all(call.is_cancelled for call in pool.calls)
+    pool.has_replicas = True
+    target.now += 2.0
+    await target.ahead(make_request())
+    assert target.told("prefill_calls") == {"overloaded": 3, "loadable": 1}
 
 
 async def test_a_pool_that_answers_again_is_used_again(exporter: Exporter) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from pydantic import SecretStr
@@ -48,11 +48,29 @@ class Replica(TargetReplica):
 
 
 class Call:
-    def __init__(self, task: asyncio.Task[Prefilled]) -> None:
-        self._task = task
+    """A stream of a replica, read by a task of its own as a replica's calls are."""
 
-    def __await__(self) -> Any:
-        return self._task.__await__()
+    def __init__(self, items: AsyncIterator[Prefilled | None]) -> None:
+        self._queue: asyncio.Queue[tuple[Prefilled | None, Exception | None]] = asyncio.Queue()
+        self._task = asyncio.create_task(self._read(items))
+
+    async def _read(self, items: AsyncIterator[Prefilled | None]) -> None:
+        try:
+            async for item in items:
+                self._queue.put_nowait((item, None))
+        except Exception as error:  # noqa: BLE001 - raised where the stream is read
+            self._queue.put_nowait((None, error))
+        else:
+            self._queue.put_nowait((None, StopAsyncIteration()))
+
+    async def __aiter__(self) -> AsyncIterator[Prefilled | None]:
+        while True:
+            item, error = await self._queue.get()
+            if isinstance(error, StopAsyncIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
 
     def cancel(self) -> None:
         self._task.cancel()
@@ -66,19 +84,18 @@ class Handle:
         self.is_lost = False
         self.asked: list[GenerationRequest] = []
 
-    def options(self, *, method_name: str) -> Handle:
-        assert method_name == "prefill"
+    def options(self, **options: object) -> Handle:
+        assert options == {"stream": True, "method_name": "prefill"}
         return self
 
     def remote(self, request: GenerationRequest) -> Call:
         self.asked.append(request)
 
-        async def call() -> Prefilled:
-            if self.is_lost:
-                raise ActorUnavailableError("gone", None)
-            return await self._replica.prefill(request)
+        async def lost() -> AsyncIterator[Prefilled | None]:
+            raise ActorUnavailableError("gone", None)
+            yield None
 
-        return Call(asyncio.create_task(call()))
+        return Call(lost() if self.is_lost else self._replica.prefill(request))
 
 
 class Pools:
@@ -187,10 +204,10 @@ async def test_a_pool_that_is_gone_costs_no_token(pools: Pools, dies: str) -> No
 async def test_a_tier_that_lost_the_pages_meanwhile_is_a_miss(pools: Pools) -> None:
     real = pools.prefill.prefill
 
-    async def prefill(request: GenerationRequest) -> Prefilled:
-        prefilled = await real(request)
-        pools.prefill.store.pages.clear()
-        return prefilled
+    async def prefill(request: GenerationRequest) -> AsyncIterator[Prefilled | None]:
+        async for item in real(request):
+            pools.prefill.store.pages.clear()
+            yield item
 
     pools.prefill.prefill = prefill  # type: ignore[method-assign]
     request = make_request("a", PROMPT)
@@ -215,13 +232,13 @@ async def test_who_leaves_while_the_pool_computes_leaves_nothing_there(pools: Po
     is_there, never = asyncio.Event(), asyncio.Event()
     is_cancelled = asyncio.Event()
 
-    async def prefill(request: GenerationRequest) -> Prefilled:
+    async def prefill(request: GenerationRequest) -> AsyncIterator[Prefilled | None]:
+        yield None
         is_there.set()
         try:
             await never.wait()
         finally:
             is_cancelled.set()
-        raise AssertionError("nobody ends this wait")
 
     pools.prefill.prefill = prefill  # type: ignore[method-assign]
 
