@@ -87,6 +87,7 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         width = self._stride if self._is_fixed else 1 + max(map(len, drafts))
         tokens_BW = _rectangle(batch.reqs, drafts, width).to(self._device)
         self._prepare(batch, tokens_BW)
+        self._rounds.announce()
         prepared_at = time.perf_counter()
         result = self._target_worker.forward_batch_generation(batch, is_verify=True)
         logits_output = result.logits_output
