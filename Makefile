@@ -134,7 +134,7 @@ bench-split: plotting ## What drafts give, by source and distance, on a simulate
 loadtest-autoscale: plotting ## Both pools scale under 8x load, beside a cluster that is always large; 20 minutes (RATE=2 for more requests, TIME_SCALE=0.1 shortens)
 	$(PY) -m tests.bench.autoscale $(if $(RATE),--rate $(RATE)) $(if $(TIME_SCALE),--time-scale $(TIME_SCALE))
 
-bench-sglang: plotting $(SGLANG_STAMP) ## Drafts inside the real SGLang on a CPU, beside none and its own NGRAM; some ten minutes (QUICK=1: three)
+bench-sglang: plotting $(SGLANG_STAMP) ## Drafts inside the real SGLang on a CPU, beside none and its own NGRAM; some ten minutes (QUICK=1: four)
 	$(PY) -m tests.bench.sglang --python $(CURDIR)/$(SGLANG_VENV)/bin/python $(if $(QUICK),--quick)
 
 bench-capacity: plotting ## Clients held at a TPOT target, drafts beside the target or in a pool, on a simulated clock

@@ -39,6 +39,24 @@ def assign_draft_cache_locs_contiguous_cpu(
         out[row * width : (row + 1) * width] = slots[pool, length : length + width]
 
 
+def assign_extend_cache_locs_cpu(
+    pools: Tensor, slots: Tensor, starts: Tensor, ends: Tensor, out: Tensor, _: int
+) -> None:
+    at = 0
+    for pool, start, end in zip(pools.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        out[at : at + end - start] = slots[pool, start:end]
+        at += end - start
+
+
+def assign_req_to_token_pool_cpu(
+    pools: Tensor, slots: Tensor, starts: Tensor, ends: Tensor, given: Tensor, _: int
+) -> None:
+    at = 0
+    for pool, start, end in zip(pools.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        slots[pool, start:end] = given[at : at + end - start].to(slots.dtype)
+        at += end - start
+
+
 def build_tree_kernel_efficient_cpu(
     parents: Tensor,
     selected: Tensor,
@@ -64,15 +82,46 @@ def build_tree_kernel_efficient_cpu(
     next_sibling.fill_(-1)
 
 
+def verify_tree_greedy_cpu(
+    *,
+    predicts: Tensor,
+    accept_index: Tensor,
+    accept_token_num: Tensor,
+    candidates: Tensor,
+    retrive_index: Tensor,
+    target_predict: Tensor,
+    **_: Tensor,
+) -> None:
+    for row, (drafted, right) in enumerate(
+        zip(candidates.tolist(), target_predict.tolist(), strict=True)
+    ):
+        accepted = 0
+        while accepted + 1 < len(drafted) and drafted[accepted + 1] == right[accepted]:
+            accepted += 1
+        accept_token_num[row] = accepted
+        accept_index[row, : accepted + 1] = retrive_index[row, : accepted + 1].int()
+        predicts[retrive_index[row]] = target_predict[row].int()
+
+
 def fill_bonus_tokens_cpu(tokens: Tensor, lengths: Tensor, bonus: Tensor, width: int) -> None:
     rows = torch.arange(len(lengths))
     bonus.copy_(tokens.view(-1, width)[rows, lengths.long() - 1])
 
 
+def copy_all_layer_kv_cache_cpu(_: Tensor, __: Tensor, targets: Tensor, sources: Tensor) -> None:
+    # SGLang tries it once at the start, on a row and itself. Rows of a chain are never moved.
+    if not torch.equal(targets, sources):
+        raise NotImplementedError("chains only")
+
+
 for _kernel in (
     assign_draft_cache_locs_contiguous_cpu,
+    assign_extend_cache_locs_cpu,
+    assign_req_to_token_pool_cpu,
     build_tree_kernel_efficient_cpu,
+    verify_tree_greedy_cpu,
     fill_bonus_tokens_cpu,
+    copy_all_layer_kv_cache_cpu,
 ):
     setattr(sgl_kernel, _kernel.__name__, _kernel)
 

@@ -92,9 +92,10 @@ class DraftRounds:
         self._sessions: dict[str, _Session] = {}
         self._num_sessions = 0
         self._step: list[tuple[Running, TakenDraft]] = []
+        self._unannounced: list[tuple[DraftRequest, DraftTree]] = []
 
     def begin(self, batch: Sequence[Running]) -> list[tuple[int, ...]]:
-        """The chain to verify for each sequence, possibly empty; tells the pool about it."""
+        """The chain to verify for each sequence, possibly empty."""
         for rid in self._sessions.keys() - {running.rid for running in batch}:
             # It ended, or gave its rows back and will come again with all its text.
             self.leave(rid)
@@ -106,22 +107,31 @@ class DraftRounds:
                 asking.append(index)
                 requests.append(_request(running, session))
         taken = [_NOTHING] * len(batch)
+        self._unannounced = []
         if requests:
             num_others = len(batch) - len(requests)
             answers = self._speculator.take(requests, StepLoad(num_others, num_others))
             for index, request, answer in zip(asking, requests, answers, strict=True):
                 taken[index] = self._usable(answer, request.max_draft_tokens)
-            self._speculator.verifying(
-                [
-                    (request, taken[index].tree)
-                    for index, request in zip(asking, requests, strict=True)
-                ]
-            )
+            self._unannounced = [
+                (request, taken[index].tree)
+                for index, request in zip(asking, requests, strict=True)
+            ]
         self._step = list(zip(batch, taken, strict=True))
         return [draft.tree.token_ids for draft in taken]
 
+    def announce(self) -> None:
+        """Tell the pool what ``begin`` gave; right before the forward.
+
+        Threads that send wake up here. Beside small tensor operations they would keep the
+        interpreter from this one again and again; beside the forward it is free.
+        """
+        if self._unannounced:
+            self._speculator.verifying(self._unannounced)
+            self._unannounced = []
+
     def end(self, choices: Sequence[Sequence[int]]) -> list[Committed]:
-        """Accept what the drafts of ``begin`` foresaw, and learn from it.
+        """Accept what the drafts of ``begin`` foresaw, and learn from it; behind ``announce``.
 
         Args:
             choices: per sequence the target's token behind the committed text and behind each of

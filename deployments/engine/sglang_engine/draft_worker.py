@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.sglang_engine.draft_rounds import Committed
+
+
+_MOST_SHAPES = 128
 
 
 class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
@@ -87,6 +91,7 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         width = self._stride if self._is_fixed else 1 + max(map(len, drafts))
         tokens_BW = _rectangle(batch.reqs, drafts, width).to(self._device)
         self._prepare(batch, tokens_BW)
+        self._rounds.announce()
         prepared_at = time.perf_counter()
         result = self._target_worker.forward_batch_generation(batch, is_verify=True)
         logits_output = result.logits_output
@@ -143,10 +148,8 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
     def _prepare(self, batch: Any, tokens_BW: Tensor) -> None:  # noqa: ANN401
         """Make the batch one of verification."""
         num_reqs, width = tokens_BW.shape
-        steps_W = torch.arange(width, device=self._device)
-        positions_BW = batch.seq_lens[:, None] + steps_W
-        rows_BW = torch.arange(num_reqs * width, device=self._device).view(num_reqs, width)
-        next_BW = torch.where(steps_W + 1 < width, steps_W + 1, -1).expand(num_reqs, width)
+        chains = _chains(num_reqs, width, self._device)
+        positions_BW = batch.seq_lens[:, None] + chains.steps
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = tokens_BW.flatten()
         # SGLang has reserved the slots behind the committed text.
@@ -156,26 +159,26 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         )
         batch.spec_info = NgramVerifyInput(
             draft_token=batch.input_ids,
-            custom_mask=self._mask(batch, width),
+            custom_mask=self._mask(batch, chains),
             positions=positions_BW.flatten(),
-            retrieve_index=rows_BW,
-            retrieve_next_token=next_BW.contiguous(),
-            retrieve_next_sibling=torch.full_like(next_BW, -1),
+            retrieve_index=chains.rows,
+            retrieve_next_token=chains.children,
+            retrieve_next_sibling=chains.siblings,
             draft_token_num=width,
         )
 
-    def _mask(self, batch: Any, width: int) -> Tensor:  # noqa: ANN401
+    def _mask(self, batch: Any, chains: _Chains) -> Tensor:  # noqa: ANN401
         """Flat rows of who sees whom: all committed text and what comes before in the chain.
 
         On a CPU SGLang leaves the committed text out of it.
         """
-        chain_WW = torch.ones(width, width, dtype=torch.bool, device=self._device).tril()
         if self._device == "cpu":
-            return chain_WW.flatten().repeat(len(batch.reqs))
+            return chains.mask
+        width = len(chains.steps)
         text = torch.ones(1, 1, dtype=torch.bool, device=self._device)
         return torch.cat(
             [
-                torch.cat([text.expand(width, int(length)), chain_WW], dim=1).flatten()
+                torch.cat([text.expand(width, int(length)), chains.sees], dim=1).flatten()
                 for length in batch.seq_lens_cpu
             ]
         )
@@ -260,12 +263,14 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         committed: Sequence[Committed],
         on_publish: Any,  # noqa: ANN401
     ) -> GenerationBatchResult:
-        accepted_BS = torch.zeros(len(committed), self._stride, dtype=torch.int64)
-        for index, one in enumerate(committed):
-            accepted_BS[index, : len(one.token_ids)] = torch.tensor(one.token_ids)
         lens = [len(one.token_ids) for one in committed]
-        lens_B = torch.tensor(lens, dtype=torch.int32).to(self._device)
-        accepted = accepted_BS.flatten().to(self._device)
+        rows = [
+            token_id
+            for one in committed
+            for token_id in (*one.token_ids, *[0] * (self._stride - len(one.token_ids)))
+        ]
+        lens_B = torch.tensor(lens, dtype=torch.int32, device=self._device)
+        accepted = torch.tensor(rows, dtype=torch.int64, device=self._device)
         new_seq_lens = batch.seq_lens + lens_B
         if on_publish is not None:
             on_publish(new_seq_lens)
@@ -286,6 +291,42 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
             accept_tokens=accepted,
             accept_lens=lens_B,
         )
+
+
+class _Chains(NamedTuple):
+    """What all steps of one shape have in common; nobody writes to it.
+
+    Attributes:
+        steps: [W] 0, 1, ...
+        rows: [B, W], places in the flat batch.
+        children: [B, W], -1 behind the last token.
+        siblings: [B, W], -1 throughout.
+        sees: [W, W], who sees whom.
+        mask: the same for all sequences, flat.
+    """
+
+    steps: Tensor
+    rows: Tensor
+    children: Tensor
+    siblings: Tensor
+    sees: Tensor
+    mask: Tensor
+
+
+@lru_cache(maxsize=_MOST_SHAPES)
+def _chains(num_reqs: int, width: int, device: str) -> _Chains:
+    steps_W = torch.arange(width, device=device)
+    next_W = torch.where(steps_W + 1 < width, steps_W + 1, -1)
+    next_BW = next_W.expand(num_reqs, width).contiguous()
+    chain_WW = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    return _Chains(
+        steps=steps_W,
+        rows=torch.arange(num_reqs * width, device=device).view(num_reqs, width),
+        children=next_BW,
+        siblings=torch.full_like(next_BW, -1),
+        sees=chain_WW,
+        mask=chain_WW.flatten().repeat(num_reqs),
+    )
 
 
 def _rectangle(reqs: Sequence[Any], drafts: Sequence[tuple[int, ...]], width: int) -> Tensor:

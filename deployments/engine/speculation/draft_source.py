@@ -116,6 +116,8 @@ class Trust:
 
     def merge(self, guesses: Sequence[Guess], max_draft_tokens: int) -> Merged:
         """The likeliest tokens of all guesses; what two of them share is the first one's."""
+        if not guesses:
+            return NOTHING
         nodes: dict[tuple[int, ...], tuple[float, DraftOrigin]] = {}
         for guess in guesses:
             length = min(len(guess.token_ids), self.worth(guess.source, max_draft_tokens))

@@ -177,6 +177,8 @@ class GrpcTransport(TargetTransport):
                 frame = draft_pb2.DraftFrame.FromString(raw)
                 if self._welcome is not None:
                     self._inbox.put_pushing_out(Received(frame, time.monotonic()))
+                    if self.on_arrival is not None:
+                        self.on_arrival()
                 elif not frame.HasField("welcome"):
                     self._refusal = "the peer's first frame is no welcome"
                     return

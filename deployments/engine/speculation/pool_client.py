@@ -111,10 +111,9 @@ class PoolClient:
                 del self._session_ids[session.spec.request_id]
 
     def drafts(self, requests: Sequence[DraftRequest]) -> list[PoolDraft]:
-        """What the tables at hand say about each sequence; drains what has arrived."""
+        """What the tables at hand say about each sequence, with all that has arrived."""
         with self._lock:
-            for link in self._links.values():
-                link.receive(self.counters)
+            self._receive()
             return [self._draft(request) for request in requests]
 
     def announce(self, rounds: Sequence[tuple[DraftRequest, DraftTree, Ask]]) -> None:
@@ -154,6 +153,7 @@ class PoolClient:
         dialled = [(link, self._connect(link.endpoint)) for link in to_dial]
         with self._lock:
             for link, transport in dialled:
+                transport.on_arrival = self._take_in
                 link.adopt(transport, now)
             for link in self._links.values():
                 link.send_prompts(now, self._prompt_ask)
@@ -195,6 +195,15 @@ class PoolClient:
                 num_pool_pending=counters.num_pool_pending,
                 pool_batch_time_s=counters.pool_batch_time_s,
             )
+
+    def _take_in(self) -> None:
+        """Read what has arrived on a reader's thread, where it costs no step its time."""
+        with self._lock:
+            self._receive()
+
+    def _receive(self) -> None:
+        for link in self._links.values():
+            link.receive(self.counters)
 
     def _command(self, command: _Command) -> None:
         if len(self._commands) >= _MAX_COMMANDS:

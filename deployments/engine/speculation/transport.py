@@ -71,7 +71,15 @@ class Transport(ABC, Generic[OutT, InT]):
 
 
 class TargetTransport(Transport[draft_pb2.TargetFrame, draft_pb2.DraftFrame]):
-    """The target's end. The handshake is over when it is OPEN; hello and welcome are not seen."""
+    """The target's end. The handshake is over when it is OPEN; hello and welcome are not seen.
+
+    Attributes:
+        on_arrival: where a transport has a thread of its own that reads, it calls this from there
+            for every frame, so that whoever owns the stream need not leave the work to its next
+            ``receive``.
+    """
+
+    on_arrival: Callable[[], None] | None = None
 
     @property
     @abstractmethod

@@ -166,7 +166,7 @@ def _row(pairs: Sequence[tuple[Answers, Answers]]) -> dict[str, Any]:
         "least_ratio": min(ratios),
         "accept_length": 1 + num_accepted / num_drafted_steps if num_drafted_steps else None,
         "tokens_per_step": sum(len(each["token_ids"]) - 1 for each in found) / max(1, num_steps),
-        "drafted_steps": num_drafted_steps / max(1, num_steps),
+        "drafted_share": num_drafted_steps / max(1, num_steps),
         "drafted": sum(each["num_drafted"] for each in found),
         "accepted": num_accepted,
         "from_pool": sum(each["num_from_pool"] for each in found),

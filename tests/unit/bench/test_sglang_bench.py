@@ -9,8 +9,18 @@ import torch
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.types import DraftQuery, DraftSampling, DraftTree, OutcomeRow
 from tests.bench.sglang.bars import hold_bars
-from tests.bench.sglang.field import NGRAM, NONE, POOL, SERVED, WRONG, all_entries, reason_in
-from tests.bench.sglang.race import Answers, Question, questions, rows_of
+from tests.bench.sglang.field import (
+    NGRAM,
+    NONE,
+    POOL,
+    SERVED,
+    WRONG,
+    Entry,
+    NotRunningError,
+    all_entries,
+    reason_in,
+)
+from tests.bench.sglang.race import Answers, Question, questions, race, rows_of
 from tests.bench.sglang.texts import differences
 from tests.bench.sglang.wrong import WRONG_TOKEN_ID, WrongDrafter
 
@@ -45,6 +55,53 @@ def test_no_prompt_is_asked_twice_and_kinds_are_mixed():
     ]
     asked = [tuple(prompt) for each in found for prompt in each.prompts]
     assert len(set(asked)) == len(asked) == 12
+
+
+class Scripted:
+    """Answers at once, and ends at one of its questions."""
+
+    def __init__(self, name, told, ends_at=None):
+        self.entry = Entry(name)
+        self._told = told
+        self._num_left = ends_at
+
+    def ask(self, do, prompts, num_new_tokens):
+        assert do == "generate"
+        self._told.append((self.entry.name, prompts[0][0], num_new_tokens))
+        if self._num_left == 0:
+            raise NotRunningError("status 1")
+        if self._num_left is not None:
+            self._num_left -= 1
+        return [answer(1.0) for _ in prompts]
+
+
+def test_everybody_is_asked_in_turn_and_who_ends_is_left_out():
+    told = []
+    contestants = [Scripted(NONE, told), Scripted(POOL, told, ends_at=5)]
+    warm_up = [Question("warm-up", [[1]])]
+    answers, dead = race(contestants, ASKED, warm_up, 5, 60.0, lambda _: None)
+    assert {name: len(own) for name, own in answers.items()} == {NONE: 3, POOL: 1}
+    assert dead == {POOL: "status 1"}
+    # Prompts are cached first, and the turn to begin goes round.
+    assert told[:8] == [
+        (NONE, 1, 1),
+        (NONE, 1, 5),
+        (POOL, 1, 1),
+        (POOL, 1, 5),
+        (POOL, 7, 1),
+        (POOL, 7, 5),
+        (NONE, 7, 1),
+        (NONE, 7, 5),
+    ]
+    assert [name for name, *_ in told[8:]] == [NONE, NONE, POOL, POOL, NONE, NONE]
+    assert [len(own.found) for own in answers[NONE]] == [1, 2, 1]
+
+
+def test_no_question_is_asked_when_the_time_is_over():
+    said = []
+    answers, dead = race([Scripted(NONE, [])], ASKED, [], 5, -1.0, said.append)
+    assert (answers, dead) == ({NONE: []}, {})
+    assert said == ["out of time after 0 questions"]
 
 
 def test_rows_compare_at_the_very_same_question():

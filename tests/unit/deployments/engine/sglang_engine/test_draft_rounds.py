@@ -67,6 +67,7 @@ def generate(rounds, prompts, num_tokens, k=3, speculation=True):
             for rid in open_rids
         ]
         drafts = rounds.begin(batch)
+        rounds.announce()
         choices = []
         for running, draft in zip(batch, drafts, strict=True):
             assert len(draft) <= running.max_draft_tokens
@@ -127,6 +128,7 @@ def test_counts_tell_what_was_verified_and_whose_it_was():
     rounds = DraftRounds(Scripted(right), VOCAB_SIZE)
     running = Running("a", own_params(make_request()), [1, 2], [3], 2)
     (draft,) = rounds.begin([running])
+    rounds.announce()
     text = [1, 2, 3]
     ((tokens, counts),) = rounds.end([[draft[0], 49 - next_token([*text, draft[0]]), 0]])
     assert tokens == [draft[0], 49 - next_token([*text, draft[0]])]

@@ -21,7 +21,7 @@ from deployments.engine.speculation.grpc_transport import (
 from deployments.engine.speculation.pool_link import LinkLimits
 from deployments.engine.speculation.split_speculator import SplitSpeculator
 from deployments.engine.speculation.transport import TransportState
-from deployments.engine.speculation.types import DraftSampling
+from deployments.engine.speculation.types import DraftSampling, SessionSpec
 from protos import draft_pb2, draft_pb2_grpc
 from tests.fakes_speculation import (
     IDENTITY,
@@ -99,6 +99,28 @@ def test_a_fitting_target_is_served(server):
     assert serves(transport)
     transport.close()
     wait_until(lambda: server.stats().num_streams == 0, "the server forgets the stream")
+
+
+def test_a_table_is_read_before_a_step_asks_for_it(server):
+    speculator = SplitSpeculator(
+        SpeculationConfig(local_drafter="none"),
+        vocab_size=VOCAB_SIZE,
+        connect=grpc_connector(IDENTITY, "t", SECRET, limits=LIMITS),
+    )
+    try:
+        speculator.attach("r1", server.endpoint)
+        speculator.open(
+            SessionSpec(
+                session_id=1,
+                request_id="r1",
+                tenant="t",
+                token_ids=(1, 2, 3),
+                sampling=DraftSampling(seed=7),
+            )
+        )
+        wait_until(lambda: speculator.stats().num_tables == 1, "the prompt's table is read")
+    finally:
+        speculator.shutdown()
 
 
 def raw_stream(server, frames: list[bytes]):
