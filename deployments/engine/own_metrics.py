@@ -12,7 +12,7 @@ class Sample(NamedTuple):
         name: in Prometheus' characters.
         labels: pairs of name and value, in order of their names.
         value: in the unit that the name says.
-        is_total: whether it only grows.
+        is_total: whether it is a counter; its name ends in ``_total`` then.
     """
 
     name: str

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable of SGLang's processes."""
 _PREFIX = "sglang:"
-_TOTALS = frozenset({"counter", "histogram", "summary"})
+_TOTAL = "_total"
+"""Ray ends the names of counters so. What histograms count goes as it is, and keeps its names."""
 
 
 def read_metrics(folder: Path) -> list[Sample]:
@@ -49,6 +50,5 @@ def _samples(families: Iterable[Metric]) -> Iterable[Sample]:
                 name=sample.name.replace(":", "_"),
                 labels=tuple(sorted(sample.labels.items())),
                 value=sample.value,
-                # Of a summary's samples those of quantiles do not grow; SGLang has none.
-                is_total=family.type in _TOTALS,
+                is_total=sample.name.endswith(_TOTAL),
             )

@@ -22,6 +22,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from deployments.engine.config import TorchEngineConfig
 from deployments.tokenizer import ChatTurn, Tokenizer
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from tests.bench.gpu.field import (
@@ -74,7 +77,7 @@ def main() -> int:
         "device": probed["device"] if told.device == "cuda" else "cpu",
         "versions": probed,
         "target": target.name,
-        "draft": told.drafter or ("student" if target.is_default else "suffix"),
+        "draft": _draft(told, target),
         "draft_tokens": told.draft_tokens,
         "acceptance_counts": not target.is_random,
         "rows": rows,
@@ -103,21 +106,23 @@ def _run(
     plan = Plan.quick() if told.quick else Plan.whole()
     # The shipped drafts name the default model as a cluster does that serves it.
     model = "" if target.is_default else str(target.folder)
-    name = model or _default_name()
+    name = model or TorchEngineConfig().model
     identity = target_identity(name)
     tokenizer = Tokenizer.load(target.folder)
 
     def chat(text: str) -> list[int]:
         return tokenizer.encode_chat([ChatTurn(role="user", content=text)])
 
-    drafter = told.drafter or ("student" if target.is_default else "suffix")
-    draft: dict[str, Any] = {"drafter": drafter, "num_threads": 1}
-    if machine.device == "cuda" and drafter != "suffix":
-        draft["device"] = "cuda"
+    draft = _draft(told, target)
     rows: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
     with ExitStack() as stack:
-        endpoint = stack.enter_context(pool(name, draft))
+        endpoint = None
+        try:
+            endpoint = stack.enter_context(pool(name, draft))
+        except RuntimeError as error:
+            absent = {entry.name: str(error) for entry in entries if entry.is_drafted}
+            entries = [entry for entry in entries if not entry.is_drafted]
         valkey = EmbeddedValkey(_QUICK_VALKEY_BYTES if told.quick else _VALKEY_BYTES)
         valkey.start()
         stack.callback(valkey.stop)
@@ -148,10 +153,13 @@ def _run(
     return rows, absent
 
 
-def _default_name() -> str:
-    from deployments.engine.config import TorchEngineConfig
-
-    return TorchEngineConfig().model
+def _draft(told: argparse.Namespace, target: Target) -> dict[str, Any]:
+    """Settings of the draft replica, which runs in our own environment."""
+    drafter = told.drafter or ("student" if target.is_default else "suffix")
+    draft: dict[str, Any] = {"drafter": drafter, "num_threads": 1}
+    if told.device == "cuda" and drafter != "suffix" and torch.cuda.is_available():
+        draft["device"] = "cuda"
+    return draft
 
 
 def _target(told: argparse.Namespace, scratch: Path) -> Target:

@@ -31,7 +31,8 @@ def add_speed_ups(rows: list[dict[str, Any]]) -> None:
 def show(report: dict[str, Any]) -> None:
     """Print everything."""
     acceptance = "" if report["acceptance_counts"] else "; random weights: no drafter can know them"
-    title = f"{report['target']} on {report['device']}, drafts: {report['draft']}{acceptance}"
+    drafts = report["draft"]["drafter"]
+    title = f"{report['target']} on {report['device']}, drafts: {drafts}{acceptance}"
     print_table(title, report["rows"])
     for name, reason in report["absent"].items():
         sys.stdout.write(f"did not run: {name}: {reason}\n")
