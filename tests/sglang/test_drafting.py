@@ -23,7 +23,7 @@ from protos import inference_pb2_grpc as pb_grpc
 from tests.exactness import Reference, assert_same_text
 from tests.ray_cluster import wait_until
 from tests.sglang.embedded import by_the_embedded_engine
-from tests.sglang.served import MODEL, PYTHON, START_TIMEOUT_S, served
+from tests.sglang.served import MODEL, PYTHON, START_TIMEOUT_S, served, tier_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,9 +51,12 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9}
 @pytest.fixture(scope="module")
 def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess]:
     # Without a local drafter, so that every accepted token is one of the pool's.
-    engine = {"speculation": {"local_drafter": "none"}}
+    engine = {"speculation": {"local_drafter": "none"}, "kv_load_timeout_s": 30}
+    tier = {"kind": "embedded_valkey", "name": "hot", "operation_timeout_s": 10}
     place = tmp_path_factory.mktemp("cluster")
-    with served(place, folder, engine, draft={"drafter": "suffix"}) as process:
+    with served(
+        place, folder, engine, draft={"drafter": "suffix"}, kv={"tiers": [tier]}
+    ) as process:
         yield process
 
 
@@ -148,6 +151,10 @@ def stream(cluster: ClusterProcess, *, kills_drafter: bool = False, **fields: An
                         process.kill()
     assert not kills_drafter
     return text
+
+
+def test_texts_that_were_drafted_for_are_shared(cluster: ClusterProcess) -> None:
+    wait_until(lambda: tier_pages(cluster, "put") > 0, timeout_s=300, what="pages in the tier")
 
 
 def test_a_killed_drafter_costs_no_token(cluster: ClusterProcess) -> None:
