@@ -137,6 +137,17 @@ class ClusterConfig(_Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sglang_has_what_it_needs(self) -> ClusterConfig:
+        sglang, num_gpus = self.engine.sglang, self.pools.target.num_gpus
+        is_spread = sglang.tensor_parallel > 1 and self.engine.device == "cuda"
+        if is_spread and num_gpus != sglang.tensor_parallel:
+            raise ValueError(
+                f"engine.sglang.tensor_parallel is {sglang.tensor_parallel}, but "
+                f"pools.target.num_gpus is {num_gpus:g}"
+            )
+        return self
+
     @property
     def served_model_name(self) -> str:
         """The model id that clients use."""

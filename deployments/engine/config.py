@@ -67,7 +67,7 @@ class SGLangConfig(_Config):
     attention_backend: str | None = None
     """SGLang's ``--attention-backend``; by default SGLang chooses."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """GPUs that share one replica's layers; as many as ``pools.target.num_gpus``."""
+    """GPUs of one machine that share one replica's layers; as many as ``pools.target.num_gpus``."""
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Part of a GPU's memory for weights and pages. SGLang then counts its pages itself and
     ``num_pages`` says nothing."""
@@ -177,8 +177,8 @@ class EngineConfig(_Config):
 
     @property
     def takes_drafts(self) -> bool:
-        """Whether the engine verifies drafts of the pool; SGLang does on one GPU."""
-        return self.speculation.enabled and self.sglang.tensor_parallel == 1
+        """Whether the engine verifies drafts of the pool."""
+        return self.speculation.enabled
 
     def context_length(self, max_positions: int) -> int:
         """Prompt and output tokens of one sequence, at most.

@@ -224,4 +224,4 @@ def in_sglangs_python(module: str, *arguments: str) -> subprocess.CompletedProce
 def test_an_sglang_that_moved_is_served_without_drafts(folder: Path) -> None:
     run = in_sglangs_python("tests.sglang.moved_sglang", str(folder))
     assert json.loads(run.stdout.splitlines()[-1]) == {"num_tokens": 6, "num_draft_tokens": 0}
-    assert "GrammarTree.from_linear_chain is missing" in run.stderr
+    assert "GrammarTree.from_host is missing" in run.stderr

@@ -3,7 +3,8 @@
 A step runs the target over each sequence's last token and its draft in one forward, chooses a token
 behind each of them with the request's own noise, and keeps what the draft foresaw. So the text is
 that of plain decoding. A step without drafts is one of width one. SGLang's scheduler runs such
-workers synchronously here: every step needs the tokens of the last one on the host.
+workers synchronously here: every step needs the tokens of the last one on the host. With tensor
+parallelism each rank has a worker, and the first one's drafts and tokens are those of all.
 
 B: sequences, W: width of the step, S: SGLang's fixed width of results, V: vocabulary.
 """
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.runtime_context import get_device, get_spec
+from sglang.srt.runtime_context import get_device, get_parallel, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.ngram_info import NgramVerifyInput
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
@@ -26,6 +28,7 @@ from sglang.srt.utils.async_probe import sanitize_nan_logits
 
 from deployments.engine.sglang_engine.choosing import choose
 from deployments.engine.sglang_engine.draft_client import DraftClient
+from deployments.engine.sglang_engine.draft_ranks import FollowingRounds, LeadingRounds
 from deployments.engine.sglang_engine.draft_rounds import DraftRounds, Running
 from deployments.engine.sglang_engine.noise_sampler import row_of
 from deployments.engine.sglang_engine.own_params import (
@@ -33,17 +36,21 @@ from deployments.engine.sglang_engine.own_params import (
     DRAFT_LINK,
     read_own_params,
 )
+from deployments.engine.sglang_engine.verify_rows import moves, verify_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from deployments.engine.sglang_engine.draft_ranks import Rounds
     from deployments.engine.sglang_engine.draft_rounds import Committed
+    from deployments.engine.sglang_engine.verify_rows import VerifyRows
+    from deployments.engine.speculation.types import DraftTree
 
 
 class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
-    """Verifies chains that a draft pool, or this process, guessed."""
+    """Verifies what a draft pool, or this process, guessed."""
 
     def __init__(
         self,
@@ -61,8 +68,7 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         self._stride: int = get_spec().speculative_num_draft_tokens
         # Recorded graphs are of this width alone; what is narrower runs kernel by kernel.
         self._is_fixed = self._device != "cpu" and not server_args.disable_cuda_graph
-        client = DraftClient(os.environ[DRAFT_LINK])
-        self._rounds = DraftRounds(client.speculator, client.settings.identity.vocab_size)
+        self._rounds = _rounds(self._stride - 1)
 
     def alloc_memory_pool(self, **_: Any) -> None:  # noqa: ANN401, D102 - SGLang's method
         pool, allocator = self._target_worker.get_memory_pool()
@@ -82,16 +88,17 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
             return self._prefill(batch, on_publish, pp_proxy_tensors)
         drafts = self._rounds.begin([self._running(req) for req in batch.reqs])
         width = self._stride if self._is_fixed else 1 + max(map(len, drafts))
-        tokens_BW = _rectangle(batch.reqs, drafts, width).to(self._device)
-        self._prepare(batch, tokens_BW)
+        rows = verify_rows([req.output_ids[-1] for req in batch.reqs], drafts, width)
+        self._prepare(batch, rows)
         result = self._target_worker.forward_batch_generation(batch, is_verify=True)
         logits_output = result.logits_output
-        self._adjust(batch, logits_output.next_token_logits, tokens_BW, drafts)
+        self._adjust(batch, logits_output.next_token_logits, rows, drafts)
         choices = self._choose(batch, logits_output.next_token_logits, drafts, width)
         committed = self._rounds.end(choices)
+        self._move(batch, committed, width)
         batch.forward_mode = ForwardMode.DECODE
         if batch.return_logprob:
-            self._tell_logprobs(batch, logits_output, choices, committed, width)
+            self._tell_logprobs(batch, logits_output, committed, width)
         for req, one in zip(batch.reqs, committed, strict=True):
             _tell_counts(req, one)
         return self._result(batch, result, committed, on_publish)
@@ -132,43 +139,43 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
             max_draft_tokens=min(room, self._stride - 1),
         )
 
-    def _prepare(self, batch: Any, tokens_BW: Tensor) -> None:  # noqa: ANN401
+    def _prepare(self, batch: Any, rows: VerifyRows) -> None:  # noqa: ANN401
         """Make the batch one of verification."""
-        num_reqs, width = tokens_BW.shape
+        num_reqs, width = rows.tokens.shape
         steps_W = torch.arange(width, device=self._device)
-        positions_BW = batch.seq_lens[:, None] + steps_W
-        rows_BW = torch.arange(num_reqs * width, device=self._device).view(num_reqs, width)
-        next_BW = torch.where(steps_W + 1 < width, steps_W + 1, -1).expand(num_reqs, width)
+        on_host = (rows.tokens, rows.depths, rows.first_child, rows.next_sibling)
+        tokens_BW, depths_BW, children_BW, siblings_BW = torch.stack(on_host).to(self._device)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = tokens_BW.flatten()
         # SGLang has reserved the slots behind the committed text.
         slots = batch.req_to_token_pool.req_to_token
+        places_BW = batch.seq_lens[:, None] + steps_W
         batch.out_cache_loc = (
-            slots[batch.req_pool_indices[:, None], positions_BW].flatten().to(torch.int64)
+            slots[batch.req_pool_indices[:, None], places_BW].flatten().to(torch.int64)
         )
         batch.spec_info = NgramVerifyInput(
             draft_token=batch.input_ids,
-            custom_mask=self._mask(batch, width),
-            positions=positions_BW.flatten(),
-            retrieve_index=rows_BW,
-            retrieve_next_token=next_BW.contiguous(),
-            retrieve_next_sibling=torch.full_like(next_BW, -1),
+            custom_mask=self._mask(batch, rows.sees),
+            positions=(batch.seq_lens[:, None] + depths_BW).flatten(),
+            retrieve_index=torch.arange(num_reqs * width, device=self._device).view(-1, width),
+            retrieve_next_token=children_BW,
+            retrieve_next_sibling=siblings_BW,
             draft_token_num=width,
         )
 
-    def _mask(self, batch: Any, width: int) -> Tensor:  # noqa: ANN401
-        """Flat rows of who sees whom: all committed text and what comes before in the chain.
+    def _mask(self, batch: Any, sees_BWW: Tensor) -> Tensor:  # noqa: ANN401
+        """Flat rows of who sees whom: all committed text, and what comes before in the draft.
 
         On a CPU SGLang leaves the committed text out of it.
         """
-        chain_WW = torch.ones(width, width, dtype=torch.bool, device=self._device).tril()
+        sees_BWW = sees_BWW.to(self._device)
         if self._device == "cpu":
-            return chain_WW.flatten().repeat(len(batch.reqs))
+            return sees_BWW.flatten()
         text = torch.ones(1, 1, dtype=torch.bool, device=self._device)
         return torch.cat(
             [
-                torch.cat([text.expand(width, int(length)), chain_WW], dim=1).flatten()
-                for length in batch.seq_lens_cpu
+                torch.cat([text.expand(len(own), int(length)), own], dim=1).flatten()
+                for own, length in zip(sees_BWW, batch.seq_lens_cpu, strict=True)
             ]
         )
 
@@ -176,11 +183,11 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         self,
         batch: Any,  # noqa: ANN401
         logits: Tensor,
-        tokens_BW: Tensor,
-        drafts: Sequence[tuple[int, ...]],
+        rows: VerifyRows,
+        drafts: Sequence[DraftTree],
     ) -> None:
         """Penalties along each draft, the form, and biases; in place."""
-        num_reqs, width = tokens_BW.shape
+        num_reqs, width = rows.tokens.shape
         logits_BWV = logits.view(num_reqs, width, -1)
         sanitize_nan_logits(logits, "verify: target model logits")
         for index, (req, draft) in enumerate(zip(batch.reqs, drafts, strict=True)):
@@ -188,7 +195,7 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         if batch.has_grammar:
             mask = build_grammar_vocab_mask(
                 reqs=batch.reqs,
-                tree=GrammarTree.from_linear_chain(tokens_BW),
+                tree=GrammarTree.from_host(rows.first_child, rows.next_sibling, rows.tokens),
                 sampling_info=batch.sampling_info,
                 device=self._device,
                 barrier=None,
@@ -202,10 +209,10 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         self,
         batch: Any,  # noqa: ANN401
         logits: Tensor,
-        drafts: Sequence[tuple[int, ...]],
+        drafts: Sequence[DraftTree],
         width: int,
     ) -> list[list[int]]:
-        """A token behind each sequence's text and behind each of its draft tokens."""
+        """A token behind each sequence's text and behind each node of its draft."""
         wanted = [
             index * width + step
             for index, draft in enumerate(drafts)
@@ -223,21 +230,28 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         found = iter(choose(logits, rows, positions_M).tolist())
         return [[next(found) for _ in range(len(draft) + 1)] for draft in drafts]
 
+    def _move(self, batch: Any, committed: Sequence[Committed], width: int) -> None:  # noqa: ANN401
+        """Put the keys and values of accepted nodes right behind the text, in order."""
+        sources, destinations = moves([one.nodes for one in committed], width)
+        if sources:
+            slots = batch.out_cache_loc
+            self.token_to_kv_pool_allocator.get_kvcache().move_kv_cache(
+                tgt_loc=slots[destinations], src_loc=slots[sources]
+            )
+
     def _tell_logprobs(
         self,
         batch: Any,  # noqa: ANN401
         logits_output: Any,  # noqa: ANN401
-        choices: Sequence[Sequence[int]],
         committed: Sequence[Committed],
         width: int,
     ) -> None:
-        predicted = torch.zeros(len(choices) * width, dtype=torch.int64)
-        accepted_BS = torch.full((len(choices), self._stride), -1, dtype=torch.int64)
-        for index, (chosen, one) in enumerate(zip(choices, committed, strict=True)):
-            start = index * width
-            predicted[start : start + len(chosen)] = torch.tensor(chosen)
-            length = len(one.token_ids)
-            accepted_BS[index, :length] = torch.arange(start, start + length)
+        predicted = torch.zeros(len(committed) * width, dtype=torch.int64)
+        accepted_BS = torch.full((len(committed), self._stride), -1, dtype=torch.int64)
+        for index, one in enumerate(committed):
+            rows = torch.tensor([0, *(1 + node for node in one.nodes)]) + index * width
+            predicted[rows] = torch.tensor(one.token_ids)
+            accepted_BS[index, : len(rows)] = rows
         compute_spec_logprobs(
             batch,
             logits_output,
@@ -280,28 +294,30 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         )
 
 
-def _rectangle(reqs: Sequence[Any], drafts: Sequence[tuple[int, ...]], width: int) -> Tensor:
-    """[B, W] int64: the last token, the draft, and its last token again as padding."""
-    rows = []
-    for req, draft in zip(reqs, drafts, strict=True):
-        chain = [req.output_ids[-1], *draft]
-        rows.append(chain + chain[-1:] * (width - len(chain)))
-    return torch.tensor(rows, dtype=torch.int64)
+def _rounds(max_nodes: int) -> Rounds:
+    """This rank's part in drafting."""
+    parallel = get_parallel()
+    group = parallel.tp_group
+    share = partial(torch.distributed.broadcast, src=group.first_rank, group=group.cpu_group)
+    if parallel.tp_rank > 0:
+        return FollowingRounds(share, max_nodes)
+    client = DraftClient(os.environ[DRAFT_LINK])
+    rounds = DraftRounds(client.speculator, client.settings.identity.vocab_size)
+    return rounds if parallel.tp_size == 1 else LeadingRounds(rounds, share, max_nodes)
 
 
-def _penalise(logits_WV: Tensor, req: Any, draft: tuple[int, ...]) -> None:  # noqa: ANN401
-    """What SGLang's penalties of the output would be behind each draft token."""
+def _penalise(logits_WV: Tensor, req: Any, draft: DraftTree) -> None:  # noqa: ANN401
+    """What SGLang's penalties of the output would be behind each node."""
     parameters = req.sampling_params
     presence, frequency = parameters.presence_penalty, parameters.frequency_penalty
     if not presence and not frequency:
         return
-    counts = Counter(req.output_ids)
-    for step in range(len(draft) + 1):
-        if step:
-            counts[draft[step - 1]] += 1
+    written = Counter(req.output_ids)
+    for node in range(-1, len(draft)):
+        counts = written + Counter(draft.token_ids[step] for step in draft.path_to(node))
         ids = torch.tensor(list(counts), device=logits_WV.device)
         values = [-presence - frequency * count for count in counts.values()]
-        logits_WV[step].index_add_(
+        logits_WV[node + 1].index_add_(
             0, ids, torch.tensor(values, dtype=logits_WV.dtype, device=logits_WV.device)
         )
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _JSON_WHITESPACE = r"\n?[ ]{0,20}"
 """As the embedded engine allows it: a weak model may write white space for ever where it may."""
+_ALONE = ("dp_size", "pp_size")
+"""Ways to spread a model whose schedulers do not run the same batches, or not as a whole."""
 _KEPT_BACK = 8
 """SGLang lets no sequence have its last tokens: two of the context, and six more of a prompt."""
 
@@ -46,7 +48,7 @@ def server_args(
     """
     own = _own(config, folder, max_model_len)
     if is_drafted:
-        own |= _drafting(config.speculation.num_draft_tokens)
+        own |= _drafting(config)
     if tier is not None:
         own |= _hierarchical_cache(tier)
     problems = []
@@ -57,6 +59,8 @@ def server_args(
             likely = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {likely[0]}?" if likely else ""
             problems.append(f"SGLang has no server argument {name}{hint}")
+        elif is_drafted and name in _ALONE and config.sglang.extra_args[name] != 1:
+            problems.append(f"{name} must be 1 with drafts of the pool")
     if problems:
         raise EngineSetupError(f"engine.sglang.extra_args: {'; '.join(problems)}")
     return own | dict(config.sglang.extra_args)
@@ -80,6 +84,13 @@ def environment(config: EngineConfig, num_cpus: int) -> dict[str, str]:
         variables["SGLANG_USE_CPU_ENGINE"] = "1"
         # Compiling the first grammar's mask would take a minute, with no token for anybody.
         variables["TORCHDYNAMO_DISABLE"] = "1"
+        if (num_ranks := config.sglang.tensor_parallel) > 1:
+            each = max(1, num_cpus // num_ranks)
+            variables["OMP_NUM_THREADS"] = str(config.num_threads or each)
+            # SGLang asks for it; it binds threads only where it has its kernels for AMX.
+            variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+                f"{rank * each}-{(rank + 1) * each - 1}" for rank in range(num_ranks)
+            )
     return variables
 
 
@@ -133,7 +144,8 @@ def _own(config: EngineConfig, folder: Path, max_model_len: int) -> dict[str, An
     return own
 
 
-def _drafting(num_draft_tokens: int) -> dict[str, Any]:
+def _drafting(config: EngineConfig) -> dict[str, Any]:
+    num_draft_tokens = config.speculation.num_draft_tokens
     return {
         "speculative_algorithm": SPECULATIVE_ALGORITHM,
         # SGLang counts the last committed token as well.
