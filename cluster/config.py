@@ -146,6 +146,12 @@ class ClusterConfig(_Config):
                 f"engine.sglang.tensor_parallel is {sglang.tensor_parallel}, but "
                 f"pools.target.num_gpus is {num_gpus:g}"
             )
+        if sglang.draft_trees and sglang.attention_backend == "triton" and self.kv is not None:
+            # SGLang refuses its own trees there, as unstable.
+            raise ValueError(
+                "engine.sglang.draft_trees over pages of 64 tokens needs attention_backend: "
+                "flashinfer; or set kv: null"
+            )
         return self
 
     @property

@@ -193,7 +193,12 @@ def test_one_scheduler_gives_the_embedded_engines_text_with_a_drafter_that_dies(
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["num_links_lost"] > 0
     assert sum(counts["pool"] for counts in found["counts"].values()) > 0
-    assert_same_text(Reference(default_cache_dir()), requests, expected, found["tokens"])
+    reference = Reference(default_cache_dir())
+    assert_same_text(reference, requests, expected, found["tokens"])
+    branching = found["branching"]
+    assert branching["num_moved"] > 10
+    assert branching["num_steps"] < 0.7 * max(map(len, expected.values()))
+    assert_same_text(reference, requests, expected, branching["tokens"])
 
 
 def asdict_of(request: GenerationRequest) -> dict[str, Any]:

@@ -302,7 +302,12 @@ def _rounds(max_nodes: int) -> Rounds:
     if parallel.tp_rank > 0:
         return FollowingRounds(share, max_nodes)
     client = DraftClient(os.environ[DRAFT_LINK])
-    rounds = DraftRounds(client.speculator, client.settings.identity.vocab_size)
+    rounds = DraftRounds(
+        client.speculator,
+        client.settings.identity.vocab_size,
+        # Backends take a draft for a chain where SGLang is told of one branch.
+        takes_trees=get_spec().speculative_eagle_topk > 1,
+    )
     return rounds if parallel.tp_size == 1 else LeadingRounds(rounds, share, max_nodes)
 
 

@@ -146,12 +146,15 @@ def _own(config: EngineConfig, folder: Path, max_model_len: int) -> dict[str, An
 
 def _drafting(config: EngineConfig) -> dict[str, Any]:
     num_draft_tokens = config.speculation.num_draft_tokens
+    # With one branch SGLang takes a draft for a chain, whatever its mask says; how many there are
+    # of more than one only tells it how many slots to keep free, of which a tree needs no more.
+    num_branches = 2 if config.sglang.draft_trees else 1
     return {
         "speculative_algorithm": SPECULATIVE_ALGORITHM,
         # SGLang counts the last committed token as well.
         "speculative_num_draft_tokens": num_draft_tokens + 1,
-        "speculative_num_steps": num_draft_tokens,
-        "speculative_eagle_topk": 1,
+        "speculative_num_steps": max(1, num_draft_tokens // num_branches),
+        "speculative_eagle_topk": num_branches,
         # Every step starts from the tokens of the last one.
         "disable_overlap_schedule": True,
     }

@@ -109,6 +109,14 @@ def test_a_replica_has_as_many_gpus_as_share_its_layers():
         ClusterConfig(pools=PoolsConfig(target=PoolConfig(num_gpus=1)), engine=engine)
 
 
+def test_branches_over_pages_need_attention_that_can():
+    sglang = SGLangConfig(draft_trees=True, attention_backend="triton")
+    engine = EngineConfig(kind="sglang", device="cuda", sglang=sglang)
+    with pytest.raises(ValidationError, match="draft_trees over pages of 64 tokens"):
+        ClusterConfig(engine=engine)
+    assert ClusterConfig(engine=engine, kv=None).engine.sglang.draft_trees
+
+
 def test_target_replicas_start_in_the_python_that_holds_their_engine(tmp_path):
     pools = PoolsConfig(target=PoolConfig(num_gpus=1))
     sglang = SGLangConfig(python=tmp_path / "bin" / "python")

@@ -81,6 +81,19 @@ def test_drafts_are_taken_unless_they_are_switched_off(changes, takes):
     assert EngineConfig(kind="sglang", **changes).takes_drafts is takes
 
 
+def test_branches_need_attention_that_reads_masks():
+    with pytest.raises(ValidationError, match="draft_trees needs attention_backend: flashinfer"):
+        SGLangConfig(draft_trees=True)
+    with pytest.raises(ValidationError, match="draft_trees"):
+        SGLangConfig(draft_trees=True, attention_backend="fa3")
+    sglang = SGLangConfig(draft_trees=True, attention_backend="flashinfer")
+    config = EngineConfig(kind="sglang", sglang=sglang)
+    own = server_args(config, FOLDER, max_model_len=512, known=KNOWN, is_drafted=True)
+    assert own["speculative_eagle_topk"] > 1
+    num_slots = own["speculative_eagle_topk"] * own["speculative_num_steps"]
+    assert num_slots <= own["speculative_num_draft_tokens"]
+
+
 @pytest.mark.parametrize("name", ["dp_size", "pp_size"])
 def test_drafts_are_for_schedulers_that_run_the_same_batches(name):
     config = EngineConfig(kind="sglang", sglang=SGLangConfig(extra_args={name: 2}))
