@@ -143,10 +143,8 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         """Make the batch one of verification."""
         num_reqs, width = rows.tokens.shape
         steps_W = torch.arange(width, device=self._device)
-        on_host = (rows.tokens, rows.depths, rows.first_child, rows.next_sibling)
-        tokens_BW, depths_BW, children_BW, siblings_BW = torch.stack(on_host).to(self._device)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
-        batch.input_ids = tokens_BW.flatten()
+        batch.input_ids = rows.tokens.flatten().to(self._device)
         # SGLang has reserved the slots behind the committed text.
         slots = batch.req_to_token_pool.req_to_token
         places_BW = batch.seq_lens[:, None] + steps_W
@@ -156,10 +154,10 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         batch.spec_info = NgramVerifyInput(
             draft_token=batch.input_ids,
             custom_mask=self._mask(batch, rows.sees),
-            positions=(batch.seq_lens[:, None] + depths_BW).flatten(),
+            positions=(batch.seq_lens[:, None] + rows.depths.to(self._device)).flatten(),
             retrieve_index=torch.arange(num_reqs * width, device=self._device).view(-1, width),
-            retrieve_next_token=children_BW,
-            retrieve_next_sibling=siblings_BW,
+            retrieve_next_token=rows.first_child.to(self._device),
+            retrieve_next_sibling=rows.next_sibling.to(self._device),
             draft_token_num=width,
         )
 

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 _NOBODY = -1
 _MAX_SHAPES = 4096
-"""Drafts of one shape look alike, and most are chains; so few shapes are in use at a time."""
+_MAX_BATCHES = 256
+"""Most drafts are chains of a few lengths, so few shapes are in use at a time."""
 
 
 class VerifyRows(NamedTuple):
-    """A batch of drafts, on the host.
+    """A batch of drafts, on the host. All but the tokens is shared between steps and never written.
 
     Attributes:
         tokens: [B, W] int64.
@@ -61,11 +62,8 @@ def verify_rows(
     tokens[:] = np.asarray(last_token_ids, dtype=np.int64)[:, None]
     for row, tree in zip(tokens, trees, strict=True):
         row[1 : 1 + len(tree)] = tree.token_ids
-    shapes = [_shape(tree.parents, width) for tree in trees]
-    return VerifyRows(
-        torch.from_numpy(tokens),
-        *(torch.from_numpy(np.stack(part)) for part in zip(*shapes, strict=True)),
-    )
+    shapes = tuple(tree.parents for tree in trees)
+    return VerifyRows(torch.from_numpy(tokens), *_batch(shapes, width))
 
 
 def moves(accepted: Sequence[tuple[int, ...]], width: int) -> tuple[list[int], list[int]]:
@@ -88,9 +86,16 @@ def moves(accepted: Sequence[tuple[int, ...]], width: int) -> tuple[list[int], l
     return sources, destinations
 
 
+@lru_cache(maxsize=_MAX_BATCHES)
+def _batch(shapes: tuple[tuple[int, ...], ...], width: int) -> tuple[Tensor, ...]:
+    """``VerifyRows`` but its tokens."""
+    parts = zip(*(_shape(parents, width) for parents in shapes), strict=True)
+    return tuple(torch.from_numpy(np.stack(part)) for part in parts)
+
+
 @lru_cache(maxsize=_MAX_SHAPES)
 def _shape(parents: tuple[int, ...], width: int) -> tuple[NDArray[Any], ...]:
-    """All of a sequence's part of ``VerifyRows`` but its tokens."""
+    """A sequence's part of it."""
     depths = np.ones(width, dtype=np.int64)
     depths[0] = 0
     sees = np.eye(width, dtype=bool)
