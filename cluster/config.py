@@ -172,6 +172,23 @@ class ClusterConfig(_Config):
             raise ValueError("pools.prefill hands pages over through a Valkey tier: add one to kv")
         return self
 
+    @model_validator(mode="after")
+    def _sglang_has_what_it_needs(self) -> ClusterConfig:
+        sglang, num_gpus = self.engine.sglang, self.pools.target.num_gpus
+        is_spread = sglang.tensor_parallel > 1 and self.engine.device == "cuda"
+        if is_spread and num_gpus != sglang.tensor_parallel:
+            raise ValueError(
+                f"engine.sglang.tensor_parallel is {sglang.tensor_parallel}, but "
+                f"pools.target.num_gpus is {num_gpus:g}"
+            )
+        if sglang.draft_trees and sglang.attention_backend == "triton" and self.kv is not None:
+            # SGLang refuses its own trees there, as unstable.
+            raise ValueError(
+                "engine.sglang.draft_trees over pages of 64 tokens needs attention_backend: "
+                "flashinfer; or set kv: null"
+            )
+        return self
+
     @property
     def served_model_name(self) -> str:
         """The model id that clients use."""

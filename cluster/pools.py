@@ -61,11 +61,26 @@ def deployment_options(pool: PoolConfig) -> dict[str, Any]:
 def target_options(config: ClusterConfig) -> dict[str, Any]:
     """Keyword arguments for ``Deployment.options`` of the target pool.
 
-    Its replicas may run in another Python environment than the rest of the cluster.
+    Its replicas may run in another Python environment than the rest of the cluster. Several GPUs
+    of one replica are reserved together, on one machine, as a placement group.
     """
     options = deployment_options(config.pools.target)
+    if config.engine.sglang.tensor_parallel > 1:
+        options |= _placement_group(config.pools.target)
     if (python := config.engine.sglang.python) is not None:
         options["ray_actor_options"]["runtime_env"] = {"py_executable": str(python)}
+    return options
+
+
+def _placement_group(pool: PoolConfig) -> dict[str, Any]:
+    """One bundle: the ranks are processes of the replica's actor, and Ray shows it its GPUs."""
+    bundle = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+    options: dict[str, Any] = {
+        "placement_group_bundles": [{name: some for name, some in bundle.items() if some}],
+        "placement_group_strategy": "STRICT_PACK",
+    }
+    if pool.labels:
+        options["placement_group_bundle_label_selector"] = [dict(pool.labels)]
     return options
 
 

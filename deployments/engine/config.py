@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from kv_store.layout import PAGE_TOKENS
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+_MASKED_ATTENTION = ("flashinfer", "triton", "torch_native")
+"""SGLang's backends that let a draft's tokens see what its mask says. ``torch_native`` verifies no
+drafts at all as SGLang ships it; where something teaches it to, as the tests do, it reads masks."""
 
 
 class _Config(BaseModel):
@@ -85,13 +88,25 @@ class SGLangConfig(_Config):
     attention_backend: str | None = None
     """SGLang's ``--attention-backend``; by default SGLang chooses."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """GPUs that share one replica's layers; as many as ``pools.target.num_gpus``."""
+    """GPUs of one machine that share one replica's layers; as many as ``pools.target.num_gpus``."""
+    draft_trees: bool = False
+    """Verify a draft's branches too, and not only its likeliest chain. Needs an
+    ``attention_backend`` that reads masks: ``flashinfer``, or ``triton`` where ``kv`` is null."""
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Part of a GPU's memory for weights and pages. SGLang then counts its pages itself and
     ``num_pages`` says nothing."""
     extra_args: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """More of SGLang's server arguments, by the names of its ``ServerArgs``. One that SGLang does
     not have, or that another setting decides, is refused at the start."""
+
+    @model_validator(mode="after")
+    def _masks_are_read(self) -> Self:
+        if self.draft_trees and self.attention_backend not in _MASKED_ATTENTION:
+            raise ValueError(
+                f"draft_trees needs attention_backend: {' or '.join(_MASKED_ATTENTION)}; others "
+                "take every draft for a chain"
+            )
+        return self
 
 
 class SimulatedConfig(_Config):
@@ -195,8 +210,8 @@ class EngineConfig(_Config):
 
     @property
     def takes_drafts(self) -> bool:
-        """Whether the engine verifies drafts of the pool; SGLang does on one GPU."""
-        return self.speculation.enabled and self.sglang.tensor_parallel == 1
+        """Whether the engine verifies drafts of the pool."""
+        return self.speculation.enabled
 
     def context_length(self, max_positions: int) -> int:
         """Prompt and output tokens of one sequence, at most.

@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     logging.basicConfig(level=logging.INFO)
     from sglang.srt.speculative.spec_utils import GrammarTree
 
-    del GrammarTree.from_linear_chain
+    del GrammarTree.from_host
     identity = Identity(model="smollm2", vocab_size=49152, vocab_digest="")
     link = DraftLink(DraftSettings(SpeculationConfig(), identity, "r", SecretStr("s")), print)
     config = EngineConfig(

@@ -1,12 +1,14 @@
 """SGLang's scheduler alone, in this process, with a draft server that dies; with SGLang's Python.
 
-Prints what it generated. Without SGLang's other processes this takes a third of an engine's time.
+Then the same requests once more, with drafts that hide the known text in branches. Prints what it
+generated. Without SGLang's other processes this takes a third of an engine's time.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import tempfile
 import time
@@ -19,18 +21,54 @@ from pydantic import SecretStr
 from deployments.engine.config import EngineConfig, SpeculationConfig
 from deployments.engine.sglang_engine import plugin
 from deployments.engine.sglang_engine.draft_link import DraftLink, DraftSettings
+from deployments.engine.sglang_engine.draft_rounds import DraftRounds
 from deployments.engine.sglang_engine.own_params import CUSTOM_PARAMS_KEY, DRAFT_LINK
 from deployments.engine.sglang_engine.requests import generation_arguments
 from deployments.engine.sglang_engine.server_args import environment, server_args
 from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.handshake import Identity
+from deployments.engine.speculation.types import DraftOrigin, DraftTree
 from deployments.engine.types import GenerationRequest, SamplingParams
 from deployments.engine.validation import ModelLimits
+from tests.fakes_engine import CheckedSpeculator
 
 MAX_MODEL_LEN = 512
 LOSS_TIMEOUT_S = 60.0
 LIMITS = ModelLimits(vocab_size=49152, max_model_len=400, eos_token_ids=frozenset({2}))
+
+
+class BranchingSpeculator(CheckedSpeculator):
+    """Hides known text behind wrong guesses, so that accepted rows must be moved."""
+
+    def __init__(self, texts: dict[str, list[int]]) -> None:
+        """Of every request, prompt and output."""
+        super().__init__()
+        self.num_moved = 0
+        self._texts = texts
+        self._request_of: dict[int, str] = {}
+        self._rng = random.Random(11)  # noqa: S311
+
+    def open(self, session: Any) -> None:
+        super().open(session)
+        self._request_of[session.session_id] = session.request_id
+
+    def draft(self, session_id: int, token_ids: list[int], max_draft_tokens: int) -> DraftTree:
+        tokens: list[int] = []
+        parents: list[int] = []
+        right = -1
+        for token in self._texts[self._request_of[session_id]][len(token_ids) :]:
+            for is_right in (False, True) if self._rng.random() < 0.5 else (True,):
+                if len(tokens) < max_draft_tokens:
+                    tokens.append(token if is_right else (token + 1) % LIMITS.vocab_size)
+                    parents.append(right)
+            right = len(tokens) - 1
+        return DraftTree(tuple(tokens), tuple(parents), (DraftOrigin.POOL,) * len(tokens))
+
+    def verified(self, results: Any) -> None:
+        super().verified(results)
+        for result in results:
+            self.num_moved += sum(node != place for place, node in enumerate(result.nodes))
 
 
 def start_scheduler(folder: Path, address: str) -> Any:
@@ -42,7 +80,8 @@ def start_scheduler(folder: Path, address: str) -> Any:
         num_pages=32,
         max_num_seqs=4,
         num_threads=1,
-        sglang={"attention_backend": "torch_native"},
+        speculation=SpeculationConfig(num_draft_tokens=6),
+        sglang={"attention_backend": "torch_native", "draft_trees": True},
     )
     os.environ.update(environment(config, 1) | {DRAFT_LINK: address})
     plugin.announce(Path(tempfile.mkdtemp()))
@@ -132,8 +171,24 @@ def main(folder: Path, requests: list[GenerationRequest]) -> None:
     gives_up_at = time.monotonic() + LOSS_TIMEOUT_S
     while not (lost and link.stats().stall_p50_s) and time.monotonic() < gives_up_at:
         time.sleep(0.05)
+    texts = {req.rid: list(req.output_ids)[: req.finished_len] for req in running}
+    branching = BranchingSpeculator(
+        {r.request_id: [*r.prompt_token_ids, *texts[r.request_id]] for r in requests}
+    )
+    scheduler.draft_worker._rounds = DraftRounds(branching, LIMITS.vocab_size, takes_trees=True)
+    again = [submit(scheduler, request) for request in requests]
+    num_steps = 0
+    with torch.inference_mode():
+        while not all(req.finished() for req in again):
+            step(scheduler)
+            num_steps += 1
     found = {
-        "tokens": {req.rid: list(req.output_ids)[: req.finished_len] for req in running},
+        "tokens": texts,
+        "branching": {
+            "tokens": {req.rid: list(req.output_ids)[: req.finished_len] for req in again},
+            "num_steps": num_steps,
+            "num_moved": branching.num_moved,
+        },
         "counts": {req.rid: {"pool": sum(c[2] for c in counts_of(req))} for req in running},
         "num_links_lost": len(lost),
         "stall_p50_s": link.stats().stall_p50_s,

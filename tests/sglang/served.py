@@ -7,6 +7,8 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from cluster.metrics_reader import MetricsSnapshot
+from deployments.metrics import TIER_PAGES
 from tests.integration.cluster.cluster_process import ClusterProcess
 
 if TYPE_CHECKING:
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 PYTHON = os.environ.get("SGLANG_PYTHON")
 MODEL = "smollm2"
 START_TIMEOUT_S = 420
+
+
+def tier_pages(cluster: ClusterProcess, event: str) -> float:
+    """Pages of the KV tier "hot", as all replicas' metrics count them."""
+    snapshot = MetricsSnapshot.read(cluster.state.metrics_url)
+    return snapshot.total(TIER_PAGES.name, tier="hot", event=event)
 
 
 @contextmanager

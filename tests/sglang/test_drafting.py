@@ -23,7 +23,7 @@ from protos import inference_pb2_grpc as pb_grpc
 from tests.exactness import Reference, assert_same_text
 from tests.ray_cluster import wait_until
 from tests.sglang.embedded import by_the_embedded_engine
-from tests.sglang.served import MODEL, PYTHON, START_TIMEOUT_S, served
+from tests.sglang.served import MODEL, PYTHON, START_TIMEOUT_S, served, tier_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,10 +54,18 @@ def cluster(
     folder: Path, receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ClusterProcess]:
     # Without a local drafter, so that every accepted token is one of the pool's.
-    engine = {"speculation": {"local_drafter": "none"}}
+    engine = {"speculation": {"local_drafter": "none"}, "kv_load_timeout_s": 30}
+    tier = {"kind": "embedded_valkey", "name": "hot", "operation_timeout_s": 10}
     place = tmp_path_factory.mktemp("cluster")
     tracing = {"exporter": "otlp", "otlp_endpoint": receiver.endpoint}
-    with served(place, folder, engine, draft={"drafter": "suffix"}, tracing=tracing) as process:
+    with served(
+        place,
+        folder,
+        engine,
+        draft={"drafter": "suffix"},
+        kv={"tiers": [tier]},
+        tracing=tracing,
+    ) as process:
         yield process
 
 
@@ -182,6 +190,10 @@ def stream(cluster: ClusterProcess, *, kills_drafter: bool = False, **fields: An
     return text
 
 
+def test_texts_that_were_drafted_for_are_shared(cluster: ClusterProcess) -> None:
+    wait_until(lambda: tier_pages(cluster, "put") > 0, timeout_s=300, what="pages in the tier")
+
+
 def test_a_killed_drafter_costs_no_token(cluster: ClusterProcess) -> None:
     plain = stream(cluster, speculation=False)
     assert len(plain) > 200
@@ -219,7 +231,12 @@ def test_one_scheduler_gives_the_embedded_engines_text_with_a_drafter_that_dies(
     assert found["num_links_lost"] > 0
     assert found["stall_p50_s"] > 0
     assert sum(counts["pool"] for counts in found["counts"].values()) > 0
-    assert_same_text(Reference(default_cache_dir()), requests, expected, found["tokens"])
+    reference = Reference(default_cache_dir())
+    assert_same_text(reference, requests, expected, found["tokens"])
+    branching = found["branching"]
+    assert branching["num_moved"] > 10
+    assert branching["num_steps"] < 0.7 * max(map(len, expected.values()))
+    assert_same_text(reference, requests, expected, branching["tokens"])
 
 
 def asdict_of(request: GenerationRequest) -> dict[str, Any]:
@@ -250,4 +267,4 @@ def in_sglangs_python(module: str, *arguments: str) -> subprocess.CompletedProce
 def test_an_sglang_that_moved_is_served_without_drafts(folder: Path) -> None:
     run = in_sglangs_python("tests.sglang.moved_sglang", str(folder))
     assert json.loads(run.stdout.splitlines()[-1]) == {"num_tokens": 6, "num_draft_tokens": 0}
-    assert "GrammarTree.from_linear_chain is missing" in run.stderr
+    assert "GrammarTree.from_host is missing" in run.stderr

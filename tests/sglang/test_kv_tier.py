@@ -73,8 +73,21 @@ class Engine:
         self._process.stdin.write(json.dumps({"do": what, **more}) + "\n")
         return self._answer()
 
-    def ask(self, prompt: list[int], tenant: int = OURS) -> dict[str, Any]:
-        answer: dict[str, Any] = self.do("ask", prompt=prompt, tenant=tenant, max_tokens=16)
+    def ask(
+        self,
+        prompt: list[int],
+        tenant: int = OURS,
+        *,
+        is_drafted: bool = False,
+        **sampling: float,
+    ) -> dict[str, Any]:
+        answer: dict[str, Any] = self.do(
+            "ask",
+            prompt=prompt,
+            tenant=tenant,
+            is_drafted=is_drafted,
+            sampling={"max_tokens": 16} | sampling,
+        )
         return answer
 
     def do_when_idle(self, what: str) -> None:
@@ -152,6 +165,8 @@ def settings(folder: Path, server: EmbeddedValkey) -> dict[str, Any]:
             "num_pages": 64,
             "max_num_seqs": 2,
             "kv_load_timeout_s": 30,
+            # Without a local drafter, so that every accepted token is one of the pool's.
+            "speculation": {"local_drafter": "none"},
             "sglang": {"attention_backend": "torch_native"},
         },
         "kv": {"codec": "lossless", "tiers": [tier]},
@@ -212,9 +227,9 @@ def reader(
     settings: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Engine]:
-    """Another engine, whose own memory is empty."""
+    """Another engine, whose own memory is empty; it has a draft pool, too."""
     del written
-    engine = Engine(settings, tmp_path_factory.mktemp("reader"))
+    engine = Engine(settings | {"is_drafted": True}, tmp_path_factory.mktemp("reader"))
     yield engine
     engine.close()
 
@@ -315,6 +330,43 @@ def test_the_name_of_a_page_depends_on_whom_it_belongs_to(reader: Engine) -> Non
     owners = [(None, None), (None, "one"), (None, "two"), ("one", None), ("one", "one")]
     names = [reader.do("name", extra_key=key, cache_salt=salt) for key, salt in owners]
     assert len(set(names)) == len(owners)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}],
+    ids=["greedy", "sampled"],
+)
+def test_a_text_whose_prompt_is_loaded_is_drafted_for(
+    reader: Engine, server: EmbeddedValkey, folder: Path, sampling: dict[str, float]
+) -> None:
+    line = f"Round {len(sampling)}: red, green, blue, yellow, red, green, blue, yellow. "
+    prompt = Tokenizer.load(folder).encode(line * 40)[: NUM_PAGES * PAGE + 7]
+    before = names(server)
+    plain = reader.ask(prompt, max_tokens=40, **sampling)
+    assert (plain["num_cached"], plain["num_accepted_pool"]) == (0, 0)
+    wait_until(
+        lambda: len(names(server) - before) >= NUM_PAGES,
+        timeout_s=PATIENT_S,
+        what="pages in the tier",
+    )
+    drafted: dict[str, Any] = {}
+
+    def is_drafted() -> bool:
+        """The link may come up too late for the first text."""
+        reader.do_when_idle("flush")
+        drafted.update(reader.ask(prompt, is_drafted=True, max_tokens=40, **sampling))
+        assert drafted["num_tier_cached"] == NUM_PAGES * PAGE
+        return bool(drafted["num_accepted_pool"])
+
+    wait_until(is_drafted, timeout_s=PATIENT_S, what="accepted tokens of the pool")
+    request = GenerationRequest(
+        request_id="r",
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(**{"max_tokens": 40, "seed": 0, "temperature": 0.0} | sampling),
+    )
+    texts = {"r": plain["token_ids"]}, {"r": drafted["token_ids"]}
+    assert_same_text(Reference(default_cache_dir()), [request], *texts)
 
 
 def test_the_tier_is_detached_and_attached_while_the_engine_runs(

@@ -23,7 +23,6 @@ import pytest
 from cluster.metrics_reader import MetricsSnapshot
 from deployments.engine.torch_engine.weights.loader import default_cache_dir
 from deployments.engine.types import GenerationRequest, SamplingParams
-from deployments.metrics import TIER_PAGES
 from deployments.tokenizer import ChatTurn, Tokenizer
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
@@ -33,6 +32,7 @@ from tests.integration.test_torch_engine_parity import QUESTIONS
 from tests.otlp_receiver import OtlpReceiver, ancestors
 from tests.ray_cluster import wait_until
 from tests.sglang.embedded import by_the_embedded_engine
+from tests.sglang.served import tier_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,12 +115,6 @@ def ask(rpc: pb_grpc.InferenceStub, question: str, **sampling: float) -> pb.Choi
 
 def sglang_processes(cluster: ClusterProcess) -> list[psutil.Process]:
     return [process for process in cluster.processes() if process.name().startswith("sglang::")]
-
-
-def tier_pages(cluster: ClusterProcess, event: str) -> float:
-    """Pages of the KV tier, as all replicas' metrics count them."""
-    snapshot = MetricsSnapshot.read(cluster.state.metrics_url)
-    return snapshot.total(TIER_PAGES.name, tier="hot", event=event)
 
 
 def test_both_surfaces_give_the_embedded_engines_text(

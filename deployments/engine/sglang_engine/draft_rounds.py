@@ -1,8 +1,4 @@
-"""Rounds of speculation as SGLang's scheduler runs them; knows nothing of SGLang.
-
-A step verifies one chain per sequence: SGLang's batches are rectangles, and a chain's accepted
-tokens already lie where they belong.
-"""
+"""Rounds of speculation as SGLang's scheduler runs them; knows nothing of SGLang."""
 
 from __future__ import annotations
 
@@ -66,9 +62,15 @@ class RoundCounts(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """What one step gave one sequence."""
+    """What one step gave one sequence.
+
+    Attributes:
+        token_ids: the accepted ones and the bonus token.
+        nodes: accepted ones of the draft, from the root's child downwards.
+    """
 
     token_ids: list[int]
+    nodes: tuple[int, ...]
     counts: RoundCounts
 
 
@@ -84,18 +86,23 @@ class DraftRounds:
 
     Args:
         vocab_size: of the logits.
+        takes_trees: whether drafts with branches are verified as they are; of others the likeliest
+            chain is.
     """
 
-    def __init__(self, speculator: Speculator, vocab_size: int) -> None:
+    def __init__(
+        self, speculator: Speculator, vocab_size: int, *, takes_trees: bool = False
+    ) -> None:
         self._speculator = speculator
         self._vocab_size = vocab_size
+        self._takes_trees = takes_trees
         self._sessions: dict[str, _Session] = {}
         self._num_sessions = 0
         self._step: list[tuple[Running, TakenDraft]] = []
         self._unannounced: list[tuple[DraftRequest, DraftTree]] = []
 
-    def begin(self, batch: Sequence[Running]) -> list[tuple[int, ...]]:
-        """The chain to verify for each sequence, possibly empty."""
+    def begin(self, batch: Sequence[Running]) -> list[DraftTree]:
+        """What to verify for each sequence, possibly nothing."""
         for rid in self._sessions.keys() - {running.rid for running in batch}:
             # It ended, or gave its rows back and will come again with all its text.
             self.leave(rid)
@@ -118,7 +125,7 @@ class DraftRounds:
                 for index, request in zip(asking, requests, strict=True)
             ]
         self._step = list(zip(batch, taken, strict=True))
-        return [draft.tree.token_ids for draft in taken]
+        return [draft.tree for draft in taken]
 
     def announce(self) -> None:
         """Tell the pool what ``begin`` gave; right before the forward.
@@ -134,15 +141,14 @@ class DraftRounds:
         """Accept what the drafts of ``begin`` foresaw, and learn from it; behind ``announce``.
 
         Args:
-            choices: per sequence the target's token behind the committed text and behind each of
-                its draft tokens; more than those are ignored.
+            choices: per sequence the target's token behind the committed text and behind each
+                node of its draft; more than those are ignored.
         """
         committed = []
         results = []
         for (running, taken), chosen in zip(self._step, choices, strict=True):
-            nodes, bonus_token_id = accept(taken.tree, chosen)
-            tokens = [*(taken.tree.token_ids[node] for node in nodes), bonus_token_id]
-            committed.append(Committed(tokens, _counts(taken, nodes)))
+            tokens, nodes, _ = one = commit(taken.tree, chosen)
+            committed.append(one._replace(counts=_counts(taken, nodes)))
             session = self._sessions.get(running.rid)
             if session is not None:
                 results.append(
@@ -155,14 +161,14 @@ class DraftRounds:
                 )
         if results:
             self._speculator.verified(results)
-        for (running, _), (tokens, counts) in zip(self._step, committed, strict=True):
+        for (running, _), one in zip(self._step, committed, strict=True):
             if (session := self._sessions.get(running.rid)) is not None:
-                session.token_ids += tokens
+                session.token_ids += one.token_ids
                 session.span.round(
-                    num_draft_tokens=counts.num_draft_tokens,
-                    num_accepted=counts.num_accepted,
-                    num_accepted_pool=counts.num_accepted_pool,
-                    is_hit=counts.num_table_hits > 0,
+                    num_draft_tokens=one.counts.num_draft_tokens,
+                    num_accepted=one.counts.num_accepted,
+                    num_accepted_pool=one.counts.num_accepted_pool,
+                    is_hit=one.counts.num_table_hits > 0,
                 )
         self._step = []
         return committed
@@ -207,10 +213,23 @@ class DraftRounds:
         return session
 
     def _usable(self, taken: TakenDraft, max_draft_tokens: int) -> TakenDraft:
-        chain = likeliest_chain(taken.tree).cut(max(0, max_draft_tokens))
-        if not all(0 <= token < self._vocab_size for token in chain.token_ids):
-            chain = PLAIN
-        return TakenDraft(tree=chain, table_hit=taken.table_hit, table_miss=taken.table_miss)
+        tree = taken.tree if self._takes_trees else likeliest_chain(taken.tree)
+        tree = tree.cut(max(0, max_draft_tokens))
+        if not all(0 <= token < self._vocab_size for token in tree.token_ids):
+            tree = PLAIN
+        return TakenDraft(tree=tree, table_hit=taken.table_hit, table_miss=taken.table_miss)
+
+
+def commit(tree: DraftTree, choices: Sequence[int]) -> Committed:
+    """What a draft's verification gives.
+
+    Args:
+        tree: the draft.
+        choices: see ``DraftRounds.end``.
+    """
+    nodes, bonus_token_id = accept(tree, choices)
+    tokens = [*(tree.token_ids[node] for node in nodes), bonus_token_id]
+    return Committed(tokens, nodes, RoundCounts())
 
 
 def likeliest_chain(tree: DraftTree) -> DraftTree:

@@ -3,7 +3,8 @@
 A step runs the target over each sequence's last token and its draft in one forward, chooses a token
 behind each of them with the request's own noise, and keeps what the draft foresaw. So the text is
 that of plain decoding. A step without drafts is one of width one. SGLang's scheduler runs such
-workers synchronously here: every step needs the tokens of the last one on the host.
+workers synchronously here: every step needs the tokens of the last one on the host. With tensor
+parallelism each rank has a worker, and the first one's drafts and tokens are those of all.
 
 B: sequences, W: width of the step, S: SGLang's fixed width of results, V: vocabulary.
 """
@@ -13,14 +14,14 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.runtime_context import get_device, get_spec
+from sglang.srt.runtime_context import get_device, get_parallel, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.ngram_info import NgramVerifyInput
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
@@ -28,6 +29,7 @@ from sglang.srt.utils.async_probe import sanitize_nan_logits
 
 from deployments.engine.sglang_engine.choosing import choose
 from deployments.engine.sglang_engine.draft_client import DraftClient
+from deployments.engine.sglang_engine.draft_ranks import FollowingRounds, LeadingRounds
 from deployments.engine.sglang_engine.draft_rounds import DraftRounds, Running
 from deployments.engine.sglang_engine.noise_sampler import row_of
 from deployments.engine.sglang_engine.own_params import (
@@ -35,20 +37,22 @@ from deployments.engine.sglang_engine.own_params import (
     DRAFT_LINK,
     read_own_params,
 )
+from deployments.engine.sglang_engine.step_stalls import StepStalls
+from deployments.engine.sglang_engine.verify_rows import moves, verify_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from deployments.engine.sglang_engine.draft_ranks import Rounds
     from deployments.engine.sglang_engine.draft_rounds import Committed
-
-
-_MOST_SHAPES = 128
+    from deployments.engine.sglang_engine.verify_rows import VerifyRows
+    from deployments.engine.speculation.types import DraftTree
 
 
 class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
-    """Verifies chains that a draft pool, or this process, guessed."""
+    """Verifies what a draft pool, or this process, guessed."""
 
     def __init__(
         self,
@@ -66,9 +70,7 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         self._stride: int = get_spec().speculative_num_draft_tokens
         # Recorded graphs are of this width alone; what is narrower runs kernel by kernel.
         self._is_fixed = self._device != "cpu" and not server_args.disable_cuda_graph
-        client = DraftClient(os.environ[DRAFT_LINK])
-        self._stalls = client.stalls
-        self._rounds = DraftRounds(client.speculator, client.settings.identity.vocab_size)
+        self._stalls, self._rounds = _rounds(self._stride - 1)
 
     def alloc_memory_pool(self, **_: Any) -> None:  # noqa: ANN401, D102 - SGLang's method
         pool, allocator = self._target_worker.get_memory_pool()
@@ -89,20 +91,21 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         began_at = time.perf_counter()
         drafts = self._rounds.begin([self._running(req) for req in batch.reqs])
         width = self._stride if self._is_fixed else 1 + max(map(len, drafts))
-        tokens_BW = _rectangle(batch.reqs, drafts, width).to(self._device)
-        self._prepare(batch, tokens_BW)
+        rows = verify_rows([req.output_ids[-1] for req in batch.reqs], drafts, width)
+        self._prepare(batch, rows)
         self._rounds.announce()
         prepared_at = time.perf_counter()
         result = self._target_worker.forward_batch_generation(batch, is_verify=True)
         logits_output = result.logits_output
-        self._adjust(batch, logits_output.next_token_logits, tokens_BW, drafts)
+        self._adjust(batch, logits_output.next_token_logits, rows, drafts)
         choices = self._choose(batch, logits_output.next_token_logits, drafts, width)
         # Plain steps choose, too, and there the device is waited for: that is not the drafts' time.
         chosen_at = time.perf_counter()
         committed = self._rounds.end(choices)
+        self._move(batch, committed, width)
         batch.forward_mode = ForwardMode.DECODE
         if batch.return_logprob:
-            self._tell_logprobs(batch, logits_output, choices, committed, width)
+            self._tell_logprobs(batch, logits_output, committed, width)
         for req, one in zip(batch.reqs, committed, strict=True):
             _tell_counts(req, one)
         answer = self._result(batch, result, committed, on_publish)
@@ -145,41 +148,41 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
             max_draft_tokens=min(room, self._stride - 1),
         )
 
-    def _prepare(self, batch: Any, tokens_BW: Tensor) -> None:  # noqa: ANN401
+    def _prepare(self, batch: Any, rows: VerifyRows) -> None:  # noqa: ANN401
         """Make the batch one of verification."""
-        num_reqs, width = tokens_BW.shape
-        chains = _chains(num_reqs, width, self._device)
-        positions_BW = batch.seq_lens[:, None] + chains.steps
+        num_reqs, width = rows.tokens.shape
+        steps_W = torch.arange(width, device=self._device)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
-        batch.input_ids = tokens_BW.flatten()
+        batch.input_ids = rows.tokens.flatten().to(self._device)
         # SGLang has reserved the slots behind the committed text.
         slots = batch.req_to_token_pool.req_to_token
+        places_BW = batch.seq_lens[:, None] + steps_W
         batch.out_cache_loc = (
-            slots[batch.req_pool_indices[:, None], positions_BW].flatten().to(torch.int64)
+            slots[batch.req_pool_indices[:, None], places_BW].flatten().to(torch.int64)
         )
         batch.spec_info = NgramVerifyInput(
             draft_token=batch.input_ids,
-            custom_mask=self._mask(batch, chains),
-            positions=positions_BW.flatten(),
-            retrieve_index=chains.rows,
-            retrieve_next_token=chains.children,
-            retrieve_next_sibling=chains.siblings,
+            custom_mask=self._mask(batch, rows.sees),
+            positions=(batch.seq_lens[:, None] + rows.depths.to(self._device)).flatten(),
+            retrieve_index=torch.arange(num_reqs * width, device=self._device).view(-1, width),
+            retrieve_next_token=rows.first_child.to(self._device),
+            retrieve_next_sibling=rows.next_sibling.to(self._device),
             draft_token_num=width,
         )
 
-    def _mask(self, batch: Any, chains: _Chains) -> Tensor:  # noqa: ANN401
-        """Flat rows of who sees whom: all committed text and what comes before in the chain.
+    def _mask(self, batch: Any, sees_BWW: Tensor) -> Tensor:  # noqa: ANN401
+        """Flat rows of who sees whom: all committed text, and what comes before in the draft.
 
         On a CPU SGLang leaves the committed text out of it.
         """
+        sees_BWW = sees_BWW.to(self._device)
         if self._device == "cpu":
-            return chains.mask
-        width = len(chains.steps)
+            return sees_BWW.flatten()
         text = torch.ones(1, 1, dtype=torch.bool, device=self._device)
         return torch.cat(
             [
-                torch.cat([text.expand(width, int(length)), chains.sees], dim=1).flatten()
-                for length in batch.seq_lens_cpu
+                torch.cat([text.expand(len(own), int(length)), own], dim=1).flatten()
+                for own, length in zip(sees_BWW, batch.seq_lens_cpu, strict=True)
             ]
         )
 
@@ -187,11 +190,11 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         self,
         batch: Any,  # noqa: ANN401
         logits: Tensor,
-        tokens_BW: Tensor,
-        drafts: Sequence[tuple[int, ...]],
+        rows: VerifyRows,
+        drafts: Sequence[DraftTree],
     ) -> None:
         """Penalties along each draft, the form, and biases; in place."""
-        num_reqs, width = tokens_BW.shape
+        num_reqs, width = rows.tokens.shape
         logits_BWV = logits.view(num_reqs, width, -1)
         sanitize_nan_logits(logits, "verify: target model logits")
         for index, (req, draft) in enumerate(zip(batch.reqs, drafts, strict=True)):
@@ -199,7 +202,7 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         if batch.has_grammar:
             mask = build_grammar_vocab_mask(
                 reqs=batch.reqs,
-                tree=GrammarTree.from_linear_chain(tokens_BW),
+                tree=GrammarTree.from_host(rows.first_child, rows.next_sibling, rows.tokens),
                 sampling_info=batch.sampling_info,
                 device=self._device,
                 barrier=None,
@@ -213,10 +216,10 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         self,
         batch: Any,  # noqa: ANN401
         logits: Tensor,
-        drafts: Sequence[tuple[int, ...]],
+        drafts: Sequence[DraftTree],
         width: int,
     ) -> list[list[int]]:
-        """A token behind each sequence's text and behind each of its draft tokens."""
+        """A token behind each sequence's text and behind each node of its draft."""
         wanted = [
             index * width + step
             for index, draft in enumerate(drafts)
@@ -234,21 +237,28 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         found = iter(choose(logits, rows, positions_M).tolist())
         return [[next(found) for _ in range(len(draft) + 1)] for draft in drafts]
 
+    def _move(self, batch: Any, committed: Sequence[Committed], width: int) -> None:  # noqa: ANN401
+        """Put the keys and values of accepted nodes right behind the text, in order."""
+        sources, destinations = moves([one.nodes for one in committed], width)
+        if sources:
+            slots = batch.out_cache_loc
+            self.token_to_kv_pool_allocator.get_kvcache().move_kv_cache(
+                tgt_loc=slots[destinations], src_loc=slots[sources]
+            )
+
     def _tell_logprobs(
         self,
         batch: Any,  # noqa: ANN401
         logits_output: Any,  # noqa: ANN401
-        choices: Sequence[Sequence[int]],
         committed: Sequence[Committed],
         width: int,
     ) -> None:
-        predicted = torch.zeros(len(choices) * width, dtype=torch.int64)
-        accepted_BS = torch.full((len(choices), self._stride), -1, dtype=torch.int64)
-        for index, (chosen, one) in enumerate(zip(choices, committed, strict=True)):
-            start = index * width
-            predicted[start : start + len(chosen)] = torch.tensor(chosen)
-            length = len(one.token_ids)
-            accepted_BS[index, :length] = torch.arange(start, start + length)
+        predicted = torch.zeros(len(committed) * width, dtype=torch.int64)
+        accepted_BS = torch.full((len(committed), self._stride), -1, dtype=torch.int64)
+        for index, one in enumerate(committed):
+            rows = torch.tensor([0, *(1 + node for node in one.nodes)]) + index * width
+            predicted[rows] = torch.tensor(one.token_ids)
+            accepted_BS[index, : len(rows)] = rows
         compute_spec_logprobs(
             batch,
             logits_output,
@@ -263,14 +273,12 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         committed: Sequence[Committed],
         on_publish: Any,  # noqa: ANN401
     ) -> GenerationBatchResult:
+        accepted_BS = torch.zeros(len(committed), self._stride, dtype=torch.int64)
+        for index, one in enumerate(committed):
+            accepted_BS[index, : len(one.token_ids)] = torch.tensor(one.token_ids)
         lens = [len(one.token_ids) for one in committed]
-        rows = [
-            token_id
-            for one in committed
-            for token_id in (*one.token_ids, *[0] * (self._stride - len(one.token_ids)))
-        ]
-        lens_B = torch.tensor(lens, dtype=torch.int32, device=self._device)
-        accepted = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        lens_B = torch.tensor(lens, dtype=torch.int32).to(self._device)
+        accepted = accepted_BS.flatten().to(self._device)
         new_seq_lens = batch.seq_lens + lens_B
         if on_publish is not None:
             on_publish(new_seq_lens)
@@ -293,64 +301,37 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         )
 
 
-class _Chains(NamedTuple):
-    """What all steps of one shape have in common; nobody writes to it.
-
-    Attributes:
-        steps: [W] 0, 1, ...
-        rows: [B, W], places in the flat batch.
-        children: [B, W], -1 behind the last token.
-        siblings: [B, W], -1 throughout.
-        sees: [W, W], who sees whom.
-        mask: the same for all sequences, flat.
-    """
-
-    steps: Tensor
-    rows: Tensor
-    children: Tensor
-    siblings: Tensor
-    sees: Tensor
-    mask: Tensor
-
-
-@lru_cache(maxsize=_MOST_SHAPES)
-def _chains(num_reqs: int, width: int, device: str) -> _Chains:
-    steps_W = torch.arange(width, device=device)
-    next_W = torch.where(steps_W + 1 < width, steps_W + 1, -1)
-    next_BW = next_W.expand(num_reqs, width).contiguous()
-    chain_WW = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    return _Chains(
-        steps=steps_W,
-        rows=torch.arange(num_reqs * width, device=device).view(num_reqs, width),
-        children=next_BW,
-        siblings=torch.full_like(next_BW, -1),
-        sees=chain_WW,
-        mask=chain_WW.flatten().repeat(num_reqs),
+def _rounds(max_nodes: int) -> tuple[StepStalls, Rounds]:
+    """This rank's part in drafting, and who is told what it costs."""
+    parallel = get_parallel()
+    group = parallel.tp_group
+    share = partial(torch.distributed.broadcast, src=group.first_rank, group=group.cpu_group)
+    if parallel.tp_rank > 0:
+        return StepStalls(), FollowingRounds(share, max_nodes)
+    client = DraftClient(os.environ[DRAFT_LINK])
+    rounds = DraftRounds(
+        client.speculator,
+        client.settings.identity.vocab_size,
+        # Backends take a draft for a chain where SGLang is told of one branch.
+        takes_trees=get_spec().speculative_eagle_topk > 1,
     )
+    if parallel.tp_size == 1:
+        return client.stalls, rounds
+    return client.stalls, LeadingRounds(rounds, share, max_nodes)
 
 
-def _rectangle(reqs: Sequence[Any], drafts: Sequence[tuple[int, ...]], width: int) -> Tensor:
-    """[B, W] int64: the last token, the draft, and its last token again as padding."""
-    rows = []
-    for req, draft in zip(reqs, drafts, strict=True):
-        chain = [req.output_ids[-1], *draft]
-        rows.append(chain + chain[-1:] * (width - len(chain)))
-    return torch.tensor(rows, dtype=torch.int64)
-
-
-def _penalise(logits_WV: Tensor, req: Any, draft: tuple[int, ...]) -> None:  # noqa: ANN401
-    """What SGLang's penalties of the output would be behind each draft token."""
+def _penalise(logits_WV: Tensor, req: Any, draft: DraftTree) -> None:  # noqa: ANN401
+    """What SGLang's penalties of the output would be behind each node."""
     parameters = req.sampling_params
     presence, frequency = parameters.presence_penalty, parameters.frequency_penalty
     if not presence and not frequency:
         return
-    counts = Counter(req.output_ids)
-    for step in range(len(draft) + 1):
-        if step:
-            counts[draft[step - 1]] += 1
+    written = Counter(req.output_ids)
+    for node in range(-1, len(draft)):
+        counts = written + Counter(draft.token_ids[step] for step in draft.path_to(node))
         ids = torch.tensor(list(counts), device=logits_WV.device)
         values = [-presence - frequency * count for count in counts.values()]
-        logits_WV[step].index_add_(
+        logits_WV[node + 1].index_add_(
             0, ids, torch.tensor(values, dtype=logits_WV.dtype, device=logits_WV.device)
         )
 

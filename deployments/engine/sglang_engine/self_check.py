@@ -268,12 +268,18 @@ DRAFTING = (
         parameters=("reqs", "tree", "sampling_info", "device", "barrier"),
     ),
     Expectation(
-        "sglang.srt.speculative.spec_utils:GrammarTree.from_linear_chain",
-        parameters=("verify_ids_2d",),
+        "sglang.srt.speculative.spec_utils:GrammarTree.from_host",
+        parameters=("retrieve_next_token", "retrieve_next_sibling", "draft_token"),
     ),
     Expectation("sglang.srt.model_executor.forward_batch_info:ForwardMode.TARGET_VERIFY"),
     Expectation("sglang.srt.runtime_context:get_spec"),
     Expectation("sglang.srt.runtime_context:get_device"),
+    Expectation("sglang.srt.runtime_context:get_parallel"),
+    Expectation("sglang.srt.distributed.parallel_state:GroupCoordinator.first_rank"),
+    Expectation(
+        "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.move_kv_cache",
+        parameters=("tgt_loc", "src_loc"),
+    ),
     Expectation("sglang.srt.utils.async_probe:sanitize_nan_logits"),
 )
 """What verifying drafts of the pool needs beside ``EXPECTATIONS``; without it there are none."""

@@ -19,6 +19,8 @@ _JSON_WHITESPACE = r"\n?[ ]{0,20}"
 """As the embedded engine allows it: a weak model may write white space for ever where it may."""
 _DEFAULTS = {"enable_metrics": True}
 """What ``extra_args`` may say otherwise."""
+_ALONE = ("dp_size", "pp_size")
+"""Ways to spread a model whose schedulers do not run the same batches, or not as a whole."""
 _KEPT_BACK = 8
 """SGLang lets no sequence have its last tokens: two of the context, and six more of a prompt."""
 
@@ -52,7 +54,7 @@ def server_args(
     """
     own = _own(config, folder, max_model_len)
     if is_drafted:
-        own |= _drafting(config.speculation.num_draft_tokens)
+        own |= _drafting(config)
     if tier is not None:
         own |= _hierarchical_cache(tier)
     if kv_events is not None:
@@ -67,6 +69,8 @@ def server_args(
             likely = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {likely[0]}?" if likely else ""
             problems.append(f"SGLang has no server argument {name}{hint}")
+        elif is_drafted and name in _ALONE and config.sglang.extra_args[name] != 1:
+            problems.append(f"{name} must be 1 with drafts of the pool")
     if problems:
         raise EngineSetupError(f"engine.sglang.extra_args: {'; '.join(problems)}")
     return _DEFAULTS | own | dict(config.sglang.extra_args)
@@ -101,6 +105,13 @@ def environment(config: EngineConfig, num_cpus: int) -> dict[str, str]:
         variables["SGLANG_USE_CPU_ENGINE"] = "1"
         # Compiling the first grammar's mask would take a minute, with no token for anybody.
         variables["TORCHDYNAMO_DISABLE"] = "1"
+        if (num_ranks := config.sglang.tensor_parallel) > 1:
+            each = max(1, num_cpus // num_ranks)
+            variables["OMP_NUM_THREADS"] = str(config.num_threads or each)
+            # SGLang asks for it; it binds threads only where it has its kernels for AMX.
+            variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+                f"{rank * each}-{(rank + 1) * each - 1}" for rank in range(num_ranks)
+            )
     return variables
 
 
@@ -154,13 +165,17 @@ def _own(config: EngineConfig, folder: Path, max_model_len: int) -> dict[str, An
     return own
 
 
-def _drafting(num_draft_tokens: int) -> dict[str, Any]:
+def _drafting(config: EngineConfig) -> dict[str, Any]:
+    num_draft_tokens = config.speculation.num_draft_tokens
+    # With one branch SGLang takes a draft for a chain, whatever its mask says; how many there are
+    # of more than one only tells it how many slots to keep free, of which a tree needs no more.
+    num_branches = 2 if config.sglang.draft_trees else 1
     return {
         "speculative_algorithm": SPECULATIVE_ALGORITHM,
         # SGLang counts the last committed token as well.
         "speculative_num_draft_tokens": num_draft_tokens + 1,
-        "speculative_num_steps": num_draft_tokens,
-        "speculative_eagle_topk": 1,
+        "speculative_num_steps": max(1, num_draft_tokens // num_branches),
+        "speculative_eagle_topk": num_branches,
         # Every step starts from the tokens of the last one.
         "disable_overlap_schedule": True,
     }

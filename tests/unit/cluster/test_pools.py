@@ -1,6 +1,7 @@
 """What Ray is asked for."""
 
 import pytest
+from pydantic import ValidationError
 from ray.serve.config import AutoscalingConfig
 
 from cluster.config import AutoscaleConfig, ClusterConfig, PoolConfig, PoolsConfig
@@ -88,6 +89,33 @@ def test_a_replica_computes_on_the_cpus_it_asks_for(num_cpus, set_threads, expec
         engine=TorchEngineConfig(num_threads=set_threads),
     )
     assert engine_threads(config) == expected
+
+
+def test_the_gpus_of_a_replica_that_needs_several_are_reserved_on_one_machine():
+    sglang = SGLangConfig(tensor_parallel=4)
+    engine = EngineConfig(kind="sglang", device="cuda", sglang=sglang)
+    pool = PoolConfig(num_cpus=2, num_gpus=4, resources={"slot": 1}, labels={"gpu": "h200"})
+    options = target_options(ClusterConfig(pools=PoolsConfig(target=pool), engine=engine))
+    assert options["placement_group_bundles"] == [{"CPU": 2, "GPU": 4, "slot": 1}]
+    assert options["placement_group_strategy"] == "STRICT_PACK"
+    assert options["placement_group_bundle_label_selector"] == [{"gpu": "h200"}]
+    # The actor takes all of it, so that its processes see every GPU.
+    assert options["ray_actor_options"]["num_gpus"] == 4
+    assert "placement_group_bundles" not in target_options(ClusterConfig())
+
+
+def test_a_replica_has_as_many_gpus_as_share_its_layers():
+    engine = EngineConfig(kind="sglang", device="cuda", sglang=SGLangConfig(tensor_parallel=2))
+    with pytest.raises(ValidationError, match=r"tensor_parallel is 2, but .*num_gpus is 1"):
+        ClusterConfig(pools=PoolsConfig(target=PoolConfig(num_gpus=1)), engine=engine)
+
+
+def test_branches_over_pages_need_attention_that_can():
+    sglang = SGLangConfig(draft_trees=True, attention_backend="triton")
+    engine = EngineConfig(kind="sglang", device="cuda", sglang=sglang)
+    with pytest.raises(ValidationError, match="draft_trees over pages of 64 tokens"):
+        ClusterConfig(engine=engine)
+    assert ClusterConfig(engine=engine, kv=None).engine.sglang.draft_trees
 
 
 def test_target_replicas_start_in_the_python_that_holds_their_engine(tmp_path):

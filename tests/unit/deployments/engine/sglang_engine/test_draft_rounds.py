@@ -73,7 +73,11 @@ def generate(rounds, prompts, num_tokens, k=3, speculation=True):
             assert len(draft) <= running.max_draft_tokens
             text = [*running.prompt_ids, *running.output_ids]
             choices.append(
-                [next_token([*text, *draft[:step]]) for step in range(len(draft) + 1)] + [0, 0]
+                [
+                    next_token([*text, *(draft.token_ids[step] for step in draft.path_to(node))])
+                    for node in range(-1, len(draft))
+                ]
+                + [0, 0]
             )
         for rid, one in zip(open_rids, rounds.end(choices), strict=True):
             outputs[rid] += one.token_ids
@@ -95,6 +99,18 @@ def half_right(request):
     return DraftTree((other, first, other), (-1, -1, 1), (DraftOrigin.LOCAL,) * 3)
 
 
+def hidden(request):
+    """The right ones, none of them on the likeliest chain."""
+    first, second, third = right(request).token_ids
+    others = [(token + 1) % VOCAB_SIZE for token in (first, second)]
+    tree = DraftTree(
+        (others[0], first, others[1], second, third),
+        (-1, -1, 1, 1, 3),
+        (DraftOrigin.LOCAL,) * 5,
+    )
+    return tree.cut(request.max_draft_tokens + 2)
+
+
 def wrong(request):
     first, *_ = right(request).token_ids
     return DraftTree.chain([(first + 1) % VOCAB_SIZE] * 3, DraftOrigin.POOL)
@@ -109,10 +125,12 @@ PROMPTS = {"a": [1, 2, 3], "b": [4], "c": [5, 6]}
 PLAIN = generate(DraftRounds(NoSpeculation(), VOCAB_SIZE), PROMPTS, 20)
 
 
-@pytest.mark.parametrize("draft", [right, half_right, wrong, outside])
-def test_the_text_does_not_depend_on_drafts(draft):
+@pytest.mark.parametrize("takes_trees", [False, True])
+@pytest.mark.parametrize("draft", [right, half_right, hidden, wrong, outside])
+def test_the_text_does_not_depend_on_drafts(draft, takes_trees):
     speculator = Scripted(draft)
-    assert generate(DraftRounds(speculator, VOCAB_SIZE), PROMPTS, 20) == PLAIN
+    rounds = DraftRounds(speculator, VOCAB_SIZE, takes_trees=takes_trees)
+    assert generate(rounds, PROMPTS, 20) == PLAIN
     assert len(speculator.opened) == 3
     assert sorted(speculator.closed) == [session.session_id for session in speculator.opened]
 
@@ -127,12 +145,24 @@ def test_right_drafts_save_steps_and_are_counted():
 def test_counts_tell_what_was_verified_and_whose_it_was():
     rounds = DraftRounds(Scripted(right), VOCAB_SIZE)
     running = Running("a", own_params(make_request()), [1, 2], [3], 2)
-    (draft,) = rounds.begin([running])
+    (tree,) = rounds.begin([running])
     rounds.announce()
-    text = [1, 2, 3]
-    ((tokens, counts),) = rounds.end([[draft[0], 49 - next_token([*text, draft[0]]), 0]])
-    assert tokens == [draft[0], 49 - next_token([*text, draft[0]])]
+    first, text = tree.token_ids[0], [1, 2, 3]
+    ((tokens, nodes, counts),) = rounds.end([[first, 49 - next_token([*text, first]), 0]])
+    assert tokens == [first, 49 - next_token([*text, first])]
+    assert nodes == (0,)
     assert counts == (2, 1, 1, 1, 0)
+
+
+def test_branches_are_verified_where_they_can_be():
+    speculator = Scripted(hidden)
+    generate(DraftRounds(speculator, VOCAB_SIZE, takes_trees=True), PROMPTS, 20, k=5)
+    full = [result for result in speculator.results if len(result.tree) == 5]
+    assert full
+    assert all(result.nodes == (1, 3, 4) for result in full)
+    speculator = Scripted(hidden)
+    generate(DraftRounds(speculator, VOCAB_SIZE), PROMPTS, 20, k=5)
+    assert all(not result.nodes for result in speculator.results)
 
 
 def test_whoever_wants_no_drafts_has_no_session():
@@ -140,7 +170,7 @@ def test_whoever_wants_no_drafts_has_no_session():
     rounds = DraftRounds(speculator, VOCAB_SIZE)
     assert generate(rounds, PROMPTS, 20, speculation=False) == PLAIN
     assert not speculator.opened
-    assert rounds.begin([Running("warm up", None, [1], [2], 3)]) == [()]
+    assert rounds.begin([Running("warm up", None, [1], [2], 3)]) == [DraftTree()]
 
 
 def test_a_text_that_grew_elsewhere_is_a_new_session():

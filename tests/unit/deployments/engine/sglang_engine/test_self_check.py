@@ -138,11 +138,11 @@ def test_an_engine_with_another_sglang_names_versions_and_differences(modules, m
 def test_what_only_drafts_or_the_tier_need_is_named_and_does_not_keep_from_serving(
     modules, monkeypatch, capsys
 ):
-    del modules["sglang.srt.speculative.spec_utils"].GrammarTree.from_linear_chain
+    del modules["sglang.srt.speculative.spec_utils"].GrammarTree.from_host
     del modules["sglang.srt.mem_cache.hicache_storage"].HiCacheStorage.clear
     monkeypatch.setattr(self_check, "installed_version", lambda: "0.5.23")
     check_installed()
-    line = "sglang.srt.speculative.spec_utils:GrammarTree.from_linear_chain is missing"
+    line = "sglang.srt.speculative.spec_utils:GrammarTree.from_host is missing"
     assert differences(DRAFTING) == [line]
     assert self_check.main() == 0
     said = capsys.readouterr().out.strip()

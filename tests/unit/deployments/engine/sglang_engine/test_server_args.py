@@ -74,11 +74,33 @@ def test_a_draft_is_as_wide_as_the_settings_say_and_plain_serving_knows_nothing_
     [
         ({}, True),
         ({"speculation": SpeculationConfig(enabled=False)}, False),
-        ({"sglang": SGLangConfig(tensor_parallel=2)}, False),
+        ({"sglang": SGLangConfig(tensor_parallel=2)}, True),
     ],
 )
-def test_drafts_are_for_one_gpu(changes, takes):
+def test_drafts_are_taken_unless_they_are_switched_off(changes, takes):
     assert EngineConfig(kind="sglang", **changes).takes_drafts is takes
+
+
+def test_branches_need_attention_that_reads_masks():
+    with pytest.raises(ValidationError, match="draft_trees needs attention_backend: flashinfer"):
+        SGLangConfig(draft_trees=True)
+    with pytest.raises(ValidationError, match="draft_trees"):
+        SGLangConfig(draft_trees=True, attention_backend="fa3")
+    sglang = SGLangConfig(draft_trees=True, attention_backend="flashinfer")
+    config = EngineConfig(kind="sglang", sglang=sglang)
+    own = server_args(config, FOLDER, max_model_len=512, known=KNOWN, is_drafted=True)
+    assert own["speculative_eagle_topk"] > 1
+    num_slots = own["speculative_eagle_topk"] * own["speculative_num_steps"]
+    assert num_slots <= own["speculative_num_draft_tokens"]
+
+
+@pytest.mark.parametrize("name", ["dp_size", "pp_size"])
+def test_drafts_are_for_schedulers_that_run_the_same_batches(name):
+    config = EngineConfig(kind="sglang", sglang=SGLangConfig(extra_args={name: 2}))
+    known = (*KNOWN, name)
+    assert server_args(config, FOLDER, max_model_len=512, known=known)[name] == 2
+    with pytest.raises(EngineSetupError, match=f"{name} must be 1 with drafts of the pool"):
+        server_args(config, FOLDER, max_model_len=512, known=known, is_drafted=True)
 
 
 def test_extra_arguments_are_passed_on():
@@ -96,6 +118,11 @@ def test_the_environment_says_cpu_only_where_it_is_one():
     on_cpu = environment(EngineConfig(kind="sglang"), 4)
     assert on_cpu["SGLANG_USE_CPU_ENGINE"] == "1"
     assert on_cpu["OMP_NUM_THREADS"] == "4"
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in on_cpu
+    spread = EngineConfig(kind="sglang", sglang=SGLangConfig(tensor_parallel=2))
+    assert environment(spread, 4)["SGLANG_CPU_OMP_THREADS_BIND"] == "0-1|2-3"
+    assert environment(spread, 4)["OMP_NUM_THREADS"] == "2"
+    assert environment(spread, 1)["SGLANG_CPU_OMP_THREADS_BIND"] == "0-0|1-1"
     on_gpu = environment(EngineConfig(kind="sglang", device="cuda", num_threads=2), 4)
     assert "SGLANG_USE_CPU_ENGINE" not in on_gpu
     assert on_gpu["OMP_NUM_THREADS"] == "2"
