@@ -106,9 +106,10 @@ class Plan:
         autoscaling = AutoscaleConfig(
             min_replicas=least,
             max_replicas=most,
-            target_ongoing_requests=4,
-            upscale_delay_s=max(_SHORTEST_S, 4 * scale),
+            # Of the eight that a replica runs at once: room for what comes while others start.
+            target_ongoing_requests=3,
+            upscale_delay_s=_SHORTEST_S,
             downscale_delay_s=max(2 * _SHORTEST_S, 40 * scale),
-            look_back_s=max(2 * _SHORTEST_S, 6 * scale),
+            look_back_s=2 * _SHORTEST_S,
         )
         return PoolConfig(autoscaling=autoscaling, **options)
