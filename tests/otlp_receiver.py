@@ -37,7 +37,10 @@ class OtlpReceiver(pb_grpc.TraceServiceServicer):
         self._lock = threading.Lock()
         self._spans: list[Received] = []
 
-    def Export(self, request, context):  # noqa: N802 - gRPC's name
+    def Export(  # noqa: N802 - gRPC's name
+        self, request: pb.ExportTraceServiceRequest, context: object
+    ) -> pb.ExportTraceServiceResponse:
+        del context
         found = [
             _received(span, resource.resource)
             for resource in request.resource_spans
@@ -59,7 +62,7 @@ def otlp_receiver() -> Iterator[OtlpReceiver]:
     """Listens while the block runs."""
     receiver = OtlpReceiver()
     server = grpc.server(ThreadPoolExecutor(4))
-    pb_grpc.add_TraceServiceServicer_to_server(receiver, server)
+    pb_grpc.add_TraceServiceServicer_to_server(receiver, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     receiver.endpoint = f"http://127.0.0.1:{port}"
@@ -78,7 +81,7 @@ def ancestors(span: Received, spans: list[Received]) -> list[Received]:
     return chain
 
 
-def _received(span, resource) -> Received:
+def _received(span: Any, resource: Any) -> Received:
     service = next(a.value.string_value for a in resource.attributes if a.key == "service.name")
     return Received(
         service=service,

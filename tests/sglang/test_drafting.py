@@ -140,7 +140,7 @@ def test_rounds_and_drafter_are_in_the_requests_trace(
     messages = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=REPEATING[1])])
     options = pb.SamplingOptions(max_tokens=MAX_TOKENS, seed=11, temperature=0.0)
     request = pb.GenerateRequest(model=MODEL, chat=messages, sampling=options, speculation=True)
-    metadata = [("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01")]
+    metadata = (("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),)
     answer = rpc.GenerateUnary(request, timeout=600, metadata=metadata)
     wanted = {"target.generate", "draft.rounds", "draft.session"}
     wait_until(
