@@ -67,6 +67,8 @@ def target_options(config: ClusterConfig) -> dict[str, Any]:
     options = deployment_options(config.pools.target)
     if config.engine.sglang.tensor_parallel > 1:
         options |= _placement_group(config.pools.target)
+        # What places the bundle places the actor.
+        options["ray_actor_options"].pop("label_selector", None)
     if (python := config.engine.sglang.python) is not None:
         options["ray_actor_options"]["runtime_env"] = {"py_executable": str(python)}
     return options

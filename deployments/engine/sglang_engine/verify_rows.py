@@ -77,7 +77,8 @@ def moves(accepted: Sequence[tuple[int, ...]], width: int) -> tuple[list[int], l
         Rows of the flat batch to read, and those to write. A row that is written is read by none
         behind it in the list, so they may be moved in order as well as all at once.
     """
-    sources, destinations = [], []
+    sources: list[int] = []
+    destinations: list[int] = []
     for index, nodes in enumerate(accepted):
         for place, node in enumerate(nodes):
             if node != place:

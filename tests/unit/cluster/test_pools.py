@@ -2,6 +2,7 @@
 
 import pytest
 from pydantic import ValidationError
+from ray.serve._private.config import ReplicaConfig
 from ray.serve.config import AutoscalingConfig
 
 from cluster.config import AutoscaleConfig, ClusterConfig, PoolConfig, PoolsConfig
@@ -101,6 +102,12 @@ def test_the_gpus_of_a_replica_that_needs_several_are_reserved_on_one_machine():
     assert options["placement_group_bundle_label_selector"] == [{"gpu": "h200"}]
     # The actor takes all of it, so that its processes see every GPU.
     assert options["ray_actor_options"]["num_gpus"] == 4
+    assert "label_selector" not in options["ray_actor_options"]
+    ReplicaConfig.create(
+        lambda: None,
+        ray_actor_options=options["ray_actor_options"],
+        **{name: value for name, value in options.items() if name.startswith("placement_group")},
+    )
     assert "placement_group_bundles" not in target_options(ClusterConfig())
 
 
