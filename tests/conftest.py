@@ -1,4 +1,4 @@
-"""Command-line options of the tests."""
+"""Command-line options of the tests, and what no test leaves to the next one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
 
 # No test asserts on time. A change is judged by the same examples as the change before it.
 settings.register_profile(
@@ -28,3 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parents[2] / "shared" / "data" / "kuberay-crds",
         help="folder with CRDs of KubeRay and others, for a strict check of the rendered chart",
     )
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """An engine that is built in a test's own process sets torch's threads, hence its sums' bits."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)

@@ -147,7 +147,7 @@ async def started(
 
 async def answer(replica: Replica, request: GenerationRequest) -> list[TokenDelta]:
     async with asyncio.timeout(120):
-        return [delta async for delta in replica.generate(request)]
+        return [delta async for deltas in replica.generate(request) for delta in deltas]
 
 
 def text(deltas: list[TokenDelta]) -> tuple[int, ...]:
