@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
-    """An engine that is built in a test's own process sets torch's threads, hence its sums' bits."""
+    """An engine that a test builds in its own process sets torch's threads, and so sums' bits."""
     before = torch.get_num_threads()
     yield
     if torch.get_num_threads() != before:
