@@ -5,11 +5,6 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
 from tests.bench.gpu.field import PLAIN
 from tests.bench.kv.table import print_table
 
@@ -40,6 +35,12 @@ def show(report: dict[str, Any]) -> None:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Tokens per second by batch for each kind of question, and first tokens of long prompts."""
+    # The only part that needs it, and none that a test needs.
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
     rows = report["rows"]
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     kinds = list(dict.fromkeys(row["what"] for row in rows if row["tokens_per_s"]))
