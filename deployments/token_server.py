@@ -227,8 +227,10 @@ def keep_alive(transport: asyncio.BaseTransport) -> None:
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 10),
         (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 5),
         (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+        # Milliseconds; while something is on its way, the kernel asks for no sign of life.
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 25_000),
     )
     for level, name, value in options:
-        # Not every system has the last three.
+        # Not every system has those of TCP.
         if hasattr(socket, name):
             connection.setsockopt(level, getattr(socket, name), value)

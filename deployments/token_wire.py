@@ -160,7 +160,8 @@ class MessageReader:
 
     def __init__(self, max_line_bytes: int) -> None:
         self.max_line_bytes = max_line_bytes
-        self._rest = b""
+        self._parts: list[bytes] = []
+        self._num_bytes = 0
 
     def feed(self, data: bytes) -> Iterator[Message]:
         """The messages that ``data`` completes.
@@ -168,10 +169,19 @@ class MessageReader:
         Raises:
             WireError: there is something else among them.
         """
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        yield from map(decode, lines)
-        if len(self._rest) > self.max_line_bytes:
+        first, *others = data.split(b"\n")
+        self._keep(first)
+        for part in others:
+            # A long prompt comes in many pieces: they are put together once.
+            yield decode(b"".join(self._parts))
+            self._parts, self._num_bytes = [], 0
+            self._keep(part)
+
+    def _keep(self, part: bytes) -> None:
+        self._num_bytes += len(part)
+        if self._num_bytes > self.max_line_bytes:
             raise WireError("a line too long")
+        self._parts.append(part)
 
 
 def to_wire(stream: int, delta: TokenDelta) -> Delta:

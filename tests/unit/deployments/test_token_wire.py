@@ -28,6 +28,7 @@ from deployments.token_wire import (
     Cancel,
     Delta,
     Hello,
+    MessageReader,
     Start,
     Welcome,
     WireError,
@@ -177,3 +178,20 @@ def test_what_is_no_message_is_refused_without_telling_it(line: bytes) -> None:
         decode(line)
     assert "request_id" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_messages_are_put_together_from_pieces(size: int) -> None:
+    messages = [Cancel(1), Cancel(22), Hello(1, "key"), Cancel(333)]
+    sent = b"".join(map(encode, messages))
+    reader = MessageReader(64)
+    pieces = [sent[start : start + size] for start in range(0, len(sent), size)]
+    assert [message for piece in pieces for message in reader.feed(piece)] == messages
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_line_too_long_is_refused_as_soon_as_it_is(end: bytes) -> None:
+    reader = MessageReader(64)
+    assert list(reader.feed(encode(Cancel(1)) + b"c[" + b"1" * 40)) == [Cancel(1)]
+    with pytest.raises(WireError, match="too long"):
+        list(reader.feed(b"1" * 40 + end))
