@@ -18,6 +18,7 @@ from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.draft_service import DraftLimits
 from deployments.engine.speculation.errors import DrafterLoadError
 from deployments.engine.speculation.handshake import Identity
+from deployments.heap import settle_heap
 from deployments.model_files import model_folder, served_model_name
 from deployments.scaling_stats import DraftScalingStats
 from deployments.tokenizer import load_vocabulary
@@ -68,6 +69,7 @@ class DraftReplica:
             self._executor, self._start, engine, draft, cache_dir
         )
         self._reporting = asyncio.create_task(self._report(), name="draft-metrics")
+        settle_heap()
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Put another drafter to work while the replica serves; Serve calls this.

@@ -23,6 +23,7 @@ from deployments.embedding import Embeddings
 from deployments.errors import ModelNotFoundError, RequestInvalidError, describe
 from deployments.generation import Generation, Plan
 from deployments.grpc_health import HealthService
+from deployments.heap import settle_heap
 from deployments.http_app import (
     EventStream,
     HttpApp,
@@ -112,6 +113,7 @@ class IngressReplica:
         self._guard = CallGuard(config, TenantDirectory(auth), gate, self._tracing, self._model)
         self._probe = TargetProbe(target)
         self._health = HealthService(self._probe)
+        settle_heap()
 
     async def __del__(self) -> None:
         """Serve's shutdown hook, called once every request has ended."""
@@ -274,7 +276,7 @@ class IngressReplica:
         with self._guard.call("http", _operation(body), headers) as context:
             plan = await self._plan_http(body, context)
             totals = RequestTotals(plan.prompt_lengths)
-            writer = self._writer(plan, body)
+            writer = AnswerWriter(plan, self._model, body, self._bytes_of)
             async with aclosing(self._generation.stream(plan, totals)) as arrivals:
                 async for deltas in arrivals:
                     for delta in deltas:
@@ -289,7 +291,7 @@ class IngressReplica:
             with self._guard.call("http", _operation(body), headers) as context:
                 plan = await self._plan_http(body, context)
                 totals = RequestTotals(plan.prompt_lengths)
-                writer = self._writer(plan, body)
+                writer = AnswerWriter(plan, self._model, body, self._bytes_of)
                 async with aclosing(self._generation.stream(plan, totals)) as arrivals:
                     async for deltas in arrivals:
                         events = [] if begun else writer.opening()
@@ -302,9 +304,6 @@ class IngressReplica:
             if not begun:
                 raise
             yield sse_error(describe(self._counted("http", error)))
-
-    def _writer(self, plan: Plan, body: OpenAIRequest) -> AnswerWriter:
-        return AnswerWriter(plan, self._model, body, self._bytes_of)
 
     async def _plan_http(self, body: OpenAIRequest, context: CallContext) -> Plan:
         if isinstance(body, ChatCompletionRequest):

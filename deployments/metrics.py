@@ -299,12 +299,16 @@ class IngressMetrics:
     def observe(self, surface: str, tenant: str) -> RequestObserver:
         """Start the clock of one request."""
         self._num_in_flight += 1
-        self.in_flight.set(self._num_in_flight)
+        # Once the request is on its way: a gauge takes longer than most of what is done for it.
+        asyncio.get_running_loop().call_soon(self._write_in_flight)
         return RequestObserver(self, surface, tenant)
 
     def released(self) -> None:
         """One request less in flight."""
         self._num_in_flight -= 1
+        self._write_in_flight()
+
+    def _write_in_flight(self) -> None:
         self.in_flight.set(self._num_in_flight)
 
     def resumed(self) -> None:

@@ -30,6 +30,7 @@ from deployments.engine.speculation.grpc_transport import grpc_connector
 from deployments.engine.speculation.handshake import Identity
 from deployments.engine.speculation.speculator import NoSpeculation
 from deployments.engine.speculation.split_speculator import SplitSpeculator
+from deployments.heap import settle_heap
 from deployments.model_files import model_folder, served_model_name
 from deployments.own_metrics_feed import OwnMetricsFeed
 from deployments.prefill_metrics import PrefillMetrics
@@ -135,6 +136,7 @@ class TargetReplica:
         self._tokens = TokenServer(self._deltas, self._replica_id)
         await self._tokens.start(ray.util.get_node_ip_address())
         self._reporting = asyncio.create_task(self._report(), name="target-metrics")
+        settle_heap()
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What routers learn of this replica; Serve asks once."""

@@ -83,10 +83,11 @@ class TargetClient:
             replica_id = ""
             is_finished = False
             try:
-                resumed = replace(
-                    request, resumed_output_ids=tuple(transcript), avoid_replicas=tuple(avoid)
-                )
-                async with aclosing(self._attempt(resumed)) as arrivals:
+                if attempt:
+                    request = replace(
+                        request, resumed_output_ids=tuple(transcript), avoid_replicas=tuple(avoid)
+                    )
+                async with aclosing(self._attempt(request)) as arrivals:
                     async for together in arrivals:
                         replica_id = together[-1].replica_id
                         # The replica may only have told its name.

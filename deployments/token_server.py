@@ -115,6 +115,7 @@ class _Connection(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._greeting: asyncio.TimerHandle | None = None
+        self._waiting: list[bytes] = []
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -184,12 +185,12 @@ class _Connection(asyncio.Protocol):
         server.num_running += is_accepted
         # One that refuses looks full, or its caller would ask again at once.
         told = max(server.num_running, start.max_running * server.is_refusing)
-        self._send(Admission(start.stream, is_accepted, told))
         if is_accepted:
             running = self._run(start.stream, start.request)
             task = asyncio.create_task(running, name=f"direct-{start.request.request_id}")
             self.tasks[start.stream] = task
             task.add_done_callback(lambda _: self._ended(start.stream))
+        self._send_soon(Admission(start.stream, is_accepted, told))
 
     def _ended(self, stream: int) -> None:
         self._server.num_running -= 1
@@ -213,10 +214,25 @@ class _Connection(asyncio.Protocol):
             if not is_finished:
                 self._send(Failure(stream, "RuntimeError", ("the engine's stream has no end",)))
 
+    def _send_soon(self, message: Message) -> None:
+        """Together with what the engine says at once, if it does: the peer wakes up once."""
+        self._waiting.append(encode(message))
+        loop = asyncio.get_running_loop()
+        # In the first turn the generation begins, in the second one it may have come to something.
+        loop.call_soon(loop.call_soon, self._send_waiting)
+
+    def _send_waiting(self) -> None:
+        lines, self._waiting = self._waiting, []
+        self._write(b"".join(lines))
+
     def _send(self, message: Message) -> None:
+        self._waiting.append(encode(message))
+        self._send_waiting()
+
+    def _write(self, data: bytes) -> None:
         # Writing to a lost connection would only log.
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(encode(message))
+        if data and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
 
 
 def keep_alive(transport: asyncio.BaseTransport) -> None:

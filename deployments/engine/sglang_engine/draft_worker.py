@@ -2,7 +2,7 @@
 
 A step runs the target over each sequence's last token and its draft in one forward, chooses a token
 behind each of them with the request's own noise, and keeps what the draft foresaw. So the text is
-that of plain decoding. A step without drafts is one of width one. SGLang's scheduler runs such
+that of plain decoding. A step without drafts decodes plainly. SGLang's scheduler runs such
 workers synchronously here: every step needs the tokens of the last one on the host. With tensor
 parallelism each rank has a worker, and the first one's drafts and tokens are those of all.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ from deployments.engine.sglang_engine.step_stalls import StepStalls
 from deployments.engine.sglang_engine.verify_rows import moves, verify_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -92,18 +93,20 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         drafts = self._rounds.begin([self._running(req) for req in batch.reqs])
         width = self._stride if self._is_fixed else 1 + max(map(len, drafts))
         rows = verify_rows([req.output_ids[-1] for req in batch.reqs], drafts, width)
-        self._prepare(batch, rows)
-        self._rounds.announce()
-        prepared_at = time.perf_counter()
-        result = self._target_worker.forward_batch_generation(batch, is_verify=True)
+        positions_N = (batch.seq_lens[:, None] + rows.depths.to(self._device)).flatten()
+        with (
+            self._verifying(batch, rows, positions_N) if width > 1 else self._decoding(batch, rows)
+        ):
+            self._rounds.announce()
+            prepared_at = time.perf_counter()
+            result = self._target_worker.forward_batch_generation(batch, is_verify=True)
         logits_output = result.logits_output
         self._adjust(batch, logits_output.next_token_logits, rows, drafts)
-        choices = self._choose(batch, logits_output.next_token_logits, drafts, width)
+        choices = self._choose(logits_output.next_token_logits, batch.reqs, drafts, positions_N)
         # Plain steps choose, too, and there the device is waited for: that is not the drafts' time.
         chosen_at = time.perf_counter()
         committed = self._rounds.end(choices)
         self._move(batch, committed, width)
-        batch.forward_mode = ForwardMode.DECODE
         if batch.return_logprob:
             self._tell_logprobs(batch, logits_output, committed, width)
         for req, one in zip(batch.reqs, committed, strict=True):
@@ -148,26 +151,54 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
             max_draft_tokens=min(room, self._stride - 1),
         )
 
-    def _prepare(self, batch: Any, rows: VerifyRows) -> None:  # noqa: ANN401
+    @contextmanager
+    def _decoding(self, batch: Any, rows: VerifyRows) -> Iterator[None]:  # noqa: ANN401
+        """Make the batch one of plain decoding: backends have a faster way for it."""
+        self._place(batch, rows)
+        spec_info = batch.spec_info
+        lens = batch.seq_lens, batch.seq_lens_cpu, batch.orig_seq_lens
+        batch.seq_lens, batch.seq_lens_cpu, batch.orig_seq_lens = (each + 1 for each in lens)
+        batch.seq_lens_sum = batch.spec_info = None
+        try:
+            yield
+        finally:
+            batch.seq_lens, batch.seq_lens_cpu, batch.orig_seq_lens = lens
+            batch.seq_lens_sum, batch.spec_info = None, spec_info
+
+    @contextmanager
+    def _verifying(
+        self,
+        batch: Any,  # noqa: ANN401
+        rows: VerifyRows,
+        positions_N: Tensor,
+    ) -> Iterator[None]:
         """Make the batch one of verification."""
         num_reqs, width = rows.tokens.shape
-        steps_W = torch.arange(width, device=self._device)
+        self._place(batch, rows)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
-        batch.input_ids = rows.tokens.flatten().to(self._device)
-        # SGLang has reserved the slots behind the committed text.
-        slots = batch.req_to_token_pool.req_to_token
-        places_BW = batch.seq_lens[:, None] + steps_W
-        batch.out_cache_loc = (
-            slots[batch.req_pool_indices[:, None], places_BW].flatten().to(torch.int64)
-        )
         batch.spec_info = NgramVerifyInput(
             draft_token=batch.input_ids,
             custom_mask=self._mask(batch, rows.sees),
-            positions=(batch.seq_lens[:, None] + rows.depths.to(self._device)).flatten(),
+            positions=positions_N,
             retrieve_index=torch.arange(num_reqs * width, device=self._device).view(-1, width),
             retrieve_next_token=rows.first_child.to(self._device),
             retrieve_next_sibling=rows.next_sibling.to(self._device),
             draft_token_num=width,
+        )
+        try:
+            yield
+        finally:
+            batch.forward_mode = ForwardMode.DECODE
+
+    def _place(self, batch: Any, rows: VerifyRows) -> None:  # noqa: ANN401
+        """Tokens to the device, and where their keys and values go."""
+        batch.input_ids = rows.tokens.flatten().to(self._device)
+        # SGLang has reserved the slots behind the committed text.
+        steps_W = torch.arange(rows.tokens.shape[1], device=self._device)
+        places_BW = batch.seq_lens[:, None] + steps_W
+        slots = batch.req_to_token_pool.req_to_token
+        batch.out_cache_loc = (
+            slots[batch.req_pool_indices[:, None], places_BW].flatten().to(torch.int64)
         )
 
     def _mask(self, batch: Any, sees_BWW: Tensor) -> Tensor:  # noqa: ANN401
@@ -214,12 +245,13 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
 
     def _choose(
         self,
-        batch: Any,  # noqa: ANN401
         logits: Tensor,
+        reqs: Sequence[Any],
         drafts: Sequence[DraftTree],
-        width: int,
+        positions_N: Tensor,
     ) -> list[list[int]]:
         """A token behind each sequence's text and behind each node of its draft."""
+        width = len(positions_N) // len(drafts)
         wanted = [
             index * width + step
             for index, draft in enumerate(drafts)
@@ -227,11 +259,11 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         ]
         rows = [
             row
-            for req, draft in zip(batch.reqs, drafts, strict=True)
+            for req, draft in zip(reqs, drafts, strict=True)
             for row in [row_of(req)] * (len(draft) + 1)
         ]
         index_M = torch.tensor(wanted, device=self._device)
-        positions_M = batch.spec_info.positions[index_M].to(torch.int64) + 1
+        positions_M = positions_N[index_M].to(torch.int64) + 1
         if len(wanted) < logits.shape[0]:
             logits = logits[index_M]
         found = iter(choose(logits, rows, positions_M).tolist())
@@ -273,12 +305,16 @@ class RemoteDraftWorker(BaseSpecWorker):  # type: ignore[misc]
         committed: Sequence[Committed],
         on_publish: Any,  # noqa: ANN401
     ) -> GenerationBatchResult:
-        accepted_BS = torch.zeros(len(committed), self._stride, dtype=torch.int64)
-        for index, one in enumerate(committed):
-            accepted_BS[index, : len(one.token_ids)] = torch.tensor(one.token_ids)
         lens = [len(one.token_ids) for one in committed]
-        lens_B = torch.tensor(lens, dtype=torch.int32).to(self._device)
-        accepted = accepted_BS.flatten().to(self._device)
+        lens_B = torch.tensor(lens, dtype=torch.int32, device=self._device)
+        accepted = torch.tensor(
+            [
+                token
+                for one in committed
+                for token in (*one.token_ids, *[0] * (self._stride - len(one.token_ids)))
+            ],
+            device=self._device,
+        )
         new_seq_lens = batch.seq_lens + lens_B
         if on_publish is not None:
             on_publish(new_seq_lens)

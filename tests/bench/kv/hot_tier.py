@@ -197,7 +197,7 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
                 return total
 
             contestants["LMCache native"] = lmcache
-        speeds = race(contestants, num_rounds=9)
+        speeds = race(contestants, num_rounds=15, round_s=0.2)
         data_path.close()
         if native is not None:
             native.close()

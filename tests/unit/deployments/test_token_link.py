@@ -109,6 +109,20 @@ async def test_a_stream_names_its_replica_and_comes_whole() -> None:
         assert [delta.finish_reason for delta in deltas[-2:]] == [None, FinishReason.LENGTH]
 
 
+async def test_what_an_engine_says_at_once_wakes_its_caller_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with served(Engine()) as (server, link):
+        await until(lambda: len(server._connections) == 1)
+        [connection] = server._connections
+        written: list[bytes] = []
+        write = connection._write
+        monkeypatch.setattr(connection, "_write", lambda data: (written.append(data), write(data)))
+        stream = link.start(request(), 8)
+        assert tokens(await everything(stream)) == [1, 2, 3, 4, 5]
+        assert [line[:1] for line in written[0].splitlines()] == [b"a", b"d"]
+
+
 async def test_streams_of_one_connection_do_not_mix() -> None:
     async with served(Engine()) as (server, link):
         streams = [link.start(request(max_tokens=count), 64) for count in range(1, 40)]
