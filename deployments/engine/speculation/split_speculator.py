@@ -24,7 +24,7 @@ from deployments.engine.speculation.running_sequence import RunningSequence
 from deployments.engine.speculation.speculator import NOTHING_ELSE, Speculator, TakenDraft
 from deployments.engine.speculation.speculator_stats import SpeculatorStats
 from deployments.engine.speculation.step_planner import AtHand, StepPlanner
-from deployments.engine.speculation.types import Ask, DraftOrigin, DraftQuery, DraftTree
+from deployments.engine.speculation.types import NO_ASK, Ask, DraftOrigin, DraftQuery, DraftTree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -198,24 +198,19 @@ class SplitSpeculator(Speculator):
         ]
 
     def _cut(self, request: DraftRequest, draft: TakenDraft, length: int) -> TakenDraft:
+        tree = draft.tree.cut(length)
         running = self._running.get(request.session_id)
         if running is not None:
-            is_verified = length > 0 or not len(draft.tree)
-            running.num_withheld_rounds = 0 if is_verified else running.num_withheld_rounds + 1
-        if length == len(draft.tree):
-            return draft
+            running.on_round(tree, had_draft=len(draft.tree) > 0, had_pool_row=draft.table_hit)
         self._num_withheld += len(draft.tree) - length
-        return replace(draft, tree=draft.tree.cut(length))
+        return replace(draft, tree=tree)
 
     def verifying(self, rounds: Sequence[tuple[DraftRequest, DraftTree]]) -> None:
         """Announce the round to the pool, plain ones too: their bonus token can be foreseen."""
         self._num_step_rows += sum(len(tree) for _, tree in rounds)
         if self._pool is None:
             return
-        fanout = self._config.fanout
-        self._pool.announce(
-            [(request, tree, Ask(self._wanted(request), fanout)) for request, tree in rounds]
-        )
+        self._pool.announce([(request, tree, self._ask(request)) for request, tree in rounds])
 
     def verified(self, results: Sequence[RoundResult]) -> None:
         """Learn from the outcome."""
@@ -280,9 +275,13 @@ class SplitSpeculator(Speculator):
         )
         return own if self._pool is None else self._pool.add_to(own)
 
-    def _wanted(self, request: DraftRequest) -> int:
-        running, k = self._running.get(request.session_id), self._config.num_draft_tokens
-        return k if running is None else running.trust.worth(POOL, k)
+    def _ask(self, request: DraftRequest) -> Ask:
+        """Of the pool, in this round."""
+        running = self._running.get(request.session_id)
+        k, fanout = self._config.num_draft_tokens, self._config.fanout
+        if running is None:
+            return Ask(k, fanout)
+        return Ask(running.trust.worth(POOL, k), fanout) if running.asks_pool() else NO_ASK
 
     def _local_drafts(self, requests: Sequence[DraftRequest]) -> list[tuple[Guess, ...]]:
         guesses: list[tuple[Guess, ...]] = [()] * len(requests)
