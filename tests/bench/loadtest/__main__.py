@@ -34,7 +34,7 @@ from tests.bench.loadtest.aiperf import AiPerf, as_aiperf_counts
 from tests.bench.loadtest.bars import hold_bars
 from tests.bench.loadtest.capacity import Capacity, find_capacity
 from tests.bench.loadtest.report import draw, show
-from tests.bench.loadtest.server_view import with_server_view
+from tests.bench.loadtest.wire import Wire, wire
 from tests.integration.cluster.cluster_process import ClusterProcess
 
 if TYPE_CHECKING:
@@ -126,10 +126,11 @@ def _measure(plan: Plan, folder: Path) -> dict[str, Any]:
         checks = []
         if peer is not None:
             schedule = load.schedule(plan.check_share * capacity.requests_per_s, ignore_eos=True)
-            asyncio.run(load.alone(schedule))  # every prompt has now been seen once
-            for number in range(plan.num_checks):
-                _say(f"comparing with aiperf, {number + 1} of {plan.num_checks}")
-                checks.append(_check(load, peer, schedule, ours_first=number % 2 == 0))
+            asyncio.run(load.alone(schedule, load.url))  # every prompt has now been seen once
+            with wire(load.url) as between:
+                for number in range(plan.num_checks):
+                    _say(f"comparing with aiperf, {number + 1} of {plan.num_checks}")
+                    checks.append(_check(load, peer, schedule, between, ours_first=number % 2 == 0))
     return {
         "capacity": asdict(capacity),
         "plan": asdict(plan),
@@ -148,7 +149,7 @@ class _Load:
     def __init__(self, state: ClusterState, plan: Plan) -> None:
         self._state = state
         self._plan = plan
-        self.model, self.url, self.metrics_url = state.model, state.http_url, state.metrics_url
+        self.model, self.url = state.model, state.http_url
 
     def schedule(self, rate: float, *, ignore_eos: bool = False) -> list[LoadRequest]:
         """Poisson arrivals of the package's questions."""
@@ -159,7 +160,7 @@ class _Load:
 
     async def capacity(self) -> Capacity:
         """Over HTTP."""
-        [surface] = self._surfaces("http")
+        [surface] = self._surfaces(self.url, "http")
         try:
             return await find_capacity(
                 surface,
@@ -173,30 +174,30 @@ class _Load:
 
     async def step(self, rate: float) -> dict[str, Any]:
         """Both surfaces; the report of ``paceline bench serve``."""
-        report, _ = await self._test(self.schedule(rate), "http", "grpc")
+        report, _ = await self._test(self.schedule(rate), self.url, "http", "grpc")
         return report
 
-    async def alone(self, schedule: list[LoadRequest]) -> list[Outcome]:
+    async def alone(self, schedule: list[LoadRequest], url: str) -> list[Outcome]:
         """HTTP only."""
-        _, outcomes = await self._test(schedule, "http")
+        _, outcomes = await self._test(schedule, url, "http")
         return outcomes
 
     async def _test(
-        self, schedule: list[LoadRequest], *names: str
+        self, schedule: list[LoadRequest], url: str, *names: str
     ) -> tuple[dict[str, Any], list[Outcome]]:
         test = LoadTest(
             schedule=schedule,
-            surfaces=self._surfaces(*names),
+            surfaces=self._surfaces(url, *names),
             slo=self._plan.slo,
             timeout_s=_TIMEOUT_S,
             max_in_flight=_MAX_IN_FLIGHT,
         )
         return await test.run(lambda _: None)
 
-    def _surfaces(self, *names: str) -> list[Surface]:
+    def _surfaces(self, url: str, *names: str) -> list[Surface]:
         return surfaces(
             names,
-            http_url=self.url,
+            http_url=url,
             grpc_address=self._state.grpc_address,
             model=self.model,
             api_key=None,
@@ -205,21 +206,22 @@ class _Load:
 
 
 def _check(
-    load: _Load, peer: AiPerf, schedule: list[LoadRequest], *, ours_first: bool
+    load: _Load, peer: AiPerf, schedule: list[LoadRequest], between: Wire, *, ours_first: bool
 ) -> dict[str, dict[str, float]]:
     """Both tools; which one goes first changes, so that a machine that drifts favours neither.
 
     Returns:
-        By tool what it saw, and by ``server of TOOL`` what the server did meanwhile.
+        By tool what it saw, and by ``wire of TOOL`` what passed between it and the server.
     """
+    url = between.url
     tools: dict[str, Callable[[], dict[str, float]]] = {
-        "paceline": lambda: as_aiperf_counts(asyncio.run(load.alone(schedule))),
-        "aiperf": lambda: peer.run(load.url, load.model, schedule),
+        "paceline": lambda: as_aiperf_counts(asyncio.run(load.alone(schedule, url))),
+        "aiperf": lambda: peer.run(url, load.model, schedule),
     }
     check: dict[str, dict[str, float]] = {}
     for name in tools if ours_first else reversed(tools):
-        seen, served = with_server_view(load.metrics_url, len(schedule), tools[name])
-        check |= {name: seen, f"server of {name}": served}
+        seen, passed = between.timed(len(schedule), tools[name])
+        check |= {name: seen, f"wire of {name}": passed}
     return check
 
 

@@ -21,8 +21,8 @@ def hold_bars(
 
     Args:
         steps: by share of the capacity, each with the ``report`` of its load.
-        checks: pairs of runs of one schedule, by tool and measure, and what the server measured
-            during each; see ``server_view``.
+        checks: pairs of runs of one schedule, by tool and measure, and what passed on the wire
+            during each; see ``wire``.
         absent: why there are no checks; they neither hold nor fail then.
     """
     bars: dict[str, dict[str, Any]] = {}
@@ -61,5 +61,5 @@ def hold_bars(
 
 
 def _seen(check: dict[str, dict[str, float]], tool: str, measure: str) -> float:
-    """What a tool saw; of times, over what the server itself measured of the same requests."""
-    return check[tool][measure] / check[f"server of {tool}"].get(measure, 1.0)
+    """What a tool saw; of times, over what the same requests took on the wire."""
+    return check[tool][measure] / check[f"wire of {tool}"].get(measure, 1.0)

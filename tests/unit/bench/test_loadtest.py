@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from cluster.load.outcome import Outcome
 from cluster.load.surfaces import Counts, Piece
 from cluster.load.workload import LoadRequest
-from tests.bench.loadtest import aiperf, server_view
+from tests.bench.loadtest import aiperf
 from tests.bench.loadtest.bars import hold_bars
 from tests.bench.loadtest.capacity import find_capacity
+from tests.bench.loadtest.wire import AnswerClock, Timed, wire
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,9 +132,9 @@ def _step(share: float, **changed: float) -> dict[str, Any]:
 def _check(off: float) -> dict[str, dict[str, float]]:
     return {
         "paceline": {"requests per second": 2 * (1 + off)},
-        "server of paceline": {},
+        "wire of paceline": {},
         "aiperf": {"requests per second": 2},
-        "server of aiperf": {},
+        "wire of aiperf": {},
     }
 
 
@@ -167,37 +169,73 @@ def test_a_tool_that_slows_the_server_is_not_blamed_for_it(seen_ms: float, *, ho
     name = "mean ms to the first text"
     check = {
         "paceline": {name: seen_ms},
-        "server of paceline": {name: 100.0},
+        "wire of paceline": {name: 100.0},
         "aiperf": {name: 220.0},
-        "server of aiperf": {name: 200.0},
+        "wire of aiperf": {name: 200.0},
     }
     [bar] = hold_bars([], [check], "").values()
     assert bar["holds"] is holds
 
 
-def test_the_server_s_figures_are_those_of_one_run(monkeypatch: pytest.MonkeyPatch):
-    totals = [(4, 1.0), (4, 1.0), (5, 1.5), (6, 2.0)]
-    scrapes = iter(totals)
+def _event(content: str) -> bytes:
+    return b'data: {"choices":[{"delta":{"content":"%s"}}]}\n\n' % content.encode()
 
-    class Snapshot:
-        def __init__(self) -> None:
-            self.count, self.sum = next(scrapes)
 
-        def total(self, name: str, **labels: str) -> float:
-            assert labels == {"surface": "http"}
-            return self.count if name.endswith("_count") else self.sum
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":5}}\n\n'
+DONE = b"data: [DONE]\n\n"
 
-    monkeypatch.setattr(server_view.MetricsSnapshot, "read", lambda _: Snapshot())
-    monkeypatch.setattr(server_view, "_PAUSE_S", 0.0)
-    seen, served = server_view.with_server_view("url", 2, lambda: {"requests per second": 2.0})
-    assert seen == {"requests per second": 2.0}
-    assert served == dict.fromkeys(server_view.MEASURES, 500.0)
-    assert set(served) < set(aiperf.MEASURES)
 
-    monkeypatch.setattr(server_view, "_PATIENCE_S", -1.0)
-    scrapes = iter(totals)
-    with pytest.raises(RuntimeError, match="of 2 requests"):
-        server_view.with_server_view("url", 2, dict)
+@pytest.mark.parametrize("num_bytes", [1, 7, 10_000])
+def test_answers_are_timed_however_their_bytes_are_cut(num_bytes: int):
+    found: list[Timed] = []
+    now = 0.0
+    clock = AnswerClock(found.append, lambda: now)
+    parts = [(1.0, _event("")), (2.0, _event("a")), (4.0, _event("b")), (5.0, USAGE + DONE)]
+    for began in (0.0, 100.0):
+        now = began
+        clock.asked()
+        now += 0.5
+        clock.asked()  # a body behind its head
+        for at, data in parts:
+            now = began + at
+            for start in range(0, len(data), num_bytes):
+                clock.answered(data[start : start + num_bytes])
+    assert found == [Timed(2.0, 4.0, 5)] * 2
+
+
+async def _serve_answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while await reader.readline():
+        for data in (_event("a"), _event("b"), USAGE, DONE):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+async def test_a_relay_counts_the_answers_that_pass():
+    server = await asyncio.start_server(_serve_answers, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+
+    async def ask(url: str, times: int) -> dict[str, float]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+        for _ in range(times):
+            writer.write(b"a request\n")
+            await reader.readuntil(DONE)
+        writer.close()
+        return {"requests per second": float(times)}
+
+    loop = asyncio.get_running_loop()
+
+    def run(times: int) -> dict[str, float]:
+        return asyncio.run_coroutine_threadsafe(ask(between.url, times), loop).result(60)
+
+    with wire(f"http://{host}:{port}") as between:
+        seen, passed = await asyncio.to_thread(between.timed, 3, lambda: run(3))
+        assert seen == {"requests per second": 3.0}
+        assert set(passed) < set(aiperf.MEASURES)
+        assert 0 < passed["mean ms to the first text"] <= passed["mean ms to the last text"]
+        with pytest.raises(RuntimeError, match="1 of 2 answers"):
+            await asyncio.to_thread(between.timed, 2, lambda: run(1))
+    server.close()
 
 
 def test_without_aiperf_agreement_neither_holds_nor_fails():
