@@ -35,7 +35,7 @@ class Int8Codec(Codec):
 
     def encode(self, raw: NDArray[np.uint8], group: LayerGroup) -> memoryview:
         """Quantise row by row."""
-        from kv_store.codecs.kernels import encode_symmetric
+        from kv_store.codecs.symmetric_kernels import encode_symmetric
 
         num_values, num_rows = _shape(group)
         stored = np.empty(num_values + 2 * num_rows + 1, dtype=np.uint8)
@@ -53,7 +53,7 @@ class Int8Codec(Codec):
 
     def decode(self, stored: memoryview, group: LayerGroup, out: NDArray[np.uint8]) -> None:
         """Multiply back and round to the page's dtype."""
-        from kv_store.codecs.kernels import decode_symmetric
+        from kv_store.codecs.symmetric_kernels import decode_symmetric
 
         num_values, num_rows = _shape(group)
         packed = np.frombuffer(stored.toreadonly(), dtype=np.uint8)

@@ -53,6 +53,18 @@ def test_golden_file(codec):
         assert np.allclose(decoded.view(np.float32), page.view(np.float32), atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["k8v4", "int4"])
+def test_golden_file_with_wide_channels(name):
+    codec = load_codec(name)
+    layout = make_layout(num_layers=1, num_kv_heads=2, head_dim=32, page_tokens=8)
+    key = make_chain(layout, 3)[2]
+    golden = (GOLDEN / f"page_v1_{name}_wide.bin").read_bytes()
+    page = make_page(layout)
+    assert bytes(encode_page(key, page, layout, codec, created_ms=CREATED_MS)) == golden
+    decoded = decode(golden, codec, key, layout)
+    assert np.allclose(decoded.view(np.float32), page.view(np.float32), atol=0.25)
+
+
 def test_header_says_what_was_written():
     header = read_header(encode())
     assert header.codec_id == RawCodec.codec_id

@@ -4,10 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from kv_store.codecs.base import LayerGroup
 from kv_store.codecs.kivi import Int4Codec, K8V4Codec
+from kv_store.errors import PageCorruptError
 from tests.kv_pages import from_floats, make_layout, make_page, round_trip, to_floats
 
-CODECS = [Int4Codec(), K8V4Codec()]
+CODECS = INT4, K8V4 = [Int4Codec(), K8V4Codec()]
 DTYPES = ["float32", "float16", "bfloat16"]
 ROUNDING = {"float32": 2**-22, "float16": 2**-10, "bfloat16": 2**-8}
 LATER = 64
@@ -25,18 +27,26 @@ def as_layers(page, layout):
     return to_floats(page, layout).reshape(layout.shape).astype(np.float64)
 
 
+def half_a_scale(part, axis, num_steps, rounding):
+    low, high = part.min(axis=axis, keepdims=True), part.max(axis=axis, keepdims=True)
+    extent = high - low + np.abs(low) * 2**-10 + 2**-24
+    scale = extent / num_steps * (1 + 2**-10) + 2**-24
+    largest = np.maximum(np.abs(low), np.abs(high)) + scale
+    return scale / 2 * (1 + 2**-20) + largest * rounding + 2**-24
+
+
 def bounds(wanted, codec, layout):
-    """The most each value may be off: half a scale, once for keys and once for values."""
+    """The most each value may be off.
+
+    Half a scale: of keys' channels, of values' vectors, and of wide channels of values.
+    """
     rounding = ROUNDING[layout.dtype]
     limits = np.empty_like(wanted)
-    for kind, axis in ((0, 1), (1, 3)):
-        part = wanted[:, kind]
-        num_steps = 255 if kind == 0 and codec is CODECS[1] else 15
-        low, high = part.min(axis=axis, keepdims=True), part.max(axis=axis, keepdims=True)
-        extent = high - low + np.abs(low) * 2**-10 + 2**-24
-        scale = extent / num_steps * (1 + 2**-10) + 2**-24
-        largest = np.maximum(np.abs(low), np.abs(high)) + scale
-        limits[:, kind] = scale / 2 * (1 + 2**-20) + largest * rounding + 2**-24
+    keys, values = wanted[:, 0], wanted[:, 1]
+    limits[:, 0] = half_a_scale(keys, 1, 15 if codec is INT4 else 255, rounding)
+    # A vector of int4 is of all the heads of layouts as small as these.
+    vectors = half_a_scale(values, (2, 3) if codec is INT4 else 3, 15, rounding)
+    limits[:, 1] = np.maximum(vectors, half_a_scale(values, 1, 255, rounding))
     return limits
 
 
@@ -71,11 +81,11 @@ def test_the_first_tokens_of_a_sequence_are_kept_and_widen_no_range(codec, dtype
 @pytest.mark.parametrize(
     ("codec", "dtype", "token_start", "ratio"),
     [
-        (CODECS[0], "bfloat16", LATER, 3.55),
-        (CODECS[0], "bfloat16", 0, 3.05),
-        (CODECS[0], "float32", LATER, 7.1),
-        (CODECS[1], "float16", LATER, 2.46),
-        (CODECS[1], "float32", LATER, 4.9),
+        (INT4, "bfloat16", LATER, 3.5),
+        (INT4, "bfloat16", 0, 3.02),
+        (INT4, "float32", LATER, 7.01),
+        (K8V4, "float16", LATER, 2.44),
+        (K8V4, "float32", LATER, 4.89),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
@@ -99,6 +109,51 @@ def test_keys_have_a_range_per_channel_and_values_one_per_token(codec):
     assert quiet_values.max() < 0.5
     assert error[:, 0, :, :, 5].max() > 1
     assert error[:, 1, 9].max() > 1
+
+
+def test_the_widest_channels_of_keys_have_eight_bits():
+    layout = realistic()
+    values = to_floats(make_page(layout), layout).reshape(layout.shape).copy()
+    num_wide = layout.num_kv_heads * layout.head_dim // 14
+    loud = np.arange(num_wide) * 7
+    values.reshape(*values.shape[:3], -1)[:, 0, :, loud] *= 100
+    page = from_floats(values.reshape(-1), layout)
+    error = np.abs(as_layers(round_trip(INT4, page, layout, LATER)[0], layout) - values)[:, 0]
+    extent = np.ptp(values[:, 0], axis=1, keepdims=True)
+    relative = (error / extent).reshape(*error.shape[:2], -1)
+    assert relative[..., loud].max() < 1 / 255
+    assert np.delete(relative, loud, axis=-1).max() > 1 / 40
+
+
+@codecs
+def test_a_loud_channel_of_values_widens_no_vector(codec):
+    layout = realistic()
+    calm = to_floats(make_page(layout), layout).reshape(layout.shape)
+    values = calm.copy()
+    values[:, 1, :, 1, 5] *= 100
+    errors = []
+    for each in (calm, values):
+        page = from_floats(each.reshape(-1), layout)
+        found = as_layers(round_trip(codec, page, layout, LATER)[0], layout)
+        errors.append(np.abs(found - as_layers(page, layout))[:, 1])
+    loud = errors[1][:, :, 1, 5].copy()
+    errors[1][:, :, 1, 5] = 0
+    assert errors[1].max() < 1.5 * errors[0].max()
+    assert loud.max() < np.ptp(values[:, 1, :, 1, 5], axis=1).max() / 255
+
+
+@codecs
+def test_a_channel_that_does_not_exist_is_corrupt(codec):
+    layout = realistic()
+    group = LayerGroup(layout=layout, first_layer=0, num_layers=1, token_start=LATER)
+    raw = make_page(layout)[: group.nbytes]
+    stored = bytearray(codec.encode(raw, group))
+    channels = layout.num_kv_heads * layout.head_dim
+    where = 0 if codec is INT4 else 4 * channels + channels * layout.page_tokens
+    assert int.from_bytes(stored[where : where + 2], "little") < channels
+    stored[where : where + 2] = channels.to_bytes(2, "little")
+    with pytest.raises(PageCorruptError, match="does not exist"):
+        codec.decode(memoryview(stored), group, np.empty_like(raw))
 
 
 @codecs
