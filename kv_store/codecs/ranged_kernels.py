@@ -190,7 +190,7 @@ def _is_loud(low: Keys, high: Keys) -> bool:
     for g in range(low.size):
         most = max(most, _extent(low[g], high[g]))
     for g in range(low.size):
-        num_narrow += _extent(low[g], high[g]) * _MOST_SPREAD < most
+        num_narrow += _extent(low[g], high[g]) * _MOST_SPREAD < most  # type: ignore[assignment]
     return num_narrow * 8 > low.size
 
 
@@ -268,7 +268,7 @@ def _encode_piece(words: Words, is_half: bool, piece: Piece, body: Raw, start: i
     for n in range(num_wide):
         target, index = (ranges, np.int64(ids[n])) if piece.is_key else (wide_ranges, n)
         edge = edges[0][n], edges[1][n]
-        fits, minima[n], inverses[n] = _put_range(*edge, _FINE_STEPS, target, index)
+        fits, minima[n], inverses[n] = _put_range(*edge, _FINE_STEPS, target, index)  # type: ignore[arg-type]
         if not fits:
             return False
     for r in range(num_rows if num_wide else 0):
@@ -328,7 +328,7 @@ def _decode_piece(body: Raw, start: int, is_half: bool, piece: Piece, words: Wor
             if ids[n] >= channels:
                 return False
             source, index = (ranges, np.int64(ids[n])) if piece.is_key else (wide_ranges, n)
-            minima[n], scales[n] = get_half(source, 2 * index), get_half(source, 2 * index + 1)
+            minima[n], scales[n] = get_half(source, 2 * index), get_half(source, 2 * index + 1)  # type: ignore[arg-type]
         fine = np.empty(num_rows * piece.num_wide + 1, np.uint8)
         _unpack(body[levels_end:end], fine)
         for r in range(num_rows if num_wide else 0):
