@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kv_store.codecs.base import Codec
 
 _ROW = struct.Struct("<HHIIIQ")
+_SAID_EVERY = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,17 @@ class WrongPageError(Exception):
 
 
 def make_cases() -> list[_Case]:
-    """Every codec, dtype, one and two sections, first page and a later one."""
+    """Every codec, dtype, one and two sections, first page and a later one, and wide channels."""
     cases: list[_Case] = []
     for name in BUILTIN_CODECS:
         for dtype in ("float32", "float16", "bfloat16"):
-            for num_layers, index in ((1, 0), (9, 1)):
+            for num_layers, index, head_dim in ((1, 0, 4), (9, 1, 4), (1, 1, 48)):
                 layout = make_layout(
-                    num_layers=num_layers, dtype=dtype, page_tokens=8, num_kv_heads=1
+                    num_layers=num_layers,
+                    dtype=dtype,
+                    page_tokens=8,
+                    num_kv_heads=1,
+                    head_dim=head_dim,
                 )
                 codec = load_codec(name)
                 key = make_chain(layout, 2, codec.fidelity)[index]
@@ -80,7 +85,9 @@ def run(num_inputs: int, seed: int = 0) -> dict[str, int]:
     rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
     cases = make_cases()
     outcomes = {"refused": 0, "served as written": 0, "served forged values": 0}
-    for _ in range(num_inputs):
+    for number in range(num_inputs):
+        if number % _SAID_EVERY == 0:
+            sys.stderr.write(f"page bytes: {number} of {num_inputs}\n")
         case = rng.choice(cases)
         damaged, is_forged = _damage(case, rng)
         outcomes[_try(case, damaged, is_forged)] += 1

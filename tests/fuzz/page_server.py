@@ -9,6 +9,7 @@ A number and a seed always give the same inputs.
 from __future__ import annotations
 
 import random
+import sys
 from typing import TYPE_CHECKING
 
 from kv_store.tiers.page_directory import ServerAddress, read_record
@@ -19,6 +20,7 @@ from tests.kv_pages import make_chain, make_layout
 if TYPE_CHECKING:
     from kv_store import PageKey
 
+_SAID_EVERY = 100_000
 _TOKEN = b"00112233445566778899aabbccddeeff"
 _KEYS = make_chain(make_layout(), 4)
 _PAGES = {key: b"<%d>" % key.index * (1 + 40 * key.index) for key in _KEYS[:3]}
@@ -47,7 +49,9 @@ def run(num_inputs: int, seed: int = 0) -> dict[str, int]:
     rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
     kinds = (_try_session, _try_session, _try_reader, _try_record)
     outcomes: dict[str, int] = {}
-    for _ in range(num_inputs):
+    for number in range(num_inputs):
+        if number % _SAID_EVERY == 0:
+            sys.stderr.write(f"page servers: {number} of {num_inputs}\n")
         outcome = rng.choice(kinds)(rng)
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
     return outcomes
