@@ -46,6 +46,8 @@ _SINK_TOKENS = 4
 _MOST_IN_VECTOR = 256
 _KEYS_PER_WIDE, _VALUES_PER_WIDE = 14, 48
 """Channels of a layer for each one that is wide."""
+_MOST_CHANNELS = (1 << 15) - 1
+"""Of a layer with wide ones: the kernels count them in 16 bits."""
 
 
 class _KiviCodec(Codec):
@@ -112,12 +114,14 @@ class _KiviCodec(Codec):
         layout = group.layout
         num_rows = layout.page_tokens - _num_sinks(group)
         channels = layout.num_kv_heads * layout.head_dim
-        num_wide_keys = channels // _KEYS_PER_WIDE if self.packs_keys else 0
+        is_named = channels <= _MOST_CHANNELS
+        num_wide_keys = channels // _KEYS_PER_WIDE if is_named and self.packs_keys else 0
+        num_wide_values = channels // _VALUES_PER_WIDE if is_named else 0
         num_heads = _heads_in_vector(layout) if self.packs_keys else 1
         in_vector = num_heads * layout.head_dim
         return (
             Piece(True, self.packs_keys, num_wide_keys, num_rows, channels, channels),
-            Piece(False, True, channels // _VALUES_PER_WIDE, num_rows, channels, in_vector),
+            Piece(False, True, num_wide_values, num_rows, channels, in_vector),
         )
 
 

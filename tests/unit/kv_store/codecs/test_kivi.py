@@ -189,6 +189,16 @@ def test_odd_shapes(codec, page_tokens, token_start):
     assert (np.abs(got - wanted) <= bounds(wanted, codec, layout)).all()
 
 
+@codecs
+@pytest.mark.parametrize("head_dim", [(1 << 15) - 1, 1 << 15])
+def test_layers_of_very_many_channels(codec, head_dim):
+    layout = make_layout(num_layers=1, num_kv_heads=1, page_tokens=2, head_dim=head_dim)
+    page = make_page(layout)
+    wanted = as_layers(page, layout)
+    got = as_layers(round_trip(codec, page, layout, LATER)[0], layout)
+    assert (np.abs(got - wanted) <= bounds(wanted, codec, layout)).all()
+
+
 def test_largest_float16_stays_finite():
     layout = realistic(dtype="float16")
     page = make_page(layout).view(np.float16).copy()
