@@ -9,8 +9,7 @@ def settle_heap() -> None:
     """Let the collector pass by all that was made until now; called once a replica is ready.
 
     Models, tokenizers and imported modules are some hundred thousand objects that live as long as
-    the process. A full collection that looks at each of them stops every stream for a tenth of a
-    second.
+    the process. A full collection would look at each of them, and every stream would wait for it.
     """
     gc.collect()
     gc.freeze()

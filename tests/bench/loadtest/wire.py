@@ -201,6 +201,8 @@ class _Client(asyncio.Protocol):
             return
         self._far.writelines(self._early)
         self._early.clear()
+        if self._near.is_closing():
+            self._far.close()
 
 
 async def _relay(host: str, port: int) -> None:
