@@ -64,31 +64,27 @@ def float_to_half(value: np.float32) -> np.uint16:
 def half_towards_zero(value: np.float32) -> np.uint32:
     """The half of a finite value's magnitude, cut off; 0x7C00 (infinity) if it has none."""
     magnitude = np.uint32(to_bits(value) & np.uint32(0x7FFFFFFF))
-    if magnitude >= np.uint32(0x47800000):
-        return INF_HALF
-    if magnitude >= np.uint32(0x38800000):
-        return np.uint32(np.uint32(magnitude - np.uint32(0x38000000)) >> np.uint32(13))
-    return np.uint32(float_of_bits(magnitude) * _HALVES_OF_ONE)
+    # Without a branch, or the loops over ranges would not be vectorised.
+    normal = np.uint32(np.uint32(magnitude - np.uint32(0x38000000)) >> np.uint32(13))
+    small = float_of_bits(min(magnitude, np.uint32(0x38800000)))
+    tiny = np.uint32(np.int32(small * _HALVES_OF_ONE))
+    half = normal if magnitude >= np.uint32(0x38800000) else tiny
+    return INF_HALF if magnitude >= np.uint32(0x47800000) else half
 
 
 @compiled
 def half_floor(value: np.float32) -> np.uint32:
     """The largest half that is not above the value."""
     half = half_towards_zero(value)
-    if value < 0:
-        if -half_to_float(half) > value:
-            half = np.uint32(half + np.uint32(1))
-        half = np.uint32(half | np.uint32(0x8000))
-    return half
+    below = np.uint32(np.uint32(half + np.uint32(-half_to_float(half) > value)) | np.uint32(0x8000))
+    return below if value < 0 else half
 
 
 @compiled
 def scale_half(extent: np.float32, num_steps: np.float32) -> np.uint32:
     """The least half of which ``num_steps`` reach as far as ``extent`` (not negative)."""
     half = half_towards_zero(extent / num_steps)
-    if half < INF_HALF and half_to_float(half) * num_steps < extent:
-        half = np.uint32(half + np.uint32(1))
-    return half
+    return np.uint32(half + np.uint32(half_to_float(half) * num_steps < extent))
 
 
 @compiled
@@ -119,10 +115,16 @@ def put_half(target: Raw, index: int, half: np.uint32) -> None:
 
 
 @compiled
+def half_bits(source: Raw, index: int) -> np.uint16:
+    """Read one of an array of halves, as it is."""
+    high = np.uint16(np.uint16(source[2 * index + 1]) << np.uint16(8))
+    return np.uint16(np.uint16(source[2 * index]) | high)
+
+
+@compiled
 def get_half(source: Raw, index: int) -> np.float32:
     """Read one of an array of halves."""
-    high = np.uint32(source[2 * index + 1])
-    return half_to_float(np.uint32(np.uint32(source[2 * index]) | np.uint32(high << np.uint32(8))))
+    return half_to_float(np.uint32(half_bits(source, index)))
 
 
 @compiled
@@ -157,3 +159,18 @@ def narrow(source: Floats, is_half: bool, target: Words) -> None:
             odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
             rounded = np.uint32(bits + np.uint32(0x7FFF) + odd)
             target[i] = np.uint16(rounded >> np.uint32(16))
+
+
+@compiled
+def float_of_word(word: np.uint32, shift: np.uint32) -> np.float32:
+    """A bfloat16's value (``shift`` 16), or a float32's (0), of its bits."""
+    return float_of_bits(np.uint32(np.uint32(word) << shift))
+
+
+@compiled
+def word_of_float(value: np.float32, shift: np.uint32) -> np.uint32:
+    """The way back, to nearest even."""
+    bits = to_bits(value)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    half = np.uint32(np.uint32(0x7FFF) + odd) if shift == np.uint32(16) else np.uint32(0)
+    return np.uint32(np.uint32(bits + half) >> shift)

@@ -28,6 +28,7 @@ finite is kept raw.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -59,9 +60,9 @@ class _KiviCodec(Codec):
         """Quantise each layer's keys and values within their groups' ranges."""
         from kv_store.codecs.ranged_kernels import encode_ranged
 
-        num_sinks, pieces = _num_sinks(group), self._pieces(group)
+        num_sinks, pieces, body_bytes = _form(group, self.packs_keys)
         sinks = _by_token(raw, group)[:, :num_sinks]
-        stored = np.empty(sinks.size + self._body_bytes(group) + 1, dtype=np.uint8)
+        stored = np.empty(sinks.size + body_bytes + 1, dtype=np.uint8)
         stored[: sinks.size].reshape(sinks.shape)[:] = sinks
         is_finite = encode_ranged(
             page_words(raw, group.layout),
@@ -84,9 +85,9 @@ class _KiviCodec(Codec):
         if variant == _KEPT_RAW and len(packed) == group.nbytes + 1:
             out[:] = packed[:-1]
             return
-        num_sinks = _num_sinks(group)
+        num_sinks, pieces, body_bytes = _form(group, self.packs_keys)
         sinks = _by_token(out, group)[:, :num_sinks]
-        if variant != _QUANTISED or len(packed) != sinks.size + self._body_bytes(group) + 1:
+        if variant != _QUANTISED or len(packed) != sinks.size + body_bytes + 1:
             raise PageCorruptError(
                 f"not a {self.name} section: {len(packed)} bytes, variant {variant}"
             )
@@ -94,35 +95,12 @@ class _KiviCodec(Codec):
         makes_sense = decode_ranged(
             packed[sinks.size : -1],
             group.layout.dtype == "float16",
-            self._pieces(group),
+            pieces,
             num_sinks,
             page_words(out, group.layout),
         )
         if not makes_sense:
             raise PageCorruptError(f"a {self.name} section names a channel that does not exist")
-
-    def _body_bytes(self, group: LayerGroup) -> int:
-        """Ranges and levels of all layers."""
-        from kv_store.codecs.ranged_kernels import body_bytes
-
-        return int(body_bytes(self._pieces(group), group.num_layers))
-
-    def _pieces(self, group: LayerGroup) -> tuple[Piece, Piece]:
-        """How a layer's keys and values are stored."""
-        from kv_store.codecs.ranged_kernels import Piece
-
-        layout = group.layout
-        num_rows = layout.page_tokens - _num_sinks(group)
-        channels = layout.num_kv_heads * layout.head_dim
-        is_named = channels <= _MOST_CHANNELS
-        num_wide_keys = channels // _KEYS_PER_WIDE if is_named and self.packs_keys else 0
-        num_wide_values = channels // _VALUES_PER_WIDE if is_named else 0
-        num_heads = _heads_in_vector(layout) if self.packs_keys else 1
-        in_vector = num_heads * layout.head_dim
-        return (
-            Piece(True, self.packs_keys, num_wide_keys, num_rows, channels, channels),
-            Piece(False, True, num_wide_values, num_rows, channels, in_vector),
-        )
 
 
 class Int4Codec(_KiviCodec):
@@ -147,15 +125,39 @@ class K8V4Codec(_KiviCodec):
     packs_keys: ClassVar[bool] = False
 
 
+def _form(group: LayerGroup, packs_keys: bool) -> tuple[int, tuple[Piece, Piece], int]:
+    """Tokens kept raw, how a layer's keys and values are stored, and bytes of all layers' body."""
+    is_first = group.token_start == 0
+    num_sinks = min(_SINK_TOKENS, group.layout.page_tokens) if is_first else 0
+    pieces, layer_bytes = _layer_form(group.layout, num_sinks, packs_keys)
+    return num_sinks, pieces, group.num_layers * layer_bytes
+
+
+@lru_cache(maxsize=64)
+def _layer_form(
+    layout: PageLayout, num_sinks: int, packs_keys: bool
+) -> tuple[tuple[Piece, Piece], int]:
+    from kv_store.codecs.ranged_kernels import Piece, body_bytes
+
+    num_rows = layout.page_tokens - num_sinks
+    channels = layout.num_kv_heads * layout.head_dim
+    is_named = channels <= _MOST_CHANNELS
+    num_wide_keys = channels // _KEYS_PER_WIDE if is_named and packs_keys else 0
+    num_wide_values = channels // _VALUES_PER_WIDE if is_named else 0
+    num_heads = _heads_in_vector(layout) if packs_keys else 1
+    in_vector = num_heads * layout.head_dim
+    pieces = (
+        Piece(True, packs_keys, num_wide_keys, num_rows, channels, channels),
+        Piece(False, True, num_wide_values, num_rows, channels, in_vector),
+    )
+    return pieces, int(body_bytes(pieces, 1))
+
+
 def _heads_in_vector(layout: PageLayout) -> int:
     """As many as fit, and divide the heads evenly."""
     heads = range(1, layout.num_kv_heads + 1)
     fitting = (n for n in heads if n * layout.head_dim <= _MOST_IN_VECTOR)
     return max((n for n in fitting if layout.num_kv_heads % n == 0), default=1)
-
-
-def _num_sinks(group: LayerGroup) -> int:
-    return min(_SINK_TOKENS, group.layout.page_tokens) if group.token_start == 0 else 0
 
 
 def _by_token(data: NDArray[np.uint8], group: LayerGroup) -> NDArray[np.uint8]:

@@ -11,42 +11,31 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kv_store.codecs.compiled import compiled, to_bits
-from kv_store.codecs.halves import (
-    INF_HALF,
-    INF_KEY,
-    float_of_key,
-    floats_of,
-    get_half,
-    half_floor,
-    half_to_float,
-    level_of,
-    narrow,
-    order_key,
-    put_half,
-    scale_half,
-    widen,
+from kv_store.codecs.compiled import compiled, word_shift
+from kv_store.codecs.halves import float_of_word, level_of, narrow, widen, word_of_float
+from kv_store.codecs.range_kernels import (
+    RANGE_BYTES,
+    column_ranges,
+    get_ranges,
+    is_loud,
+    put_ranges,
+    row_ranges,
+    widest,
 )
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from kv_store.codecs.halves import Raw, Words
+    from kv_store.codecs.range_kernels import Ids
 
-    from kv_store.codecs.halves import Floats, Keys, Raw, Words
-
-    Ids = NDArray[np.uint16]
-
-HALVES = "9609c3c56073220c"
-"""Digest of ``halves``, see there."""
-RANGE_BYTES = 4
-"""Of one minimum and scale."""
+HALVES = "d7f46aa29bbecdbd"
+"""Digest of ``halves``, see there; and of ``range_kernels``."""
+RANGES = "597ef1a04fda0ed0"
 _SAMPLED_ROWS = 4
 """Wide channels of values are chosen by every so many rows; their ranges are those of all."""
 NO_CHANNEL = np.uint16(0xFFFF)
 """In place of every wide channel, where a piece has none."""
 _FINE_STEPS = np.float32(255)
 _COARSE_STEPS = np.float32(15)
-_MOST_SPREAD = np.float32(17)
-"""Eight bits of a range so many times as wide as a vector's tell less than four bits of its own."""
 
 
 class Piece(NamedTuple):
@@ -85,113 +74,24 @@ def _ends_of(piece: Piece, start: int) -> tuple[int, int, int, int, int]:
 
 
 @compiled
-def _column_ranges(values: Floats, width: int, every: int, low: Keys, high: Keys) -> None:
-    """Least and greatest key of each column of [rows, width], in every so many rows."""
-    for c in range(width):
-        low[c] = high[c] = order_key(values[c])
-    for start in range(width * every, values.size, width * every):
-        row = values[start : start + width]
-        for c in range(width):
-            key = order_key(row[c])
-            low[c] = min(low[c], key)
-            high[c] = max(high[c], key)
+def _take_wide(words: Words, piece: Piece, ids: Ids, kept: Words) -> None:
+    """Wide channels of values to [wide, rows]; in their places others of their vectors.
 
-
-@compiled
-def _row_ranges(values: Floats, width: int, low: Keys, high: Keys) -> None:
-    """Least and greatest key of each row of [rows, width]."""
-    for r in range(values.size // width):
-        row = values[r * width : (r + 1) * width]
-        least = most = order_key(row[0])
-        for i in range(width):
-            key = order_key(row[i])
-            least = min(least, key)
-            most = max(most, key)
-        low[r] = least
-        high[r] = most
-
-
-@compiled
-def _put_range(
-    low: np.int32, high: np.int32, num_steps: np.float32, ranges: Raw, index: int
-) -> tuple[bool, np.float32, np.float32]:
-    """Write a minimum and a scale; False if one is not finite; the minimum and 1 / scale, or 0."""
-    nothing = np.float32(0)
-    if low <= -INF_KEY or high >= INF_KEY:
-        return False, nothing, nothing
-    least = half_floor(float_of_key(low))
-    if np.uint32(least & np.uint32(0x7FFF)) >= INF_HALF:
-        return False, nothing, nothing
-    minimum = half_to_float(least)
-    scale = scale_half(float_of_key(high) - minimum, num_steps)
-    if scale >= INF_HALF:
-        return False, nothing, nothing
-    put_half(ranges, 2 * index, least)
-    put_half(ranges, 2 * index + 1, scale)
-    step = half_to_float(scale)
-    return True, minimum, np.float32(1) / step if step > 0 else nothing
-
-
-@compiled
-def _extent(low: np.int32, high: np.int32) -> np.float32:
-    return np.float32(float_of_key(high) - float_of_key(low))
-
-
-@compiled
-def _widest(low: Keys, high: Keys, ids: Ids) -> None:
-    """The columns with the greatest ranges to seven bits, ascending; of equal ones the first."""
-    extents = np.empty(low.size, np.int16)
-    for c in range(low.size):
-        bits = to_bits(_extent(low[c], high[c])) & np.uint32(0x7FFFFFFF)  # it may be no number
-        extents[c] = np.int16(np.uint32(bits) >> np.uint32(16))
-    bound = np.int16(0)
-    for bit in range(14, -1, -1):
-        trial = np.int16(bound | np.int16(1 << bit))
-        count = np.int16(0)
-        for c in range(extents.size):
-            count += np.int16(extents[c] >= trial)
-        if count >= ids.size:
-            bound = trial
-    num_equal = ids.size
-    for c in range(extents.size):
-        num_equal -= extents[c] > bound
-    place = 0
-    for c in range(extents.size):
-        is_taken = extents[c] > bound
-        if extents[c] == bound and num_equal > 0:
-            num_equal -= 1
-            is_taken = True
-        if is_taken:
-            ids[place] = c
-            place += 1
-
-
-@compiled
-def _hide(values: Floats, piece: Piece, ids: Ids) -> None:
-    """Put another value of its vector in each wide channel's place, so that it widens no range."""
+    So they widen no vector's range.
+    """
+    channels, group = piece.num_channels, piece.num_in_group
     others = np.empty(ids.size, np.uint16)
     for n in range(ids.size):
-        start = np.int64(ids[n]) // piece.num_in_group * piece.num_in_group
-        other = start
+        other = start = np.int64(ids[n]) // group * group
         for wide in ids:
             # Ascending, so one look at each is enough.
-            other += np.int64(wide) == other and other < start + piece.num_in_group - 1
+            other += np.int64(wide) == other and other < start + group - 1
         others[n] = other
     for r in range(piece.num_rows):
-        row = values[r * piece.num_channels : (r + 1) * piece.num_channels]
+        row, own = words[r * channels : (r + 1) * channels], kept[r:]
         for n in range(ids.size):
+            own[n * piece.num_rows] = row[ids[n]]
             row[ids[n]] = row[others[n]]
-
-
-@compiled
-def _is_loud(low: Keys, high: Keys) -> bool:
-    """Whether few vectors are so wide that channels' ranges are theirs, and useless for others."""
-    most, num_narrow = np.float32(0), 0
-    for g in range(low.size):
-        most = max(most, _extent(low[g], high[g]))
-    for g in range(low.size):
-        num_narrow += _extent(low[g], high[g]) * _MOST_SPREAD < most  # type: ignore[assignment]
-    return num_narrow * 8 > low.size
 
 
 @compiled
@@ -215,71 +115,78 @@ def _unpack(packed: Raw, levels: Raw) -> None:
 
 
 @compiled
-def _encode_piece(words: Words, is_half: bool, piece: Piece, body: Raw, start: int) -> bool:
+def _encode_piece(words: Words, piece: Piece, body: Raw, start: int) -> bool:
     """Write a piece, words [rows, channels], to its place; False if a range is not finite."""
     channels, num_rows, num_wide = piece.num_channels, piece.num_rows, piece.num_wide
     ids_end, wide_end, ranges_end, levels_end, end = _ends_of(piece, start)
     ranges, wide_ranges = body[wide_end:ranges_end], body[ids_end:wide_end]
-    values = np.empty(words.size, np.float32)
-    widen(words, is_half, values)
-    ids, fine = np.empty(num_wide, np.uint16), np.zeros(num_rows * num_wide, np.uint8)
-    columns = np.empty((2, channels), np.int32)
-    if piece.is_key:
-        _column_ranges(values, channels, 1, columns[0], columns[1])
-    elif num_wide:
-        _column_ranges(values, channels, _SAMPLED_ROWS, columns[0], columns[1])
-    kept, edges = np.empty(num_rows * num_wide, np.float32), np.empty((2, num_wide), np.int32)
+    shift = word_shift(words)
+    # Arrays of their own, not rows of one: the compiler must see that they do not overlap.
+    low, high, group = np.empty(channels, np.int32), np.empty(channels, np.int32), channels
+    if piece.is_key or num_wide:
+        column_ranges(words, channels, 1 if piece.is_key else _SAMPLED_ROWS, low, high)
+    ids = np.empty(num_wide, np.uint16)
     if num_wide:
-        _widest(columns[0], columns[1], ids)
-        for r in range(num_rows):
-            row, own = values[r * channels : (r + 1) * channels], kept[r * num_wide :]
-            for n in range(num_wide):
-                own[n] = row[ids[n]]
-        _column_ranges(kept, num_wide, 1, edges[0], edges[1])
-    low, high, group = columns[0], columns[1], channels
-    if not piece.is_key:
+        widest(low, high, ids)
+    wide_low, wide_high = np.empty(num_wide, np.int32), np.empty(num_wide, np.int32)
+    kept, others = words[:0], words
+    if piece.is_key:
+        for n in range(num_wide):
+            wide_low[n], wide_high[n] = low[ids[n]], high[ids[n]]
+    else:
+        if num_wide:
+            kept, others = np.empty(num_rows * num_wide, words.dtype), words.copy()
+            _take_wide(others, piece, ids, kept)
+            row_ranges(kept, num_rows, wide_low, wide_high)
         group = piece.num_in_group
-        rows = np.empty((2, words.size // group), np.int32)
-        low, high = rows[0], rows[1]
-        _hide(values, piece, ids)
-        _row_ranges(values, group, low, high)
-        if num_wide and _is_loud(low, high):
+        low, high = np.empty(words.size // group, np.int32), np.empty(words.size // group, np.int32)
+        row_ranges(others, group, low, high)
+        if num_wide and is_loud(low, high):
             ids[:] = NO_CHANNEL
             num_wide = 0
-            widen(words, is_half, values)
-            _row_ranges(values, group, low, high)
-    minima, inverses = np.empty((2, max(low.size, num_wide)), np.float32)
+            others = words
+            row_ranges(others, group, low, high)
+    minima, inverses = np.empty(low.size, np.float32), np.empty(low.size, np.float32)
     steps = _COARSE_STEPS if piece.is_packed else _FINE_STEPS
-    for g in range(low.size):
-        fits, minima[g], inverses[g] = _put_range(low[g], high[g], steps, ranges, g)
-        if not fits:
-            return False
+    if not put_ranges(low, high, steps, ranges, minima, inverses):
+        return False
+    wide_minima, wide_inverses = np.empty(num_wide, np.float32), np.empty(num_wide, np.float32)
+    own_ranges = np.zeros(RANGE_BYTES * piece.num_wide, np.uint8)
+    if num_wide and not put_ranges(
+        wide_low, wide_high, _FINE_STEPS, own_ranges, wide_minima, wide_inverses
+    ):
+        return False
     levels = np.empty(words.size, np.uint8)
-    for r in range(num_rows if piece.is_key else low.size):
-        row, level = values[r * group : (r + 1) * group], levels[r * group : (r + 1) * group]
-        if piece.is_key:
+    if piece.is_key:
+        for n in range(num_wide):
+            column = np.int64(ids[n])
+            minima[column], inverses[column] = wide_minima[n], wide_inverses[n]
+            for i in range(RANGE_BYTES):
+                ranges[RANGE_BYTES * column + i] = own_ranges[RANGE_BYTES * n + i]
+        for r in range(num_rows):
+            row, level = words[r * group : (r + 1) * group], levels[r * group : (r + 1) * group]
             for i in range(group):
-                level[i] = level_of((row[i] - minima[i]) * inverses[i])
-        else:
+                level[i] = level_of((float_of_word(row[i], shift) - minima[i]) * inverses[i])
+    else:
+        wide_ranges[:] = own_ranges
+        for r in range(low.size):
+            row, level = others[r * group : (r + 1) * group], levels[r * group : (r + 1) * group]
             minimum, inverse = minima[r], inverses[r]
             for i in range(group):
-                level[i] = level_of((row[i] - minimum) * inverse)
-    wide_ranges[:] = 0
-    for n in range(num_wide):
-        target, index = (ranges, np.int64(ids[n])) if piece.is_key else (wide_ranges, n)
-        edge = edges[0][n], edges[1][n]
-        fits, minima[n], inverses[n] = _put_range(*edge, _FINE_STEPS, target, index)  # type: ignore[arg-type]
-        if not fits:
-            return False
+                level[i] = level_of((float_of_word(row[i], shift) - minimum) * inverse)
+    fine = np.zeros(num_rows * piece.num_wide, np.uint8)
+    wide_levels = np.empty(kept.size, np.uint8)
+    for n in range(num_wide if kept.size else 0):
+        row, level = kept[n * num_rows : (n + 1) * num_rows], wide_levels[n * num_rows :]
+        minimum, inverse = wide_minima[n], wide_inverses[n]
+        for r in range(num_rows):
+            level[r] = level_of((float_of_word(row[r], shift) - minimum) * inverse)
     for r in range(num_rows if num_wide else 0):
-        own, lower = kept[r * num_wide : (r + 1) * num_wide], fine[r * num_wide :]
+        upper, lower = levels[r * channels : (r + 1) * channels], fine[r * num_wide :]
         for n in range(num_wide):
-            lower[n] = level_of((own[n] - minima[n]) * inverses[n])
-        level = levels[r * channels : (r + 1) * channels]
-        for n in range(num_wide):
-            level[ids[n]] = lower[n] >> np.uint8(4)
-    for i in range(fine.size):
-        fine[i] &= np.uint8(15)
+            level8 = wide_levels[n * num_rows + r] if kept.size else upper[ids[n]]
+            lower[n] = level8 & np.uint8(15)
+            upper[ids[n]] = level8 >> np.uint8(4)
     for n in range(piece.num_wide):
         body[start + 2 * n] = np.uint8(ids[n])
         body[start + 2 * n + 1] = np.uint8(ids[n] >> np.uint16(8))
@@ -292,53 +199,52 @@ def _encode_piece(words: Words, is_half: bool, piece: Piece, body: Raw, start: i
 
 
 @compiled
-def _decode_piece(body: Raw, start: int, is_half: bool, piece: Piece, words: Words) -> bool:
+def _decode_piece(body: Raw, start: int, piece: Piece, words: Words) -> bool:
     """The way back; False if the piece names a channel that does not exist."""
     channels, num_rows, num_wide = piece.num_channels, piece.num_rows, piece.num_wide
     ids_end, wide_end, ranges_end, levels_end, end = _ends_of(piece, start)
     ranges, wide_ranges = body[wide_end:ranges_end], body[ids_end:wide_end]
-    values = floats_of(words, np.empty(words.size, np.float32))
-    num_groups = ranges.size // RANGE_BYTES
-    minima, scales = np.empty((2, max(num_groups, num_wide)), np.float32)
-    for g in range(num_groups):
-        minima[g] = get_half(ranges, 2 * g)
-        scales[g] = get_half(ranges, 2 * g + 1)
+    num_groups, shift = ranges.size // RANGE_BYTES, word_shift(words)
+    minima, scales = np.empty(num_groups, np.float32), np.empty(num_groups, np.float32)
+    get_ranges(ranges, minima, scales)
     levels = body[ranges_end:levels_end]
     if piece.is_packed:
         levels = np.empty(words.size + 1, np.uint8)
         _unpack(body[ranges_end:levels_end], levels)
     group = channels if piece.is_key else piece.num_in_group
     for r in range(words.size // group):
-        level, row = levels[r * group : (r + 1) * group], values[r * group : (r + 1) * group]
+        level, row = levels[r * group : (r + 1) * group], words[r * group : (r + 1) * group]
         if piece.is_key:
             for i in range(group):
-                row[i] = np.float32(level[i]) * scales[i] + minima[i]
+                row[i] = word_of_float(np.float32(level[i]) * scales[i] + minima[i], shift)
         else:
             minimum, scale = minima[r], scales[r]
             for i in range(group):
-                row[i] = np.float32(level[i]) * scale + minimum
-    if num_wide:
-        ids = np.empty(num_wide, np.uint16)
+                row[i] = word_of_float(np.float32(level[i]) * scale + minimum, shift)
+    if num_wide == 0:
+        return True
+    ids = np.empty(num_wide, np.uint16)
+    for n in range(num_wide):
+        low, high = body[start + 2 * n], body[start + 2 * n + 1]
+        ids[n] = np.uint16(low) | np.uint16(np.uint16(high) << np.uint16(8))
+        if ids[n] == NO_CHANNEL:
+            return True
+        if ids[n] >= channels:
+            return False
+    wide_minima, wide_scales = np.empty(num_wide, np.float32), np.empty(num_wide, np.float32)
+    if piece.is_key:
         for n in range(num_wide):
-            low, high = body[start + 2 * n], body[start + 2 * n + 1]
-            ids[n] = np.uint16(low) | np.uint16(np.uint16(high) << np.uint16(8))
-            if ids[n] == NO_CHANNEL:
-                num_wide = 0
-                break
-            if ids[n] >= channels:
-                return False
-            source, index = (ranges, np.int64(ids[n])) if piece.is_key else (wide_ranges, n)
-            minima[n], scales[n] = get_half(source, 2 * index), get_half(source, 2 * index + 1)  # type: ignore[arg-type]
-        fine = np.empty(num_rows * piece.num_wide + 1, np.uint8)
-        _unpack(body[levels_end:end], fine)
-        for r in range(num_rows if num_wide else 0):
-            level, row = levels[r * channels : (r + 1) * channels], values[r * channels :]
-            lower = fine[r * num_wide :]
-            for n in range(num_wide):
-                level8 = np.uint8(np.uint8(level[ids[n]] << np.uint8(4)) | lower[n])
-                row[ids[n]] = np.float32(level8) * scales[n] + minima[n]
-    # All at once: row by row, short loops would cost more than their work.
-    narrow(values, is_half, words)
+            wide_minima[n], wide_scales[n] = minima[ids[n]], scales[ids[n]]
+    else:
+        get_ranges(wide_ranges, wide_minima, wide_scales)
+    fine = np.empty(num_rows * num_wide + 1, np.uint8)
+    _unpack(body[levels_end:end], fine)
+    for r in range(num_rows):
+        row, upper = words[r * channels : (r + 1) * channels], levels[r * channels :]
+        lower = fine[r * num_wide :]
+        for n in range(num_wide):
+            level8 = np.uint8(np.uint8(upper[ids[n]] << np.uint8(4)) | lower[n])
+            row[ids[n]] = word_of_float(np.float32(level8) * wide_scales[n] + wide_minima[n], shift)
     return True
 
 
@@ -371,10 +277,16 @@ def encode_ranged(
     start = 0
     if pieces[0].num_rows == 0:
         return True
+    wider = np.empty(run - first * channels if is_half else 0, np.float32)  # float16 as float32
     for number in range(words.size // run):
         piece = pieces[number % 2]
         own = words[number * run + first * channels : (number + 1) * run]
-        if not _encode_piece(own, is_half, piece, body, start):
+        if is_half:
+            widen(own, True, wider)
+            fits = _encode_piece(wider.view(np.uint32), piece, body, start)
+        else:
+            fits = _encode_piece(own, piece, body, start)
+        if not fits:
             return False
         start = _ends_of(piece, start)[4]
     return True
@@ -390,10 +302,16 @@ def decode_ranged(
     start = 0
     if pieces[0].num_rows == 0:
         return True
+    wider = np.empty(run - first * channels if is_half else 0, np.float32)  # float16 as float32
     for number in range(words.size // run):
         piece = pieces[number % 2]
         own = words[number * run + first * channels : (number + 1) * run]
-        if not _decode_piece(body, start, is_half, piece, own):
+        if is_half:
+            makes_sense = _decode_piece(body, start, piece, wider.view(np.uint32))
+            narrow(wider, True, own)
+        else:
+            makes_sense = _decode_piece(body, start, piece, own)
+        if not makes_sense:
             return False
         start = _ends_of(piece, start)[4]
     return True

@@ -22,7 +22,7 @@ from kv_store.codecs.halves import (
 if TYPE_CHECKING:
     from kv_store.codecs.halves import Raw, Words
 
-HALVES = "9609c3c56073220c"
+HALVES = "d7f46aa29bbecdbd"
 """Digest of ``halves``, see there."""
 _BLOCK_ROWS = 64  # at a time: row by row, short loops would cost more than their work
 
@@ -31,22 +31,31 @@ _BLOCK_ROWS = 64  # at a time: row by row, short loops would cost more than thei
 def encode_symmetric(words: Words, is_half: bool, width: int, levels: Raw, scales: Raw) -> bool:
     """Rows of ``width`` values to int8 [rows, width] and one half each; False: not finite."""
     block = np.empty(_BLOCK_ROWS * width, np.float32)
+    largest, halves = np.empty(_BLOCK_ROWS, np.uint32), np.empty(_BLOCK_ROWS, np.uint16)
+    inverses = np.empty(_BLOCK_ROWS, np.float32)
     for begin in range(0, words.size, block.size):
         values = block[: min(block.size, words.size - begin)]
+        num_rows = values.size // width
         widen(words[begin : begin + values.size], is_half, values)
-        for r in range(values.size // width):
+        for r in range(num_rows):
             row = values[r * width : (r + 1) * width]
-            largest = np.uint32(0)
+            most = np.uint32(0)
             for i in range(width):
-                largest = max(largest, np.uint32(to_bits(row[i]) & np.uint32(0x7FFFFFFF)))
-            if largest >= np.uint32(0x7F800000):
-                return False
-            half = scale_half(float_of_bits(largest), np.float32(127))
-            if half >= INF_HALF:
-                return False
-            put_half(scales, begin // width + r, half)
+                most = max(most, np.uint32(to_bits(row[i]) & np.uint32(0x7FFFFFFF)))
+            largest[r] = most
+        num_bad = 0
+        for r in range(num_rows):
+            half = scale_half(float_of_bits(largest[r]), np.float32(127))
             scale = half_to_float(half)
-            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+            inverse = np.float32(1) / scale
+            inverses[r] = inverse if scale > 0 else np.float32(0)
+            halves[r] = half
+            num_bad += (largest[r] >= np.uint32(0x7F800000)) | (half >= INF_HALF)
+        if num_bad:
+            return False
+        for r in range(num_rows):
+            put_half(scales, begin // width + r, halves[r])
+            row, inverse = values[r * width : (r + 1) * width], inverses[r]
             level = levels[begin + r * width : begin + (r + 1) * width]
             for i in range(width):
                 level[i] = level_of(row[i] * inverse)

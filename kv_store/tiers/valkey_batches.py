@@ -25,6 +25,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _MAX_REDIRECTS = 3
+# Fewer items are sooner there over one connection: to wake up a second thread takes longer.
+_MIN_SHARE = 8
 # A shard that hangs must leave time to hand over what the others gave.
 _SHARD_SHARE = 0.9
 
@@ -172,5 +174,5 @@ async def _ask(
 
 
 def _divided(indices: Sequence[int], num_shares: int) -> list[Sequence[int]]:
-    size = max(1, -(-len(indices) // num_shares))
+    size = max(_MIN_SHARE if num_shares > 1 else 1, -(-len(indices) // num_shares))
     return [indices[start : start + size] for start in range(0, len(indices), size)]

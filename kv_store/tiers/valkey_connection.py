@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 _MAX_BUFFERS = 512  # of one sendmsg; the kernel takes 1024
 _TLS_RECORD_BYTES = 16 << 10
+# Whoever waits for a page is woken up once for so much of it, not for every packet.
+_WAKE_BYTES = 512 << 10
 _LIMIT_SLACK_S = 0.005
 
 
@@ -71,6 +73,11 @@ class ValkeyConnection:
             self.close()
             raise
 
+    def send_more(self, request: Sequence[Blob]) -> None:
+        """Send further commands; only in the ``read`` of an exchange, which reads their replies."""
+        if request and self._stream is not None:
+            self._stream.send_all(request)
+
     def abort(self) -> None:
         """Wake up a thread that waits for the server; its exchange fails."""
         stream = self._stream
@@ -87,7 +94,7 @@ class ValkeyConnection:
         self, request: Sequence[Blob], read: Callable[[ReplyReader], T], deadline: float
     ) -> T:
         stream = self._connected(deadline)
-        stream.deadline = deadline
+        stream.expect_by(deadline)
         stream.send_all(request)
         reader = ReplyReader(stream)
         result = read(reader)
@@ -115,23 +122,27 @@ class _Stream:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._limits: dict[int, tuple[float, float]] = {}
-        self.deadline = 0.0
+        self._deadline = self._limits_good_until = 0.0
+        self._poller = select.poll()
+        self._poller.register(sock, select.POLLIN)
         sock.setblocking(True)
+
+    def expect_by(self, deadline: float) -> None:
+        """What follows shall be over by then, on the monotonic clock."""
+        self._deadline = deadline
+        self._limits_good_until = 0.0
 
     @property
     def is_quiet(self) -> bool:
         """Whether the peer is there and has sent nothing."""
-        poller = select.poll()
-        poller.register(self._sock, select.POLLIN)
-        return not poller.poll(0)
+        return not self._poller.poll(0)
 
     def send_all(self, buffers: Sequence[Blob]) -> None:
         """Every byte of every buffer, without joining them."""
         waiting = [memoryview(buffer) for buffer in buffers]
         waiting.reverse()
         while waiting:
-            self._limit(socket.SO_SNDTIMEO)
+            self._limit()
             num_sent = self._sock.sendmsg(waiting[: -_MAX_BUFFERS - 1 : -1])
             while waiting and num_sent >= len(waiting[-1]):
                 num_sent -= len(waiting.pop())
@@ -140,13 +151,22 @@ class _Stream:
 
     def receive_some(self, target: memoryview) -> int:
         """See ``ByteSource``."""
-        self._limit(socket.SO_RCVTIMEO)
+        self._limit()
         return _arrived(self._sock.recv_into(target))
 
     def receive_all(self, target: memoryview) -> None:
         """See ``ByteSource``."""
+        if len(target) > 2 * _WAKE_BYTES:
+            # The end is waited for packet by packet, or a rest below the mark would never wake us.
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _WAKE_BYTES)
+            self._fill(target[:-_WAKE_BYTES])
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+            target = target[-_WAKE_BYTES:]
+        self._fill(target)
+
+    def _fill(self, target: memoryview) -> None:
         while target:
-            self._limit(socket.SO_RCVTIMEO)
+            self._limit()
             num_read = _arrived(self._sock.recv_into(target, 0, socket.MSG_WAITALL))
             target = target[num_read:]
 
@@ -157,15 +177,22 @@ class _Stream:
         except OSError:
             return  # closed already
 
-    def _limit(self, option: int) -> None:
-        remaining = _remaining(self.deadline)
-        deadline, most = self._limits.get(option, (0.0, 0.0))
-        if deadline == self.deadline and remaining > most - _LIMIT_SLACK_S:
+    def _limit(self) -> None:
+        now = time.monotonic()
+        if now < self._limits_good_until:
             return  # a call may then last so much beyond the deadline, and costs one less
-        self._limits[option] = self.deadline, remaining
+        remaining = self._remaining()
+        self._limits_good_until = now + _LIMIT_SLACK_S
         seconds = int(remaining)
         micros = max(1, int((remaining - seconds) * 1e6))  # zero would be for ever
-        self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, micros))
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, micros))
+
+    def _remaining(self) -> float:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("the server did not answer in time")
+        return remaining
 
 
 class _TlsStream(_Stream):
@@ -190,7 +217,7 @@ class _TlsStream(_Stream):
 
     def receive_some(self, target: memoryview) -> int:
         """See ``ByteSource``."""
-        self._sock.settimeout(_remaining(self.deadline))
+        self._sock.settimeout(self._remaining())
         return _arrived(self._sock.recv_into(target))
 
     def receive_all(self, target: memoryview) -> None:
@@ -199,7 +226,7 @@ class _TlsStream(_Stream):
             target = target[self.receive_some(target) :]
 
     def _send(self, data: Blob | bytearray) -> None:
-        self._sock.settimeout(_remaining(self.deadline))
+        self._sock.settimeout(self._remaining())
         self._sock.sendall(data)
 
 
@@ -207,10 +234,3 @@ def _arrived(num_bytes: int) -> int:
     if num_bytes == 0:
         raise ConnectionResetError("the server closed the connection")
     return num_bytes
-
-
-def _remaining(deadline: float) -> float:
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise TimeoutError("the server did not answer in time")
-    return remaining

@@ -7,6 +7,7 @@ at any moment. Whoever asked then asks there.
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from redis.exceptions import AskError, MovedError
@@ -23,12 +24,14 @@ from kv_store.tiers.resp import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from kv_store.tiers.buffers import BufferPool
     from kv_store.tiers.valkey_connection import ValkeyConnection
 
 MAX_VALUE_BYTES = 2 << 20
+# Of values asked for beyond the one that arrives: a round trip's worth on a fast network.
+_BYTES_AHEAD = 1 << 20
 CLAIM_SUFFIX = b":claim"
 NOTE_SUFFIX = b":at"
 
@@ -108,7 +111,7 @@ class Exchange:
 
     def get(self, reads: Sequence[PageRead]) -> list[Blob | Redirect | None]:
         """Each blob, or None for a miss."""
-        values = self._send([[_getex(read.name, read.ttl_ms)] for read in reads])
+        values = self._fetch([_getex(read.name, read.ttl_ms)] for read in reads)
         return [
             self._join(read, value) if isinstance(value, bytes | memoryview) else _blob(value)
             for read, value in zip(reads, values, strict=True)
@@ -222,7 +225,7 @@ class Exchange:
                 raise ProtocolError(f"a value of {size} bytes, where {max_bytes} are the limit")
             return self._buffers.take(size)
 
-        replies = self._send([[command(b"GET", name)] for name in names], [allocate] * len(names))
+        replies = self._fetch(([command(b"GET", name)] for name in names), [allocate] * len(names))
         return [reply if isinstance(reply, bytes | memoryview) else None for reply in replies]
 
     def _contains(self, names: Sequence[bytes]) -> list[bool | Redirect]:
@@ -247,8 +250,8 @@ class Exchange:
             return value
         blob = self._buffers.take(manifest.num_bytes)
         places = _places(manifest, blob)
-        replies = self._send(
-            [[_getex(part, read.ttl_ms)] for part in manifest.part_names(read.name)],
+        replies = self._fetch(
+            ([_getex(part, read.ttl_ms)] for part in manifest.part_names(read.name)),
             [partial(self._place, place) for place in places],
         )
         if all(reply is place for reply, place in zip(replies, places, strict=True)):
@@ -262,28 +265,67 @@ class Exchange:
     def _place(self, place: memoryview, size: int) -> memoryview:
         return place if size == len(place) else self._buffers.take(size)
 
-    def _send(
-        self,
-        commands: Sequence[Sequence[Blob]],
-        places: Sequence[Callable[[int], memoryview]] | None = None,
-    ) -> list[_Reply]:
-        """Send commands, read all their replies, then check them."""
+    def _send(self, commands: Sequence[Sequence[Blob]]) -> list[_Reply]:
+        """Send commands at once, read all their replies, then check them."""
         if not commands:
             return []
-        request: list[Blob] = []
-        for parts in commands:
-            request += (_ASKING, *parts) if self._is_asking else parts
-        allocators = places or [self._buffers.take] * len(commands)
+        request = [*chain.from_iterable(self._requests(commands))]
+
+        def read(reader: ReplyReader) -> list[_RawReply]:
+            return [self._read(reader, self._buffers.take) for _ in commands]
+
+        return self._checked(self._connection.exchange(request, read, self._deadline))
+
+    def _fetch(
+        self,
+        commands: Iterable[Sequence[Blob]],
+        places: Sequence[Callable[[int], memoryview]] | None = None,
+    ) -> list[_Reply]:
+        """As ``_send``, for long values: little more is asked for than what is on its way.
+
+        That is a few per cent faster than asking for a whole batch at once, and servers before
+        Valkey 9 and Redis 8.6 would copy the batch into memory beside it.
+
+        Args:
+            commands: each is answered with one value.
+            places: where each goes; fresh memory if None.
+        """
+        requests = self._requests(commands)
+        num_sent = 0
+
+        def take(until: int) -> list[Blob]:
+            nonlocal num_sent
+            taken = [*islice(requests, max(0, until - num_sent))]
+            num_sent += len(taken)
+            return [*chain.from_iterable(taken)]
 
         def read(reader: ReplyReader) -> list[_RawReply]:
             replies: list[_RawReply] = []
-            for allocate in allocators:
-                if self._is_asking:
-                    reader.read(allocate)
-                replies.append(reader.read(allocate))
+
+            def allocate(size: int) -> memoryview:
+                num_read = len(replies)
+                self._connection.send_more(take(num_read + 1 + max(1, _BYTES_AHEAD // (size or 1))))
+                return (places[num_read] if places else self._buffers.take)(size)
+
+            while len(replies) < num_sent:
+                reply = self._read(reader, allocate)
+                replies.append(reply)
+                if not isinstance(reply, memoryview):  # the next are likely missing too
+                    self._connection.send_more(take(2 * len(replies)))
             return replies
 
-        return self._checked(self._connection.exchange(request, read, self._deadline))
+        first = take(1)
+        if not first:
+            return []
+        return self._checked(self._connection.exchange(first, read, self._deadline))
+
+    def _requests(self, commands: Iterable[Sequence[Blob]]) -> Iterator[Sequence[Blob]]:
+        return ((_ASKING, *parts) if self._is_asking else parts for parts in commands)
+
+    def _read(self, reader: ReplyReader, allocate: Callable[[int], memoryview]) -> _RawReply:
+        if self._is_asking:
+            reader.read(self._buffers.take)
+        return reader.read(allocate)
 
     def _checked(self, replies: Sequence[_RawReply]) -> list[_Reply]:
         """The replies; a refusal of any command (out of memory, loading) is an error."""

@@ -6,18 +6,16 @@ import asyncio
 import mmap
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import redis
 
+from kv_store.tiers.buffers import BufferPool
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
-from kv_store.tiers.resp import ReplyReader, command
 from kv_store.tiers.valkey import ValkeyTier
 from kv_store.tiers.valkey_connection import ValkeyConnection
-from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES
+from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES, Exchange
 from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.bench.kv.lmcache_peer import LMCacheClient, load_library
 from tests.bench.kv.measure import race
@@ -52,46 +50,40 @@ def measure_hot_tier() -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 
 class _DataPath:
-    """The tier's connections without its event loop: GET into buffers of the caller's.
+    """What the tier does in a thread for a batch of this size: one connection serves it.
 
-    Pages are cut to values of the size that the tier writes.
+    GET into buffers of the caller's, cut to values of the size that the tier writes.
     """
 
     def __init__(self, url: str) -> None:
         pool = redis.ConnectionPool.from_url(url, protocol=2)
-        self._connections = [ValkeyConnection(pool.make_connection) for _ in range(NUM_CONNECTIONS)]
-        self._threads = ThreadPoolExecutor(NUM_CONNECTIONS)
+        self._connection = ValkeyConnection(pool.make_connection)
 
     def get(self, names: Sequence[str], buffers: Sequence[memoryview]) -> None:
         """Fill the buffers."""
-        share = -(-len(names) // NUM_CONNECTIONS)
-        shares = [slice(start, start + share) for start in range(0, len(names), share)]
-        work = [(names[part], buffers[part]) for part in shares]
-        list(self._threads.map(self._get, self._connections, work))
+        exchange = Exchange(self._connection, _CallersBuffers(buffers), time.monotonic() + 60)
+        values = exchange.fetch([name.encode() for name in names], MAX_VALUE_BYTES)
+        if any(value is not buffer for value, buffer in zip(values, buffers, strict=True)):
+            raise RuntimeError("a page is missing")
 
     def close(self) -> None:
         """Disconnect."""
-        self._threads.shutdown()
-        for connection in self._connections:
-            connection.close()
-
-    @staticmethod
-    def _get(
-        connection: ValkeyConnection, work: tuple[Sequence[str], Sequence[memoryview]]
-    ) -> None:
-        names, buffers = work
-        request = b"".join(command(b"GET", name.encode()) for name in names)
-
-        def read(reader: ReplyReader) -> bool:
-            replies = [reader.read(partial(_exactly, buffer)) for buffer in buffers]
-            return all(reply is buffer for reply, buffer in zip(replies, buffers, strict=True))
-
-        if not connection.exchange([request], read, time.monotonic() + 60):
-            raise RuntimeError("a page is missing")
+        self._connection.close()
 
 
-def _exactly(buffer: memoryview, size: int) -> memoryview:
-    return buffer if size == len(buffer) else memoryview(bytearray(size))
+class _CallersBuffers(BufferPool):
+    """In the place of fresh memory: values come in the order of their names."""
+
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        super().__init__()
+        self._buffers = iter(buffers)
+
+    def take(self, num_bytes: int) -> memoryview:
+        """The next one."""
+        buffer = next(self._buffers)
+        if num_bytes != len(buffer):
+            raise RuntimeError(f"a page of {num_bytes} bytes instead of {len(buffer)}")
+        return buffer
 
 
 def _tier(url: str) -> ValkeyTier:
@@ -197,7 +189,7 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
                 return total
 
             contestants["LMCache native"] = lmcache
-        speeds = race(contestants, num_rounds=15, round_s=0.2)
+        speeds = race(contestants, num_rounds=31, round_s=0.1)
         data_path.close()
         if native is not None:
             native.close()
@@ -208,7 +200,10 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
             "page": size,
             "client": name,
             "get_gb_per_s": speed.gb_per_s,
-            "client_cpu_s_per_gb": speed.cpu_s_per_gb,
+            "client_cpu_s_per_gb": speed.median_cpu_s_per_gb,
+            "speed_of_socket": speed.speed_of(speeds["plain socket"]),
+            "cpu_of_socket": speed.cpu_of(speeds["plain socket"]),
+            "speed_of_lmcache": speed.speed_of(speeds["LMCache native"]) if native else "",
         }
         for name, speed in speeds.items()
     ]
