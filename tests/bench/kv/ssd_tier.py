@@ -71,7 +71,7 @@ def _measure(size: str, page_bytes: int) -> list[dict[str, Any]]:
             loop.run_until_complete(get_all())
             return total
 
-        speeds = race({"raw O_DIRECT": raw, "paceline": ours}, num_rounds=21, round_s=0.2)
+        speeds = race({"raw O_DIRECT": raw, "paceline": ours}, num_rounds=41, round_s=0.1)
         loop.run_until_complete(tier.aclose())
         threads.shutdown()
         os.close(fd)
