@@ -122,7 +122,7 @@ class _Stream:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._deadline = self._limits_good_until = 0.0
+        self._deadline = self._limits_good_until = self._limits_s = 0.0
         self._poller = select.poll()
         self._poller.register(sock, select.POLLIN)
         sock.setblocking(True)
@@ -183,6 +183,9 @@ class _Stream:
             return  # a call may then last so much beyond the deadline, and costs one less
         remaining = self._remaining()
         self._limits_good_until = now + _LIMIT_SLACK_S
+        if abs(remaining - self._limits_s) < _LIMIT_SLACK_S:
+            return  # those of the exchange before, which had as much time
+        self._limits_s = remaining
         seconds = int(remaining)
         micros = max(1, int((remaining - seconds) * 1e6))  # zero would be for ever
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):

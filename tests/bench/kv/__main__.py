@@ -35,7 +35,7 @@ def main() -> int:
     }
     print_table("Codecs (raw GB per CPU second)", report["codecs"])
     report["hot"], report["exists_per_s"] = measure_hot_tier()
-    print_table("GET from one Valkey over loopback", report["hot"])
+    print_table("GET over loopback, from one Valkey (Mooncake: from its own node)", report["hot"])
     print_table(
         "EXISTS", [{"client": k, "keys_per_s": v} for k, v in report["exists_per_s"].items()]
     )

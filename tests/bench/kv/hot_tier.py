@@ -1,4 +1,7 @@
-"""Pages out of one Valkey: this tier, redis-py, LMCache's native client, and a bare socket."""
+"""Pages out of one Valkey: this tier, redis-py, LMCache's native client, and a bare socket.
+
+Mooncake's store gives the same pages out of a node of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES, Exchange
 from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.bench.kv.lmcache_peer import LMCacheClient, load_library
 from tests.bench.kv.measure import race
+from tests.bench.kv.mooncake_peer import mooncake_peer
 from tests.bench.kv.socket_peer import socket_peer
 from tests.kv_pages import make_chain, make_layout
 
@@ -128,6 +132,7 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
     with (
         redis.Redis.from_url(url) as client,
         socket_peer(page_bytes, num_pages, NUM_CONNECTIONS) as peer,
+        mooncake_peer(buffers, 2 * total) as mooncake,
     ):
         client.flushall()
         for key in keys:
@@ -139,7 +144,7 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
         for name in whole:
             page = os.urandom(page_bytes)
             client.set(name, page)
-            for part in range(num_parts):
+            for part in range(num_parts if num_parts > 1 else 0):
                 client.set(f"{name}:{part}", page[part * part_bytes : (part + 1) * part_bytes])
 
         def plain_socket() -> int:
@@ -158,6 +163,8 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
         data_path = _DataPath(url)
 
         parts = [f"{name}:{part}".encode() for name in whole for part in range(num_parts)]
+        if num_parts == 1:
+            parts = [name.encode() for name in whole]  # the very values that others get
         in_batch = _BATCH * num_parts
         cut = [
             buffer[part * part_bytes : (part + 1) * part_bytes]
@@ -188,6 +195,16 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
                 return total
 
             contestants["LMCache native"] = lmcache
+        if mooncake is not None:
+            for name in whole:
+                mooncake.put(name, os.urandom(page_bytes))
+
+            def from_mooncake() -> int:
+                for batch in _batches(whole):
+                    mooncake.get(batch)
+                return total
+
+            contestants["Mooncake TCP"] = from_mooncake
         speeds = race(contestants, num_rounds=61, round_s=0.1)
         data_path.close()
         if native is not None:
