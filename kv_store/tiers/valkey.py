@@ -33,7 +33,7 @@ _ADMIN_TIMEOUT_S = 5.0
 
 
 class ValkeyTier(KVTier):
-    """Pipelined batches, divided among the servers. Connects on first use; none left is an error.
+    """Batches, divided among the servers. Connects on first use; none left is an error.
 
     Of a cluster, the pages of a shard that does not answer are misses, and cost no time once its
     breaker is open.

@@ -174,5 +174,5 @@ async def _ask(
 
 
 def _divided(indices: Sequence[int], num_shares: int) -> list[Sequence[int]]:
-    size = max(_MIN_SHARE if num_shares > 1 else 1, -(-len(indices) // num_shares))
+    size = max(_MIN_SHARE, -(-len(indices) // num_shares))
     return [indices[start : start + size] for start in range(0, len(indices), size)]
