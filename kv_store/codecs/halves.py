@@ -128,6 +128,21 @@ def get_half(source: Raw, index: int) -> np.float32:
 
 
 @compiled
+def float_of_word(word: np.uint32, shift: np.uint32) -> np.float32:
+    """A bfloat16's value (``shift`` 16), or a float32's (0), of its bits."""
+    return float_of_bits(np.uint32(np.uint32(word) << shift))
+
+
+@compiled
+def word_of_float(value: np.float32, shift: np.uint32) -> np.uint32:
+    """The way back, to nearest even."""
+    bits = to_bits(value)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    half = np.uint32(np.uint32(0x7FFF) + odd) if shift == np.uint32(16) else np.uint32(0)
+    return np.uint32(np.uint32(bits + half) >> shift)
+
+
+@compiled
 def widen(source: Words, is_half: bool, target: Floats) -> None:
     """float32 words, float16 or bfloat16 to float32."""
     if source.itemsize == 4:
@@ -138,7 +153,7 @@ def widen(source: Words, is_half: bool, target: Floats) -> None:
             target[i] = half_to_float(np.uint32(source[i]))
     else:
         for i in range(target.size):
-            target[i] = float_of_bits(np.uint32(np.uint32(source[i]) << np.uint32(16)))
+            target[i] = float_of_word(source[i], np.uint32(16))
 
 
 @compiled
@@ -155,22 +170,4 @@ def narrow(source: Floats, is_half: bool, target: Words) -> None:
             target[i] = float_to_half(source[i])
     elif target.itemsize == 2:  # else they were made in place
         for i in range(source.size):
-            bits = to_bits(source[i])
-            odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
-            rounded = np.uint32(bits + np.uint32(0x7FFF) + odd)
-            target[i] = np.uint16(rounded >> np.uint32(16))
-
-
-@compiled
-def float_of_word(word: np.uint32, shift: np.uint32) -> np.float32:
-    """A bfloat16's value (``shift`` 16), or a float32's (0), of its bits."""
-    return float_of_bits(np.uint32(np.uint32(word) << shift))
-
-
-@compiled
-def word_of_float(value: np.float32, shift: np.uint32) -> np.uint32:
-    """The way back, to nearest even."""
-    bits = to_bits(value)
-    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
-    half = np.uint32(np.uint32(0x7FFF) + odd) if shift == np.uint32(16) else np.uint32(0)
-    return np.uint32(np.uint32(bits + half) >> shift)
+            target[i] = word_of_float(source[i], np.uint32(16))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.uint16]
 
-HALVES = "d7f46aa29bbecdbd"
+HALVES = "460f6ca1c6e7c6f5"
 """Digest of ``halves``, see there."""
 RANGE_BYTES = 4
 """Of one minimum and scale."""

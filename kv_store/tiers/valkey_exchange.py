@@ -283,8 +283,8 @@ class Exchange:
     ) -> list[_Reply]:
         """As ``_send``, for long values: little more is asked for than what is on its way.
 
-        That is a few per cent faster than asking for a whole batch at once, and servers before
-        Valkey 9 and Redis 8.6 would copy the batch into memory beside it.
+        That is a few per cent faster than asking for a whole batch at once, and a server that
+        copies its replies, as Valkey before 9 does, never holds a batch twice.
 
         Args:
             commands: each is answered with one value.

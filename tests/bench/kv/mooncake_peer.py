@@ -10,24 +10,24 @@ import os
 import socket
 import subprocess
 import sys
-import time
-import zipfile
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tests.bench.peer_environments import unpacked_wheel
+from tests.kv_pages import wait_until
+from tests.valkey_processes import free_ports
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 VERSION = "0.3.13.post1"
-_PACKAGE = "mooncake-transfer-engine-non-cuda"
-_FOLDER = Path("build/peers") / f"mooncake-{VERSION}"
 _MAX_START_S = 30.0
 _CLIENT_BYTES = 256 << 20  # for transfers; what it takes is no part of the store
 _LEASE_MS = 600_000
-_NO_LOGS = {"GLOG_minloglevel": "3", "MC_LOG_LEVEL": "ERROR"}
+_FEW_LOGS = {"GLOG_minloglevel": "2", "MC_LOG_LEVEL": "ERROR"}
 
 
 class MooncakeClient:
@@ -66,42 +66,42 @@ def mooncake_peer(
         buffers: where pages will go.
         store_bytes: that the other node lends.
     """
-    try:
-        ctypes.CDLL(
-            "libibverbs.so.1"
-        )  # Debian's libibverbs1; over TCP too it does not start without
-        _unpack()
-    except (OSError, LookupError, subprocess.CalledProcessError) as exc:
-        sys.stderr.write(f"Mooncake {VERSION} is not measured: {exc}\n")
-        yield None
-        return
-    os.environ.update(_NO_LOGS)
-    master_port = _free_port()
+    with ExitStack() as stack:
+        try:
+            client = _start(stack, buffers, store_bytes)
+        except (OSError, ImportError, RuntimeError, subprocess.CalledProcessError) as exc:
+            sys.stderr.write(f"Mooncake {VERSION} is not measured: {exc}\n")
+            client = None
+        yield client
+
+
+def _start(stack: ExitStack, buffers: Sequence[memoryview], store_bytes: int) -> MooncakeClient:
+    ctypes.CDLL("libibverbs.so.1")  # Debian's libibverbs1: over TCP too nothing starts without it
+    os.environ.update(_FEW_LOGS)
+    program = _folder() / "mooncake" / "mooncake_master"
+    program.chmod(0o755)
+    master_port, metrics_port = free_ports(2)
     master = f"127.0.0.1:{master_port}"
     command = [
-        str((_FOLDER / "mooncake" / "mooncake_master").absolute()),
+        str(program),
         f"--rpc_port={master_port}",
-        f"--metrics_port={_free_port()}",
+        f"--metrics_port={metrics_port}",
         f"--default_kv_lease_ttl={_LEASE_MS}",
     ]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **quiet) as server:
-        try:
-            _wait_for(master_port)
-            lender_command = [sys.executable, "-m", __name__, master, str(store_bytes)]
-            with subprocess.Popen(
-                lender_command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            ) as lender:
-                try:
-                    if lender.stdout is None or not lender.stdout.readline():
-                        raise RuntimeError("Mooncake's other node has ended")
-                    store = _store(master, 0)
-                    yield MooncakeClient(store, buffers)
-                    store.close()
-                finally:
-                    lender.kill()
-        finally:
-            server.kill()
+    quiet = subprocess.DEVNULL
+    server = stack.enter_context(subprocess.Popen(command, stdout=quiet, stderr=quiet))
+    stack.callback(server.kill)
+    wait_until(lambda: _answers(master_port), _MAX_START_S)
+    command = [sys.executable, "-m", __name__, master, str(store_bytes)]
+    lender = stack.enter_context(
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    )
+    stack.callback(lender.kill)
+    if lender.stdout is None or not lender.stdout.readline():
+        raise RuntimeError("its other node has ended")
+    store = _store(master, 0)
+    stack.callback(store.close)
+    return MooncakeClient(store, buffers)
 
 
 def main() -> None:
@@ -115,47 +115,27 @@ def main() -> None:
 
 
 def _store(master: str, lent_bytes: int) -> Any:
-    path = str(_FOLDER.absolute())
+    path = str(_folder())
     if path not in sys.path:
         sys.path.append(path)
     from mooncake.store import MooncakeDistributedStore
 
     store = MooncakeDistributedStore()
-    host = f"127.0.0.1:{_free_port()}"
+    [port] = free_ports(1)
+    host = f"127.0.0.1:{port}"
     _check(store.setup(host, "P2PHANDSHAKE", lent_bytes, _CLIENT_BYTES, "tcp", "", master))
     return store
 
 
-def _unpack() -> None:
-    if (_FOLDER / "mooncake").is_dir():
-        return
-    _FOLDER.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-    command = [*pip, "-d", str(_FOLDER), f"{_PACKAGE}=={VERSION}"]
-    subprocess.run(command, check=True, capture_output=True)
-    [wheel] = _FOLDER.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(_FOLDER)
-    (_FOLDER / "mooncake" / "mooncake_master").chmod(0o755)
-    wheel.unlink()
+def _folder() -> Path:
+    return unpacked_wheel("mooncake-transfer-engine-non-cuda", VERSION)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def _wait_for(port: int) -> None:
-    until = time.monotonic() + _MAX_START_S
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1.0).close()
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.05)
-        else:
-            return
+def _answers(port: int) -> bool:
+    with suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), 1.0).close()
+        return True
+    return False
 
 
 def _check(status: int) -> None:

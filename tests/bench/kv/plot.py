@@ -37,7 +37,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             )
     gets.set_xlabel("client CPU seconds per GB")
     gets.set_ylabel("GB/s")
-    gets.set_title("GET over loopback, 2 connections")
+    gets.set_title("GET over loopback, at most 2 connections")
     gets.legend(fontsize=8)
     for number, row in enumerate(row for row in report["quality"] if row["kl"] > 0):
         loss.scatter(row["ratio"], row["kl"], color=f"C{number}", marker="o")

@@ -1,9 +1,10 @@
 """How many values are asked for ahead of the one that arrives."""
 
-import contextlib
 import socket
 import threading
 import time
+
+import pytest
 
 from kv_store.tiers.buffers import BufferPool
 from kv_store.tiers.valkey_connection import ValkeyConnection
@@ -14,13 +15,15 @@ MAX_BYTES = 4 << 20
 
 
 class Server:
-    """Answers GETs by number, and counts those it was sent when each answer begins."""
+    """Answers GETs in turn; after an answer's first line it waits for as many as must have come."""
 
-    def __init__(self, values):
+    def __init__(self, values, asked_by_answer):
         self._values = values
+        self._asked_by_answer = asked_by_answer
+        self._received = b""
+        self._thread = threading.Thread(target=self._serve)
         self.peers = []
         self.num_asked = []
-        self._thread = threading.Thread(target=self._serve)
 
     def __enter__(self):
         self._thread.start()
@@ -35,28 +38,21 @@ class Server:
         wait = time.monotonic() + PATIENT_S
         while not self.peers and time.monotonic() < wait:
             time.sleep(0.001)
-        peer, received = self.peers[0], b""
         for number, value in enumerate(self._values):
-            while received.count(b"GET") <= number:
-                if not (data := peer.recv(1 << 16)):
-                    return
-                received += data
-            self.num_asked.append(received.count(b"GET"))
-            if value is None:
-                peer.sendall(b"$-1\r\n")
-                continue
-            peer.sendall(b"$%d\r\n" % len(value))
-            # Whoever asks for more at the header does it before the value ends.
-            time.sleep(0.02)
-            peer.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                received += peer.recv(1 << 16)
-            peer.setblocking(True)
-            peer.sendall(value + b"\r\n")
+            self._wait_for(number + 1)
+            self.peers[0].sendall(b"$%d\r\n" % (-1 if value is None else len(value)))
+            self._wait_for(self._asked_by_answer[number])
+            self.num_asked.append(self._received.count(b"GET"))
+            if value is not None:
+                self.peers[0].sendall(value + b"\r\n")
+
+    def _wait_for(self, num_asked):
+        while self._received.count(b"GET") < num_asked:
+            self._received += self.peers[0].recv(1 << 16)
 
 
-def fetch(values):
-    with Server(values) as server:
+def fetch(values, asked_by_answer):
+    with Server(values, asked_by_answer) as server:
         connection = ValkeyConnection(lambda: FakeRedisConnection(server.peers))
         exchange = Exchange(connection, BufferPool(), time.monotonic() + PATIENT_S)
         got = exchange.fetch([b"page%d" % number for number in range(len(values))], MAX_BYTES)
@@ -65,23 +61,26 @@ def fetch(values):
     return server.num_asked
 
 
-def test_one_long_value_is_asked_for_while_another_arrives():
-    values = [bytes([number]) * (2 << 20) for number in range(4)]
-    assert fetch(values) == [1, 2, 3, 4]
+@pytest.mark.parametrize(
+    ("num_bytes", "asked_by_answer"),
+    [
+        (2 << 20, [2, 3, 4, 4]),  # another one while one arrives
+        (400 << 10, [3, 4, 5, 5, 5]),  # a mebibyte
+        (1000, [40] * 40),  # all, once one is known
+    ],
+)
+def test_values_are_asked_for_by_their_bytes_before_those_that_arrive_end(
+    num_bytes, asked_by_answer
+):
+    values = [bytes([number]) * num_bytes for number in range(len(asked_by_answer))]
+    assert fetch(values, asked_by_answer) == asked_by_answer
 
 
-def test_short_values_are_asked_for_together_once_one_is_known():
-    assert fetch([b"x" * 1000] * 40) == [1, *[40] * 39]
-
-
-def test_values_of_some_hundred_kilobytes_are_asked_for_by_their_bytes():
-    assert fetch([bytes(400 << 10)] * 5) == [1, 3, 4, 5, 5]
-
-
-def test_where_values_are_missing_ever_more_are_asked_for():
-    num_asked = fetch([None] * 64 + [b"at last" * 100_000])
-    assert all(asked <= max(1, 2 * number) for number, asked in enumerate(num_asked))
-    assert len(set(num_asked)) < 32
+@pytest.mark.parametrize("num_missing", [1, 2, 64])
+def test_where_values_are_missing_ever_more_are_asked_for(num_missing):
+    values = [None] * num_missing + [b"at last" * 100_000]
+    asked_by_answer = [min(2 * (number + 1), len(values)) for number in range(len(values))]
+    assert fetch(values, asked_by_answer) == asked_by_answer
 
 
 def test_a_long_value_is_whole_however_it_is_cut_on_the_way():
