@@ -30,7 +30,7 @@ from cluster.processes import ClusterProcesses
 from cluster.ray_environment import applied, local_environment
 from cluster.readiness import wait_until_ready
 from cluster.serve_deploy import deploy
-from cluster.signals import begin_stop, sigterm_handler_kept
+from cluster.signals import begin_stop, check_stop_requested, sigterm_handler_kept
 from cluster.state import (
     ClusterState,
     default_state_dir,
@@ -166,10 +166,14 @@ class LocalCluster:
         write_state(self._state_dir, self._state)
         try:
             self._start_ray(run_dir, ports)
+            check_stop_requested()
             self._start_serve(ports)
+            check_stop_requested()
             processes.remember()
             self._deploy(config)
+            check_stop_requested()
         except Exception as error:
+            check_stop_requested()
             logs = keep_logs(run_dir, self._state_dir, cluster_id)
             where = f"\nlogs: {logs}" if logs else ""
             # Ray raises errors of many unrelated types; the reader needs the last line of them.

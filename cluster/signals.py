@@ -31,6 +31,7 @@ class _StopHandler:
     def __init__(self, on_repeat: Callable[[], None]) -> None:
         self._on_repeat = on_repeat
         self.stopping = False
+        self.requested_by: int | None = None
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         del frame
@@ -38,6 +39,7 @@ class _StopHandler:
             self._on_repeat()
             return
         self.stopping = True
+        self.requested_by = signum
         raise StopRequestedError(signum)
 
 
@@ -62,10 +64,27 @@ def begin_stop() -> None:
 
     Does nothing outside of ``stop_on_signals``.
     """
-    for signum in _STOP_SIGNALS:
-        handler = signal.getsignal(signum)
-        if isinstance(handler, _StopHandler):
-            handler.stopping = True
+    for handler in _stop_handlers():
+        handler.stopping = True
+
+
+def check_stop_requested() -> None:
+    """Raise again what the handler raised, where the code it interrupted may have lost it.
+
+    Ray's compiled code does: it goes on as if nothing had been, or fails with a ``SystemError``.
+    Does nothing outside of ``stop_on_signals``.
+
+    Raises:
+        StopRequestedError: a stop signal came.
+    """
+    for handler in _stop_handlers():
+        if handler.requested_by is not None:
+            raise StopRequestedError(handler.requested_by)
+
+
+def _stop_handlers() -> list[_StopHandler]:
+    handlers = map(signal.getsignal, _STOP_SIGNALS)
+    return [handler for handler in handlers if isinstance(handler, _StopHandler)]
 
 
 @contextmanager

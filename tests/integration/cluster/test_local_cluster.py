@@ -74,7 +74,8 @@ def test_a_signal_during_the_start_leaves_nothing(start):
     cluster = start()
     cluster.wait_for("starting Ray Serve")
     cluster.signal(signal.SIGTERM)
-    assert cluster.wait() == 0
+    assert cluster.wait() == 0, cluster.output
+    assert "LEFT 0" in cluster.output
     assert not cluster.processes()
 
 

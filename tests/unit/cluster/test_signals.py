@@ -1,10 +1,16 @@
 """Stop signals: the first one stops, and none of them breaks a stop off."""
 
+import contextlib
 import signal
 
 import pytest
 
-from cluster.signals import StopRequestedError, begin_stop, stop_on_signals
+from cluster.signals import (
+    StopRequestedError,
+    begin_stop,
+    check_stop_requested,
+    stop_on_signals,
+)
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -37,3 +43,21 @@ def test_the_handlers_of_before_come_back():
         assert [signal.getsignal(signum) for signum in STOP_SIGNALS] != before
     begin_stop()
     assert [signal.getsignal(signum) for signum in STOP_SIGNALS] == before
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_stop_that_was_swallowed_is_found(signum):
+    with stop_on_signals(lambda: None):
+        check_stop_requested()
+        with contextlib.suppress(StopRequestedError):
+            signal.raise_signal(signum)
+        with pytest.raises(StopRequestedError) as stopped:
+            check_stop_requested()
+        assert stopped.value.signum == signum
+    check_stop_requested()
+
+
+def test_a_stop_without_a_signal_was_not_requested():
+    with stop_on_signals(lambda: None):
+        begin_stop()
+        check_stop_requested()
