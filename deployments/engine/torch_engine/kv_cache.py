@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from kv_store.errors import LayoutMismatchError
 from kv_store.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -92,15 +92,11 @@ class KVCache:
             raise LayoutMismatchError(f"a page has {self.page_nbytes} bytes, got {raw.nbytes}")
         layers, _, heads, dim = self.k.shape
         rows = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
-        if self._pinned is None:
-            # By numpy, without a copy between: received pages may be read-only, which torch
-            # refuses to wrap, and numpy has no bfloat16.
-            pair = raw.reshape(-1).view(np.uint8).reshape(layers, 2, PAGE_TOKENS, heads, -1)
-            self.k.view(torch.uint8).numpy()[:, rows] = pair[:, 0]
-            self.v.view(torch.uint8).numpy()[:, rows] = pair[:, 1]
-            return
-        self._pinned.numpy()[:] = raw.reshape(-1).view(np.uint8)
-        flat = self._pinned.to(self.k.device)
+        # By torch, which copies with all threads of the engine; it wraps nothing that is read-only.
+        flat = torch.from_numpy(raw if raw.flags.writeable else raw.copy()).flatten()
+        flat = flat.view(torch.uint8)
+        if self._pinned is not None:
+            flat = self._pinned.copy_(flat).to(self.k.device)
         both = flat.view(self.k.dtype).view(layers, 2, PAGE_TOKENS, heads, dim)
         self.k[:, rows] = both[:, 0]
         self.v[:, rows] = both[:, 1]

@@ -28,7 +28,7 @@ SLEEPERS = 64
 ITEMS = 128
 """Bytes from a barrier's counter to its first phase's counter of items."""
 LINE = 64
-"""Bytes from there to the next phase's: a cache line each."""
+"""Bytes of a cache line: so far from there is the next phase's."""
 
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if _IS_LINUX else 0
 _WAIT, _WAKE, _ALL = 128, 129, 1 << 30  # both of them private to the process

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from deployments.engine.torch_engine.kernels.attention import CHUNK, attend, join_chunks
+from deployments.engine.torch_engine.kernels.attention import CHUNK, attend, fetch_rows, join_chunks
 from deployments.engine.torch_engine.kernels.compiling import kernel
 from deployments.engine.torch_engine.kernels.elementwise import (
     gate,
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 PHASES = 10
 """Times that threads meet in a layer."""
 _ITEMS_PER_THREAD = 8
-"""Pieces of a product: enough for the fast to help the slow, few enough to cost nothing."""
+"""Pieces of a product or of attention: enough for the fast to help the slow, few enough to cost
+nothing."""
 
 
 class Stack(NamedTuple):
@@ -194,39 +195,60 @@ def _place_heads(stack, layer, pool, tokens, qkv, part, num_parts):
 def _attend(stack, layer, pool, tokens, scratch, items, part, num_parts):
     """``scratch.qkv`` and the pool to ``scratch.partial``, together with the other threads.
 
-    An item is one chunk and one head for some neighbouring tokens: if these belong to one sequence,
-    the rows they read stay in the nearest cache.
+    An item is one chunk, with all heads and tokens or a share of them. Rows come from memory once
+    for neighbouring tokens of one sequence, all heads of a row together; then they are in the
+    nearest caches.
     """
     H, K, D = stack.num_heads, stack.num_kv_heads, stack.head_dim
     G, N = H // K, tokens.slots.shape[0]
     row_bytes = 2 if pool.form == DENSE_BF16 else 4
-    layer_at = layer * pool.k.shape[1] * K * D * row_bytes
-    scores = scratch.scores[part]
+    stride = K * D * row_bytes
+    layer_at = layer * pool.k.shape[1] * stride
+    scores, queries = address(scratch.scores[part]), address(scratch.qkv)
+    partial, partial_stride = address(scratch.partial), 4 * scratch.partial.shape[3]
+    qkv_width, num_kept = scratch.qkv.shape[1], scratch.partial.shape[1]
     scale = np.float32(1.0 / np.sqrt(D))
-    num_tokens = max(1, N // (2 * num_parts))
-    num_groups = (N + num_tokens - 1) // num_tokens
-    num_items = (tokens.num_seen.max() + CHUNK - 1) // CHUNK * K * num_groups
+    num_chunks = (tokens.num_seen.max() + CHUNK - 1) // CHUNK
+    # As large as items may be while they keep all threads busy.
+    wanted = _ITEMS_PER_THREAD * num_parts
+    num_shares = 1 if num_chunks >= wanted else K
+    num_groups = min(N, (wanted + num_chunks * num_shares - 1) // (num_chunks * num_shares))
+    heads, num_tokens = K // num_shares, (N + num_groups - 1) // num_groups
+    num_items = num_chunks * num_shares * num_groups
     item = next_item(items)
     while item < num_items:
-        chunk, head, group = item // (K * num_groups), item // num_groups % K, item % num_groups
-        start, at = chunk * CHUNK, layer_at + head * D * row_bytes
-        for n in range(group * num_tokens, min(group * num_tokens + num_tokens, N)):
-            if start < tokens.num_seen[n]:
-                attend(
-                    pool.form,
-                    G,
-                    address(scratch.qkv) + 4 * (n * scratch.qkv.shape[1] + head * G * D),
-                    pool.k_at + at,
-                    pool.v_at + at,
-                    K * D * row_bytes,
-                    tokens.seen[n] + 8 * start,
-                    min(CHUNK, tokens.num_seen[n] - start),
-                    D,
-                    scale,
-                    scores,
-                    address(scores),
-                    scratch.partial[n, chunk, head * G : head * G + G],
-                )
+        chunk, rest = item // (num_shares * num_groups), item % (num_shares * num_groups)
+        share, group = rest // num_groups, rest % num_groups
+        start, first = chunk * CHUNK, group * num_tokens
+        last = min(first + num_tokens, N)
+        while first < last:
+            behind = first + 1
+            while behind < last and tokens.seen[behind] == tokens.seen[first]:
+                behind += 1
+            count = min(CHUNK, tokens.num_seen[behind - 1] - start)
+            slots, at = tokens.seen[first] + 8 * start, layer_at + share * heads * D * row_bytes
+            if count > 0:
+                fetch_rows(pool.k_at + at, stride, slots, count, heads * D * row_bytes)
+                fetch_rows(pool.v_at + at, stride, slots, count, heads * D * row_bytes)
+            for head in range(share * heads, share * heads + heads):
+                at = layer_at + head * D * row_bytes
+                for n in range(first, behind):
+                    if start < tokens.num_seen[n]:
+                        attend(
+                            pool.form,
+                            G,
+                            queries + 4 * (n * qkv_width + head * G * D),
+                            pool.k_at + at,
+                            pool.v_at + at,
+                            stride,
+                            slots,
+                            min(CHUNK, tokens.num_seen[n] - start),
+                            D,
+                            scale,
+                            scores,
+                            partial + ((n * num_kept + chunk) * H + head * G) * partial_stride,
+                        )
+            first = behind
         item = next_item(items)
 
 
