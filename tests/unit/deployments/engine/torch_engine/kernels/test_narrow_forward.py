@@ -96,6 +96,20 @@ def test_contexts_beyond_the_first_scratch_are_seen():
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_long_neighbour_changes_no_bit():
+    loaded = loaded_model()
+    cache = KVCache(loaded.config, 32, dtype=torch.float32)
+    cache.k.normal_(generator=torch.Generator().manual_seed(1))
+    cache.v.normal_(generator=torch.Generator().manual_seed(2))
+    long = (TEXT[:9], range(1500, 1509), range(1500, 1509), range(1500), None)
+    short = (OTHER[:1], [70], [1900], range(1600, 1670), None)
+    alone = NarrowForward(loaded.model, cache, 16, 1)
+    expected = torch.cat([alone.forward(batch_of(one)) for one in (short, long)])
+    for num_threads in (1, 2, 3):
+        together = NarrowForward(loaded.model, cache, 16, num_threads)
+        assert torch.equal(together.forward(batch_of(short, long)), expected)
+
+
 def test_a_batch_without_wanted_logits_writes_its_rows():
     loaded = loaded_model()
     cache, expected = filled_cache(loaded), filled_cache(loaded)
