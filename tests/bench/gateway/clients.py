@@ -95,7 +95,10 @@ class Http:
                 yield Piece(has_text=True)
         except (OSError, asyncio.IncompleteReadError) as error:
             raise BrokenError(f"{type(error).__name__}: {error}") from error
-        self._idle.append((reader, writer))
+        if b"connection: close" in answer:  # HAProxy makes way for its successor
+            writer.close()
+        else:
+            self._idle.append((reader, writer))
         yield Piece(has_text=False, counts=_NO_COUNTS)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
