@@ -171,7 +171,6 @@ class LocalCluster:
             check_stop_requested()
             processes.remember()
             self._deploy(config)
-            check_stop_requested()
         except Exception as error:
             check_stop_requested()
             logs = keep_logs(run_dir, self._state_dir, cluster_id)

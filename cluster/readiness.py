@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from cluster.errors import ClusterStartError
+from cluster.signals import check_stop_requested
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,11 +30,13 @@ def wait_until_ready(
 
     Raises:
         ClusterStartError: a replica failed for good, or the time is over.
+        StopRequestedError: a stop signal came.
     """
     deadline = time.monotonic() + timeout_s
     said = ""
     while True:
         failure, waiting = _look(app_name)
+        check_stop_requested()
         if failure:
             raise ClusterStartError(failure)
         if not waiting and not _answers(health_url):

@@ -48,7 +48,10 @@ class Server:
 
     def _wait_for(self, num_asked):
         while self._received.count(b"GET") < num_asked:
-            self._received += self.peers[0].recv(1 << 16)
+            data = self.peers[0].recv(1 << 16)
+            if not data:
+                raise ConnectionError(f"{num_asked} requests never came")
+            self._received += data
 
 
 def fetch(values, asked_by_answer):
