@@ -2,8 +2,8 @@
 
 Paceline as ``paceline serve`` starts it, the same application behind Ray Serve's default proxy, the
 engine alone behind the same surfaces, all asked by the same clients, and the engine in this very
-process, in turn within one run. Prints a table, writes ``build/reports/gateway.json`` and
-``gateway.png``.
+process, in turn within one run; while one is asked the others stand still. Prints a table, writes
+``build/reports/gateway.json`` and ``gateway.png``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tests.bench.gateway.bars import BARE, DEFAULT, DIRECT, PACELINE, hold_bars
 from tests.bench.gateway.clients import Direct, Grpc, Http
 from tests.bench.gateway.engine import LETTER, InstantEngine
 from tests.bench.gateway.measure import PROMPT, Plan, Way, measure
+from tests.bench.gateway.pausing import Turns
 from tests.bench.gateway.processor_time import ProcessorTime
 from tests.bench.gateway.report import draw, show, summaries
 from tests.bench.gateway.server import MODEL
@@ -81,8 +82,9 @@ async def _ask(
 ) -> dict[str, Row]:
     ways = _direct(folder)
     for gateway, (addresses, pid) in clusters.items():
-        ways |= _through(gateway, addresses, ProcessorTime(pid))
-    return await measure(ways, plan)
+        ways |= _through(gateway, addresses, pid)
+    with Turns([pid for _, pid in clusters.values()]) as turns:
+        return await measure(ways, plan, turns.give)
 
 
 def _direct(folder: Path) -> dict[str, Way]:
@@ -92,14 +94,17 @@ def _direct(folder: Path) -> dict[str, Way]:
     return {DIRECT: Way(surface=surface, streams=True, processor_time=ProcessorTime())}
 
 
-def _through(gateway: str, at: dict[str, Any], spent: ProcessorTime) -> dict[str, Way]:
+def _through(gateway: str, at: dict[str, Any], pid: int) -> dict[str, Way]:
     ways: dict[str, Way] = {}
+    spent = ProcessorTime(pid)
     for streams, kind in ((False, "whole"), (True, "streamed")):
         for surface in (
             Http(f"{gateway}, HTTP, {kind}", at["http"], MODEL, stream=streams),
             Grpc(f"{gateway}, gRPC, {kind}", at["grpc"], MODEL, stream=streams),
         ):
-            ways[surface.name] = Way(surface=surface, streams=streams, processor_time=spent)
+            ways[surface.name] = Way(
+                surface=surface, streams=streams, processor_time=spent, pid=pid
+            )
     return ways
 
 

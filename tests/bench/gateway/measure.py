@@ -11,7 +11,7 @@ from cluster.load.generator import LoadGenerator
 from cluster.load.workload import LoadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from cluster.load.surfaces import Surface
     from tests.bench.gateway.processor_time import ProcessorTime
@@ -73,28 +73,41 @@ class Way:
         surface: of it.
         streams: whether answers come item by item.
         processor_time: of the processes that serve it.
+        pid: of the first of these; None if it is the caller itself.
     """
 
     surface: Surface
     streams: bool
     processor_time: ProcessorTime
+    pid: int | None = None
 
 
-async def measure(ways: Mapping[str, Way], plan: Plan) -> dict[str, Row]:
-    """By name of the way."""
+async def measure(
+    ways: Mapping[str, Way], plan: Plan, give_turn: Callable[[int | None], None]
+) -> dict[str, Row]:
+    """Ask in every way.
+
+    Args:
+        ways: by name.
+        plan: how much.
+        give_turn: called with the ``pid`` of the way that is asked next.
+
+    Returns:
+        By name of the way.
+    """
     rows = {
         name: Row(first_s=[], whole_s=[], item_s=[], cpu_s={}, item_cpu_s={}, errors=[])
         for name in ways
     }
-    for way in ways.values():
-        await _ask_in_turn(way.surface, 1, _NUM_WARM)
     for number in range(plan.rounds):
         for name, way in ways.items():
+            give_turn(way.pid)
+            await _ask_in_turn(way.surface, 1, _NUM_WARM)
             await _short(way, plan, number, rows[name])
-        for name, way in ways.items():
             if way.streams:
                 await _long(way, plan, rows[name])
     for way in ways.values():
+        give_turn(way.pid)
         await way.surface.close()
     return rows
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.load.surfaces import BrokenError
@@ -13,6 +18,7 @@ from tests.bench.gateway.bars import BARE, DEFAULT, PACELINE, hold_bars
 from tests.bench.gateway.clients import Direct, Http
 from tests.bench.gateway.engine import InstantEngine
 from tests.bench.gateway.measure import Plan, Way, measure
+from tests.bench.gateway.pausing import Turns
 from tests.bench.gateway.processor_time import ProcessorTime
 
 
@@ -128,8 +134,42 @@ async def test_everybody_is_asked_in_every_round():
         return Way(surface=surface, streams=streams, processor_time=ProcessorTime())
 
     plan = Plan(rounds=2, rate=200.0, seconds=0.2, num_streams=3, num_items=8)
-    rows = await measure({"a": way("a", streams=True), "b": way("b", streams=False)}, plan)
+    turns = []
+    ways = {"a": way("a", streams=True), "b": replace(way("b", streams=False), pid=7)}
+    rows = await measure(ways, plan, turns.append)
+    assert turns == [None, 7] * 3
     assert len(rows["a"].first_s) == len(rows["b"].first_s) > 0
     assert len(rows["a"].whole_s) == len(rows["a"].first_s)
     assert (len(rows["a"].item_s), len(rows["b"].item_s)) == (6, 0)
     assert not rows["a"].errors
+
+
+def test_all_but_one_stand_still_and_go_on_at_the_end(monkeypatch):
+    monkeypatch.setattr("tests.bench.gateway.pausing._SETTLES_S", 0.0)
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    ours = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(2)]
+
+    def become(*expected: bool) -> bool:
+        """Signals take a moment."""
+        deadline = time.monotonic() + 10
+        found = None
+        while found != expected and time.monotonic() < deadline:
+            states = [psutil.Process(each.pid).status() for each in ours]
+            found = tuple(state == psutil.STATUS_STOPPED for state in states)
+        return found == expected
+
+    try:
+        with Turns([each.pid for each in ours]) as turns:
+            turns.give(ours[0].pid)
+            assert become(False, True)
+            for _ in range(2):
+                turns.give(ours[1].pid)
+                assert become(True, False)
+            turns.give(None)
+            assert become(True, True)
+            turns.give(ours[0].pid)
+            assert become(False, True)
+        assert become(False, False)
+    finally:
+        for each in ours:
+            each.communicate()
