@@ -18,28 +18,40 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_LIKELIEST = 64
-"""Candidates in any case; the best of them is what all others must beat by their noise alone."""
 
-
-def draw(scores_DV: Tensor, row_keys: Sequence[int]) -> list[int]:
+def draw(
+    logits_DV: Tensor, row_keys: Sequence[int], temperatures: Sequence[float] | None = None
+) -> list[int]:
     """The token of the largest sum of score and noise in each row.
 
     Args:
-        scores_DV: float64, finite or ``-inf``, at least one finite per row.
+        logits_DV: float32 or float64, finite or ``-inf``, at least one finite per row.
         row_keys: D keys from ``speculation.noise.row_key``.
+        temperatures: scores are logits over these, in float64; without them logits are scores.
     """
-    if scores_DV.device.type != "cpu":
-        return draw_from_all(scores_DV, row_keys)
-    likeliest = scores_DV.topk(min(_LIKELIEST, scores_DV.shape[1]), dim=1)
-    noisy_DC = likeliest.values + gumbel(row_keys, likeliest.indices)
-    best = noisy_DC.max(dim=1)
-    tokens: list[int] = likeliest.indices.gather(1, best.indices.unsqueeze(1)).squeeze(1).tolist()
-    # Whoever is not among the likeliest needs at least this much noise.
-    needed = (best.values - likeliest.values[:, -1]).tolist()
-    for row, (value, noise) in enumerate(zip(best.values.tolist(), needed, strict=True)):
-        if noise < torch.inf:
-            tokens[row] = _best_outsider(scores_DV[row], row_keys[row], noise, value, tokens[row])
+    column = [1.0] * len(row_keys) if temperatures is None else temperatures
+    temperature_D1 = torch.tensor(column, dtype=torch.float64, device=logits_DV.device).unsqueeze(1)
+    if logits_DV.device.type != "cpu":
+        return draw_from_all(logits_DV.to(torch.float64) / temperature_D1, row_keys)
+    best_D, likeliest_D = logits_DV.max(dim=1)
+    noise = gumbel(row_keys, likeliest_D.unsqueeze(1))[:, 0].tolist()
+    rows = logits_DV.numpy()
+    ids = np.empty(rows.shape, dtype=np.int64)
+    counts = [
+        # Whoever wins has more noise than the likeliest token, by what lies between their scores.
+        tokens_above(
+            np.uint64(row_keys[row]), smallest_bits(noise[row]), rows[row], best, inverse, ids[row]
+        )
+        for row, (best, inverse) in enumerate(
+            zip(best_D.tolist(), (1.0 / temperature_D1)[:, 0].tolist(), strict=True)
+        )
+    ]
+    ids_DC = torch.from_numpy(ids)[:, : max(counts)]
+    for row, count in enumerate(counts):
+        ids_DC[row, count:] = ids_DC[row, 0]
+    scores_DC = logits_DV.gather(1, ids_DC).to(torch.float64) / temperature_D1
+    winner_D1 = (scores_DC + gumbel(row_keys, ids_DC)).argmax(dim=1, keepdim=True)
+    tokens: list[int] = ids_DC.gather(1, winner_D1)[:, 0].tolist()
     return tokens
 
 
@@ -48,16 +60,3 @@ def draw_from_all(scores_DV: Tensor, row_keys: Sequence[int]) -> list[int]:
     vocabulary = torch.arange(scores_DV.shape[1], device=scores_DV.device)
     tokens: list[int] = (scores_DV + gumbel(row_keys, vocabulary)).argmax(dim=1).tolist()
     return tokens
-
-
-def _best_outsider(
-    scores_V: Tensor, row_key: int, needed_noise: float, best_value: float, best_token: int
-) -> int:
-    """The winner, if tokens that score too low to be likely are looked at as well."""
-    ids = np.empty(scores_V.shape[0], dtype=np.int64)
-    count = tokens_above(np.uint64(row_key), np.uint64(smallest_bits(needed_noise)), ids)
-    if not count:
-        return best_token
-    ids_C = torch.from_numpy(ids[:count])
-    value, index = (scores_V[ids_C] + gumbel([row_key], ids_C)[0]).max(dim=0)
-    return int(ids_C[index]) if float(value) > best_value else best_token

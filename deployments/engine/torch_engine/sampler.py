@@ -53,7 +53,8 @@ def sample(logits_MV: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
 
     Returns:
         M token ids; ``INVALID_TOKEN`` where a row holds NaN, or no finite maximum; ``NO_TOKEN``
-        where nothing may be chosen.
+        where nothing may be chosen. Those of rows behind a draft token that was not chosen may be
+        any: no text gets that far.
     """
     if not rows:
         return []
@@ -66,16 +67,48 @@ def sample(logits_MV: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
         for index, row in enumerate(rows)
         if is_valid[index] and (not row.sequence.sampling.is_greedy or _is_adjusted(row))
     ]
-    for start in range(0, len(slow), _ROWS_AT_ONCE):
-        part = slow[start : start + _ROWS_AT_ONCE]
-        for index, token in zip(part, _sample_slow(logits_MV, rows, part), strict=True):
-            choices[index] = token
+    # Behind a draft token that is not chosen nothing will be: on a CPU such rows are left out. A
+    # GPU chooses for all rows at once sooner than for some of them first.
+    wave: list[int] = []
+    waiting: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for index in slow:
+        sequence, path = rows[index]
+        can_wait = path and not sequence.sampling.is_greedy and logits_MV.device.type == "cpu"
+        # Siblings may carry the same token.
+        (waiting.setdefault((id(sequence), path), []) if can_wait else wave).append(index)
+    while wave:
+        for start in range(0, len(wave), _ROWS_AT_ONCE):
+            part = wave[start : start + _ROWS_AT_ONCE]
+            for index, token in zip(part, _sample_slow(logits_MV, rows, part), strict=True):
+                choices[index] = token
+        reached = {
+            (id(rows[index].sequence), (*rows[index].path, choices[index])) for index in wave
+        }
+        wave = [index for key in reached for index in waiting.get(key, ())]
     return [
         token if valid else INVALID_TOKEN for token, valid in zip(choices, is_valid, strict=True)
     ]
 
 
 def _sample_slow(logits_MV: Tensor, rows: SequenceOf[SampleRow], indices: list[int]) -> list[int]:
+    tokens = dict.fromkeys(indices, NO_TOKEN)
+    plain = [index for index in indices if _is_plainly_drawn(rows[index])]
+    if plain:
+        drawn = draw(
+            logits_MV[plain],
+            [_noise_key(rows[index]) for index in plain],
+            [rows[index].sequence.sampling.temperature for index in plain],
+        )
+        tokens |= zip(plain, drawn, strict=True)
+    others = [index for index in indices if not _is_plainly_drawn(rows[index])]
+    if others:
+        tokens |= zip(others, _sample_adjusted(logits_MV, rows, others), strict=True)
+    return list(tokens.values())
+
+
+def _sample_adjusted(
+    logits_MV: Tensor, rows: SequenceOf[SampleRow], indices: list[int]
+) -> list[int]:
     chosen = [rows[index] for index in indices]
     scores_RV = logits_MV[indices].to(torch.float64)
     adjusted = [at for at, row in enumerate(chosen) if _is_adjusted(row)]
@@ -153,6 +186,13 @@ def _is_adjusted(row: SampleRow) -> bool:
         or sequence.structure is not None
         or _must_go_on(row)
     )
+
+
+def _is_plainly_drawn(row: SampleRow) -> bool:
+    """Whether logits over the temperature are the scores."""
+    sampling = row.sequence.sampling
+    is_filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    return not (sampling.is_greedy or is_filtered or _is_adjusted(row))
 
 
 def _adjust(logits_V: Tensor, row: SampleRow) -> Tensor:

@@ -37,14 +37,30 @@ def test_a_vocabulary_smaller_than_the_candidates_is_drawn_from():
     assert set(draw(scores, KEYS)) == set(range(5))
 
 
-@pytest.mark.parametrize("noise", [-800.0, -2.0, 0.0, 5.0, 9.0])
-def test_no_token_with_enough_noise_is_missed_and_few_others_come_along(noise):
+@pytest.mark.parametrize("temperature", [1e-5, 0.3, 0.8, 1.7, 50.0])
+def test_raw_logits_give_what_their_scores_give(temperature):
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(300, 3000, generator=generator) * 3
+    logits[:, ::3] = -torch.inf
+    scores = logits.to(torch.float64) / temperature
+    assert draw(logits, KEYS, [temperature] * 300) == draw_from_all(scores, KEYS)
+
+
+@pytest.mark.parametrize("noise", [-3.0, 0.0, 5.0, 9.0])
+def test_no_token_that_would_win_is_missed_and_few_others_come_along(noise):
     ids = np.empty(20_000, dtype=np.int64)
+    scores = torch.randn(20_000, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    best = float(scores.max())
     for key in KEYS[:5]:
-        count = tokens_above(np.uint64(key), np.uint64(smallest_bits(noise)), ids)
-        enough = (gumbel([key], torch.arange(20_000))[0] >= noise).nonzero().squeeze(1).tolist()
-        assert ids[:count].tolist() == enough
+        bound = smallest_bits(noise)
+        count = tokens_above(np.uint64(key), bound, scores.numpy(), best, 1.0, ids)
+        own = gumbel([key], torch.arange(20_000))[0]
+        found = set(ids[:count].tolist())
+        assert set((own + scores >= noise + best).nonzero().squeeze(1).tolist()) <= found
+        # The bound is right to an eighth.
+        assert found <= set((own + scores >= noise + best - 0.126).nonzero().squeeze(1).tolist())
 
 
-def test_the_largest_noise_there_is_is_not_missed():
-    assert smallest_bits(60.0) < 2**52
+def test_the_largest_noise_there_is_is_not_missed_and_beyond_it_nothing_wins():
+    assert smallest_bits(-3.0)[8 * 39] < 2**52
+    assert smallest_bits(-3.6)[-1] >= 2**52 - 16
