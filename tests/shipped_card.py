@@ -21,9 +21,9 @@ _COVERAGE = 0.919
 """As the card says."""
 _MODES = {
     "sync": "the draft alone, asked behind every step",
-    "local": "copies of the text and of 128 earlier answers alone",
+    "local": "the suffix drafter alone, which has seen 128 other answers",
     "chain": "both, verified together",
-    "split": "as a pool serves it, one round ahead, with copies",
+    "split": "as a pool serves it, one round ahead, with the suffix drafter",
 }
 
 

@@ -51,9 +51,6 @@ class SpeculationConfig(_Config):
     drafts beside the model, in every target replica, where its tokens are worth its time."""
     pool_tls: PoolTlsConfig | None = None
     """TLS on the streams to the draft pool; they are in the clear without."""
-    min_match_tokens: int = Field(default=1, ge=1)
-    """Tokens the local drafter must match before it proposes. What rests on few of them is seldom
-    right; it is verified where nothing better is at hand and a row costs next to nothing."""
 
 
 class CanaryConfig(_Config):

@@ -31,8 +31,12 @@ class DraftClient:
         stalls: of the scheduler's steps; who runs them adds to it.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, takes_trees: bool) -> None:
         """Connect to the actor and read its settings.
+
+        Args:
+            address: of the actor's socket.
+            takes_trees: whether SGLang verifies drafts with branches.
 
         Raises:
             OSError: nobody listens at the address, or says nothing.
@@ -54,6 +58,7 @@ class DraftClient:
                 tls=self.settings.speculation.pool_tls,
             ),
             on_link_lost=lambda endpoint: self._tell({"lost": endpoint}),
+            takes_trees=takes_trees,
         )
         self._is_over = threading.Event()
         for target, arguments in ((self._listen, (lines,)), (self._report, ())):

@@ -344,13 +344,11 @@ def _rounds(max_nodes: int) -> tuple[StepStalls, Rounds]:
     share = partial(torch.distributed.broadcast, src=group.first_rank, group=group.cpu_group)
     if parallel.tp_rank > 0:
         return StepStalls(), FollowingRounds(share, max_nodes)
-    client = DraftClient(os.environ[DRAFT_LINK])
-    rounds = DraftRounds(
-        client.speculator,
-        client.settings.identity.vocab_size,
-        # Backends take a draft for a chain where SGLang is told of one branch.
-        takes_trees=get_spec().speculative_eagle_topk > 1,
-    )
+    # Backends take a draft for a chain where SGLang is told of one branch.
+    takes_trees = get_spec().speculative_eagle_topk > 1
+    client = DraftClient(os.environ[DRAFT_LINK], takes_trees=takes_trees)
+    vocab_size = client.settings.identity.vocab_size
+    rounds = DraftRounds(client.speculator, vocab_size, takes_trees=takes_trees)
     if parallel.tp_size == 1:
         return client.stalls, rounds
     return client.stalls, LeadingRounds(rounds, share, max_nodes)

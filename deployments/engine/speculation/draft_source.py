@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from deployments.engine.speculation.budget import INITIAL_ACCEPTANCE, update_acceptance
@@ -10,39 +11,42 @@ from deployments.engine.speculation.types import DraftOrigin, DraftTree
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deployments.engine.speculation.types import OutcomeRow
-
 _OWN_WEIGHT = 0.05
 _PRIOR_WEIGHT = 0.005
 _PRIOR_TOKENS = 4
 """How many tokens' worth the first guess of a place's chance is."""
-_MOST_EVIDENCE = 4
+_GRADES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _MOST_DEPTH = 3
-_WORTH = 0.1
+_WORTH_ASKING = 0.1
+_WORTH_A_ROW = 0.03
 
 
-class DraftSource(NamedTuple):
-    """Where a draft came from, as far as that tells how good it will be.
+class Place(NamedTuple):
+    """What is known of a guess's token beforehand, as far as that tells how good it will be.
 
     Attributes:
-        evidence: doublings of the tokens that a copied draft rests on, up to a few.
-        rank: 0 for what a drafter thinks likeliest.
+        depth: how many tokens of the guess stand before it, up to a few; 0 where there is a grade.
+        rank: 0 for what a drafter thinks likeliest; 0 where there is a grade.
+        grade: of the drafter's own estimate; None if it has none.
     """
 
     origin: DraftOrigin
-    evidence: int = 0
+    depth: int = 0
     rank: int = 0
+    grade: int | None = None
 
-    @classmethod
-    def of_copy(cls, row: OutcomeRow, rank: int) -> DraftSource:
-        """The source of a local drafter's row."""
-        return cls(DraftOrigin.LOCAL, min(row.num_matched.bit_length(), _MOST_EVIDENCE), rank)
+    @property
+    def initial_chance(self) -> float:
+        """What it is taken for until tokens of its kind were put to the test."""
+        if self.grade is None:
+            return INITIAL_ACCEPTANCE
+        bounds = (0.0, *_GRADES, 1.0)
+        return (bounds[self.grade] + bounds[self.grade + 1]) / 2
 
 
-POOL = DraftSource(DraftOrigin.POOL)
-HEAD = DraftSource(DraftOrigin.HEAD)
-
-_Place: TypeAlias = tuple[DraftSource, int]
+def places(origin: DraftOrigin, length: int, rank: int = 0) -> tuple[Place, ...]:
+    """Of the tokens of a guess whose drafter has no estimates."""
+    return tuple(Place(origin, min(depth, _MOST_DEPTH), rank) for depth in range(length))
 
 
 class Prior(NamedTuple):
@@ -56,15 +60,34 @@ class Prior(NamedTuple):
     num_tokens: int
 
 
-Priors: TypeAlias = dict[_Place, Prior]
-_UNKNOWN = Prior(INITIAL_ACCEPTANCE, 0)
+Priors: TypeAlias = dict[Place, Prior]
 
 
 class Guess(NamedTuple):
-    """A chain of tokens at hand."""
+    """A chain of tokens at hand, with the place of each."""
 
     token_ids: tuple[int, ...]
-    source: DraftSource
+    places: tuple[Place, ...]
+
+    @classmethod
+    def of(
+        cls,
+        origin: DraftOrigin,
+        token_ids: Sequence[int],
+        chances: Sequence[float] = (),
+        rank: int = 0,
+    ) -> Guess:
+        """A drafter's.
+
+        Args:
+            origin: the drafter.
+            token_ids: the chain.
+            chances: its own estimates of the first tokens, or none at all.
+            rank: 0 for what it thinks likeliest.
+        """
+        graded = tuple(Place(origin, grade=bisect(_GRADES, chance)) for chance in chances)
+        without = places(origin, len(token_ids), rank)
+        return cls(tuple(token_ids), (*graded, *without[len(graded) :]))
 
 
 class Merged(NamedTuple):
@@ -90,29 +113,31 @@ class Trust:
 
     Args:
         priors: of all sequences, shared between them; one starts from what the last ones did.
+        takes_trees: whether drafts with branches can be verified.
     """
 
-    def __init__(self, priors: Priors) -> None:
+    def __init__(self, priors: Priors, *, takes_trees: bool = True) -> None:
         self._priors = priors
-        self._own: dict[_Place, float] = {}
+        self._takes_trees = takes_trees
+        self._own: dict[Place, float] = {}
 
-    def chances(self, source: DraftSource, length: int) -> list[float]:
-        """That each of the first tokens of a guess is accepted, with all before it."""
+    def chances(self, guess_places: Sequence[Place]) -> list[float]:
+        """That each token of a guess is accepted, with all before it."""
         chances, chance = [], 1.0
-        for depth in range(length):
-            chance *= self._acceptance(_place(source, depth))
+        for place in guess_places:
+            chance *= self._acceptance(place)
             chances.append(chance)
         return chances
 
-    def worth(self, source: DraftSource, max_draft_tokens: int) -> int:
-        """How many tokens of a guess may be worth verifying.
+    def worth(self, origin: DraftOrigin, max_draft_tokens: int) -> int:
+        """How many tokens are worth asking for, of a drafter without estimates.
 
         Returns:
             1 to ``max_draft_tokens``; 0 only if that is 0. One token is always worth a try, else a
             sequence whose text turns predictable would never notice.
         """
-        chances = self.chances(source, max_draft_tokens)
-        return min(max_draft_tokens, max(1, sum(chance >= _WORTH for chance in chances)))
+        chances = self.chances(places(origin, max_draft_tokens))
+        return min(max_draft_tokens, max(1, sum(chance >= _WORTH_ASKING for chance in chances)))
 
     def merge(self, guesses: Sequence[Guess], max_draft_tokens: int) -> Merged:
         """The likeliest tokens of all guesses; what two of them share is the first one's."""
@@ -120,17 +145,21 @@ class Trust:
             return NOTHING
         nodes: dict[tuple[int, ...], tuple[float, DraftOrigin]] = {}
         for guess in guesses:
-            length = min(len(guess.token_ids), self.worth(guess.source, max_draft_tokens))
-            for depth, chance in enumerate(self.chances(guess.source, length)):
+            for depth, chance in enumerate(self.chances(guess.places)):
+                if depth and chance < _WORTH_A_ROW:
+                    break
                 path = guess.token_ids[: depth + 1]
-                known, origin = nodes.get(path, (0.0, guess.source.origin))
+                known, origin = nodes.get(path, (0.0, guess.places[0].origin))
                 nodes[path] = (max(known, chance), origin)
         # Parents were entered before their children and are at least as likely: they stay before.
-        kept = sorted(nodes, key=lambda path: -nodes[path][0])[:max_draft_tokens]
-        places = {path: node for node, path in enumerate(kept)} | {(): -1}
+        kept = sorted(nodes, key=lambda path: -nodes[path][0])
+        if not self._takes_trees:
+            kept = _likeliest_chain(kept)
+        del kept[max_draft_tokens:]
+        at = {path: node for node, path in enumerate(kept)} | {(): -1}
         tree = DraftTree(
             tuple(path[-1] for path in kept),
-            tuple(places[path[:-1]] for path in kept),
+            tuple(at[path[:-1]] for path in kept),
             tuple(nodes[path][1] for path in kept),
         )
         return Merged(tree, tuple(nodes[path][0] for path in kept))
@@ -145,8 +174,8 @@ class Trust:
         """
         for depth, node in enumerate(tree.walk(guess.token_ids)):
             was_right = node in accepted
-            place = _place(guess.source, depth)
-            prior = self._priors.get(place, _UNKNOWN)
+            place = guess.places[depth]
+            prior = self._prior(place)
             # While little is known of a place, every token teaches much of it.
             weight = 1 / (_PRIOR_TOKENS + prior.num_tokens)
             self._own[place] = update_acceptance(
@@ -157,10 +186,18 @@ class Trust:
             if not was_right:
                 return
 
-    def _acceptance(self, place: _Place) -> float:
+    def _acceptance(self, place: Place) -> float:
         own = self._own.get(place)
-        return self._priors.get(place, _UNKNOWN).chance if own is None else own
+        return self._prior(place).chance if own is None else own
+
+    def _prior(self, place: Place) -> Prior:
+        return self._priors.get(place) or Prior(place.initial_chance, 0)
 
 
-def _place(source: DraftSource, depth: int) -> _Place:
-    return source, min(depth, _MOST_DEPTH)
+def _likeliest_chain(paths: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Of paths by falling chance those that each go on behind the one before."""
+    chain: list[tuple[int, ...]] = []
+    for path in paths:
+        if path[:-1] == (chain[-1] if chain else ()):
+            chain.append(path)
+    return chain

@@ -34,9 +34,9 @@ class RunningSequence:
         "trust",
     )
 
-    def __init__(self, spec: SessionSpec, priors: Priors) -> None:
+    def __init__(self, spec: SessionSpec, priors: Priors, *, takes_trees: bool = True) -> None:
         self.spec = spec
-        self.trust = Trust(priors)
+        self.trust = Trust(priors, takes_trees=takes_trees)
         self.guesses: tuple[Guess, ...] = ()
         self.merged: Merged = NOTHING
         self._num_withheld_rounds = 0

@@ -8,13 +8,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deployments.engine.speculation.draft_source import (
-    HEAD,
-    POOL,
-    DraftSource,
-    Guess,
-    Priors,
-)
+from deployments.engine.speculation.draft_source import Guess, Priors, places
 from deployments.engine.speculation.drafters.guarded import GuardedDrafter
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.gain import GainMeter
@@ -40,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 _UPKEEP_INTERVAL_S = 0.05
 _DIAL_INTERVAL_S = 0.005
-_LOCAL_GUESSES = 2
-"""What follows is asked of the local drafter this often; a tree has room for more than one."""
+_LOCAL_GUESSES = 3
+"""First tokens that the local drafter is asked for; a tree has room for more than one."""
 _EMPTY = DraftTree()
 
 
@@ -59,6 +53,7 @@ class SplitSpeculator(Speculator):
             so that the owner may choose other replicas. Until then its sessions draft locally, and
             the link is redialled as long as sessions are attached to it.
         local_drafter: instead of the one that ``config.local_drafter`` names.
+        takes_trees: whether the engine verifies drafts with branches.
         clock: seconds; measures the target's steps.
     """
 
@@ -71,14 +66,16 @@ class SplitSpeculator(Speculator):
         on_link_lost: Callable[[str], None] | None = None,
         local_drafter: Drafter | None = None,
         limits: LinkLimits | None = None,
+        takes_trees: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._config = config
         self._clock = clock
+        self._takes_trees = takes_trees
         self._vocab_size = vocab_size
         self._on_link_lost = on_link_lost
         if local_drafter is None and config.local_drafter == "suffix":
-            local_drafter = SuffixDrafter(min_match_tokens=config.min_match_tokens)
+            local_drafter = SuffixDrafter()
         self._local = GuardedDrafter(local_drafter, vocab_size)
         self._head = GuardedDrafter(None, vocab_size)
         self._head_budget = HeadBudget()
@@ -131,7 +128,9 @@ class SplitSpeculator(Speculator):
 
     def open(self, session: SessionSpec) -> None:
         """Prepare to draft for a sequence."""
-        self._running[session.session_id] = RunningSequence(session, self._priors)
+        self._running[session.session_id] = RunningSequence(
+            session, self._priors, takes_trees=self._takes_trees
+        )
         self._local.open(session)
         self._head.open(session)
         if self._pool is not None:
@@ -177,7 +176,7 @@ class SplitSpeculator(Speculator):
             running = self._running.get(request.session_id)
             tree = _EMPTY
             if running is not None:
-                from_table = (Guess(tuple(draft.token_ids), POOL),) if hit else ()
+                from_table = (Guess.of(DraftOrigin.POOL, draft.token_ids),) if hit else ()
                 running.guesses = (*from_table, *guesses)
                 running.merged = running.trust.merge(running.guesses, self._most(request))
                 tree = running.merged.tree
@@ -281,7 +280,9 @@ class SplitSpeculator(Speculator):
         k, fanout = self._config.num_draft_tokens, self._config.fanout
         if running is None:
             return Ask(k, fanout)
-        return Ask(running.trust.worth(POOL, k), fanout) if running.asks_pool() else NO_ASK
+        if not running.asks_pool():
+            return NO_ASK
+        return Ask(running.trust.worth(DraftOrigin.POOL, k), fanout)
 
     def _local_drafts(self, requests: Sequence[DraftRequest]) -> list[tuple[Guess, ...]]:
         guesses: list[tuple[Guess, ...]] = [()] * len(requests)
@@ -294,7 +295,7 @@ class SplitSpeculator(Speculator):
         ]
         for index, rows in zip(asking, self._local.ask(queries), strict=True):
             guesses[index] = tuple(
-                Guess((row.bonus_token_id, *row.draft_token_ids), DraftSource.of_copy(row, rank))
+                Guess.of(DraftOrigin.LOCAL, row.token_ids, row.chances, rank)
                 for rank, row in enumerate(rows)
             )
         return guesses
@@ -331,7 +332,7 @@ class SplitSpeculator(Speculator):
                 # Its token alone is what is put to the test.
                 running.guesses = ()
                 running.make_due()
-            own = (Guess((row.bonus_token_id, *row.draft_token_ids), HEAD) for row in rows)
+            own = (Guess.of(DraftOrigin.HEAD, row.token_ids) for row in rows)
             running.guesses = (*running.guesses, *own)
             running.merged = running.trust.merge(running.guesses, self._most(requests[index]))
             taken[index] = replace(taken[index], tree=running.merged.tree)
@@ -342,7 +343,8 @@ class SplitSpeculator(Speculator):
         if not self._has_room(request):
             return []
         trust = self._running[request.session_id].trust
-        return trust.chances(HEAD, trust.worth(HEAD, self._most(request)))
+        length = trust.worth(DraftOrigin.HEAD, self._most(request))
+        return trust.chances(places(DraftOrigin.HEAD, length))
 
     def _has_room(self, request: DraftRequest) -> bool:
         return request.max_draft_tokens > 0 and request.session_id in self._running

@@ -146,11 +146,17 @@ class OutcomeRow:
     Attributes:
         node: index into the round's in-flight draft; -1 if nothing was accepted.
         draft_token_ids: a chain behind the bonus token; may be shorter than asked, even empty.
-        num_matched: tokens of the text before that the guess rests on, where the drafter looks for
-            such; a local drafter's rows are trusted by what rows of about as many were worth.
+        chances: the drafter's own estimates, where it has some: of each token, from the bonus token
+            on, that it is right if all before it are. A local drafter's tokens are trusted by what
+            tokens of about the same estimates were worth.
     """
 
     node: int
     bonus_token_id: int
     draft_token_ids: tuple[int, ...]
-    num_matched: int = field(default=0, compare=False)
+    chances: tuple[float, ...] = field(default=(), compare=False)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Bonus token and draft."""
+        return (self.bonus_token_id, *self.draft_token_ids)

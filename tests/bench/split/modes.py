@@ -92,7 +92,7 @@ def all_modes(
             Mode.CHAIN: SplitSpeculator(config, **here),
         }
     elif colocated is not None:
-        suffix = SuffixDrafter(min_match_tokens=config.min_match_tokens)
+        suffix = SuffixDrafter()
         beside = {
             Mode.COLOCATED: SplitSpeculator(config, local_drafter=Joint(colocated), **here),
             Mode.CHAIN: SplitSpeculator(config, local_drafter=Joint(suffix, colocated), **here),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _DATA = Path("tests/data")
+_OTHERS = Path("deployments/engine/torch_engine/data/student_prompts.txt")
 _LIST = "apples, bread, butter, cheese, eggs, flour, grapes, honey, lemons, milk, onions, rice"
 _CODE = """def area(width, height):
     result = width * height
@@ -39,8 +40,9 @@ def prompts() -> dict[str, tuple[str, ...]]:
 
 
 def other_prompts() -> dict[str, tuple[str, ...]]:
-    """Questions of the same kinds that ``prompts`` does not ask."""
-    return {"MT-bench": mt_bench()[1::2], "GSM8K": _gsm8k()[1::2]}
+    """Questions of the same kinds that ``prompts`` does not ask, and those of training."""
+    others = _OTHERS.read_text(encoding="utf-8").splitlines()
+    return {"MT-bench": mt_bench()[1::2], "GSM8K": _gsm8k()[1::2], "others": tuple(others)}
 
 
 def mt_bench() -> tuple[str, ...]:

@@ -34,7 +34,7 @@ _HIDDEN = {"samples", "acceptance_histogram"}
 def show(rows: Sequence[dict[str, Any]], bars: Sequence[Bar]) -> None:
     """Print everything."""
     columns = [name for name in rows[0] if name not in _HIDDEN]
-    table = Table(title="medians; speed-up over plain decoding right beside it; r in steps (T)")
+    table = Table(title="speed-up over plain decoding right beside it; r in steps (T)")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:

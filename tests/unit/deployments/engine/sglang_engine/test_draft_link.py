@@ -44,7 +44,7 @@ def link(lost):
 
 
 def test_the_scheduler_gets_the_settings_and_the_secret_stays_one(link):
-    client = DraftClient(link.address)
+    client = DraftClient(link.address, takes_trees=False)
     try:
         assert client.settings == SETTINGS
         assert SECRET.get_secret_value() not in repr(client.settings)
@@ -60,7 +60,7 @@ def test_a_request_is_served_by_the_replica_that_was_attached_and_its_loss_is_to
     server = DraftServer(ModelDrafter(ToyModel(seed=5)), IDENTITY, SECRET)
     endpoint = f"127.0.0.1:{server.start()}"
     link.attach("r1", endpoint)  # before the scheduler is there
-    client = DraftClient(link.address)
+    client = DraftClient(link.address, takes_trees=False)
     try:
         client.speculator.open(SPEC)
         wait_until(lambda: server.stats().num_sessions == 1, "the session is open there")
@@ -73,7 +73,7 @@ def test_a_request_is_served_by_the_replica_that_was_attached_and_its_loss_is_to
 
 
 def test_the_actor_hears_what_drafts_cost_a_step(link):
-    client = DraftClient(link.address)
+    client = DraftClient(link.address, takes_trees=False)
     try:
         for milliseconds in (0.1, 0.3, 0.2):
             client.stalls.add(milliseconds / 1e3)
@@ -87,7 +87,7 @@ def test_the_actor_hears_what_drafts_cost_a_step(link):
 
 def test_a_detached_request_leaves_its_replica(link):
     server = DraftServer(ModelDrafter(ToyModel(seed=5)), IDENTITY, SECRET)
-    client = DraftClient(link.address)
+    client = DraftClient(link.address, takes_trees=False)
     try:
         client.speculator.open(SPEC)
         link.attach("r1", f"127.0.0.1:{server.start()}")
@@ -101,11 +101,11 @@ def test_a_detached_request_leaves_its_replica(link):
 
 def test_either_end_may_leave_first():
     link = DraftLink(SETTINGS, print)
-    client = DraftClient(link.address)
+    client = DraftClient(link.address, takes_trees=False)
     link.shutdown()
     client.close()
     link = DraftLink(SETTINGS, print)
-    DraftClient(link.address).close()
+    DraftClient(link.address, takes_trees=False).close()
     link.attach("r1", "127.0.0.1:1")
     link.shutdown()
 

@@ -168,15 +168,15 @@ def test_a_target_of_its_own_does_not_take_a_sequence_its_drafts():
 
 
 class TwoWays(Drafter):
-    """Copies that rest on as many tokens as it is told."""
+    """As sure of its guess as it is told to be."""
 
-    num_matched = 1
+    chances: tuple[float, ...] = ()
 
     def propose(self, queries):
-        return [[OutcomeRow(-1, 1, (2, 3, 4), self.num_matched)] for _ in queries]
+        return [[OutcomeRow(-1, 1, (2, 3, 4), self.chances)] for _ in queries]
 
 
-def test_copies_are_trusted_by_what_they_rest_on():
+def test_a_drafters_estimates_are_trusted_by_what_they_were_worth():
     drafter = TwoWays()
     speculator = SplitSpeculator(
         SpeculationConfig(num_draft_tokens=4),
@@ -184,21 +184,22 @@ def test_copies_are_trusted_by_what_they_rest_on():
         local_drafter=drafter,
         clock=FakeClock(),
     )
+    low, high = (0.45,) * 4, (0.65,) * 4
     speculator.open(spec_of(1, LOOP))
+    drafter.chances = low
     assert play(speculator, 200, is_right=False)[-1] == 1
-    drafter.num_matched = 2
+    drafter.chances = high
     assert play(speculator, 20, is_right=True)[-1] == 4
-    drafter.num_matched = 1
+    drafter.chances = low
     assert play(speculator, 1, is_right=False) == [1]
     # A new sequence starts from what the last one taught of each.
     speculator.close(1)
     speculator.open(spec_of(1, LOOP))
     lengths = []
-    for drafter.num_matched in (1, 2, 3, 40):
+    for drafter.chances in (low, high, (0.67,) * 4):
         [taken] = speculator.take([request(1, LOOP)])
         lengths.append(len(taken.tree))
-    assert lengths[0] < lengths[1] == lengths[2]
-    assert lengths[3] == len(DraftTree.chain((1, 2, 3, 4), DraftOrigin.LOCAL))
+    assert lengths == [1, 4, 4]
 
 
 @pytest.mark.parametrize("right", [DraftOrigin.POOL, DraftOrigin.LOCAL])

@@ -1,9 +1,5 @@
 import random
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from deployments.engine.speculation.drafters.ngram_index import MAX_MATCH_TOKENS, NgramIndex
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.types import DraftOrigin, DraftTree, OutcomeRow
 from tests.fakes_speculation import query_of, spec_of
@@ -21,14 +17,13 @@ def test_copies_what_followed_the_longest_suffix():
     assert first(drafter, 1, text, k=2, fanout=1) == OutcomeRow(-1, 4, (5, 9))
 
 
-def test_equal_matches_are_won_by_the_most_frequent_then_the_newest():
-    frequent = [8, 1, 2, 5, 8, 1, 2, 5, 8, 1, 2, 6, 8, 1, 2]
-    newest = [7, 1, 2, 5, 0, 1, 2, 6, 9, 1, 2]
+def test_equal_contexts_are_won_by_the_most_frequent():
+    text = [8, 1, 2, 5, 8, 1, 2, 5, 8, 1, 2, 6, 8, 1, 2]
     drafter = SuffixDrafter()
-    for session_id, (text, bonus) in enumerate([(frequent, 5), (newest, 6)]):
-        drafter.open(spec_of(session_id, text))
-        found = first(drafter, session_id, text, k=0, fanout=1)
-        assert found == OutcomeRow(-1, bonus, ())
+    drafter.open(spec_of(1, text))
+    found = drafter.propose([query_of(1, text, k=0, fanout=2)])[0]
+    assert [row.bonus_token_id for row in found] == [5, 6]
+    assert found[0].chances > found[1].chances
 
 
 def test_a_loop_goes_on():
@@ -38,12 +33,44 @@ def test_a_loop_goes_on():
     assert first(drafter, 1, text, k=6, fanout=1) == OutcomeRow(-1, 4, (5, 6, 4, 5, 6, 4))
 
 
-def test_too_short_a_match_proposes_nothing():
-    text = [1, 2, 3, 9, 9, 2, 3]
-    for min_match_tokens, is_found in ((2, True), (3, False)):
-        drafter = SuffixDrafter(min_match_tokens=min_match_tokens)
-        drafter.open(spec_of(1, text))
-        assert (first(drafter, 1, text, k=0, fanout=1) is not None) == is_found
+def test_a_token_never_seen_before_proposes_nothing():
+    drafter = SuffixDrafter()
+    drafter.open(spec_of(1, [1, 2, 3, 9]))
+    assert first(drafter, 1, [1, 2, 3, 9], k=2, fanout=1) is None
+
+
+def test_chances_tell_what_is_sure():
+    text = [1, 2, 3, 4] * 9 + [5, 6, 5, 7, 5, 8, 5]
+    drafter = SuffixDrafter()
+    drafter.open(spec_of(1, text))
+    unsure = first(drafter, 1, text, k=0, fanout=1)
+    sure = first(drafter, 1, [*text, 1, 2], k=3, fanout=1)
+    assert sure.token_ids == (3, 4, 1, 2)
+    assert len(sure.chances) == 4
+    assert min(sure.chances) > 0.8 > 0.4 > unsure.chances[0]
+
+
+def test_what_stands_behind_an_unlikely_token_is_not_looked_for():
+    rng = random.Random(3)  # noqa: S311
+    text = [token for _ in range(1500) for token in (1, rng.randrange(2, 6))] + [1]
+    drafter = SuffixDrafter()
+    drafter.open(spec_of(1, text))
+    for _ in range(8):
+        found = first(drafter, 1, text, k=12, fanout=1)
+    assert 1 <= len(found.token_ids) < 12
+
+
+def test_a_long_prompt_is_learned_part_by_part():
+    text = [*range(100, 700), *range(600), 100, 101]
+    drafter = SuffixDrafter()
+    drafter.open(spec_of(1, text))
+    assert len(drafter._sessions[1].counts) == 0
+    sizes = []
+    for _ in range(4):
+        drafter.propose([query_of(1, text)])
+        sizes.append(len(drafter._sessions[1].counts))
+    assert sizes == [512, 1024, len(text), len(text)]
+    assert first(drafter, 1, text, k=1, fanout=1) == OutcomeRow(-1, 102, (103,))
 
 
 def test_rows_behind_a_draft_in_flight_avoid_its_own_tokens():
@@ -90,35 +117,17 @@ def test_output_is_learned_once_however_it_is_heard_of():
 def test_memory_is_bounded():
     rng = random.Random(4)  # noqa: S311
     drafter = SuffixDrafter(
-        max_session_tokens=200, max_tenant_tokens=100, max_tenants=3, max_sessions=5
+        max_session_tokens=200, max_tenant_tokens=100, max_output_tokens=350, max_sessions=5
     )
     for number in range(40):
         tenant = f"t{number % 8}"
         drafter.open(spec_of(number, [rng.randrange(9) for _ in range(150)], tenant=tenant))
         drafter.append(number, [rng.randrange(9) for _ in range(500)])
     assert len(drafter._sessions) == 5
-    assert len(drafter._tenants) == 3
-    indexes = [state.index for state in drafter._sessions.values()]
-    assert all(len(index) <= 200 for index in indexes)
-    assert all(len(index) <= 100 for index in drafter._tenants.values())
-    assert all(len(filed) <= 200 for index in indexes for filed in index._newest)
-
-
-@given(st.lists(st.integers(0, 2), max_size=80))
-def test_matches_are_real(text):
-    index = NgramIndex(min_match_tokens=2, max_tokens=10_000)
-    index.extend(text)
-    for match in index.matches(text):
-        assert 0 < match.position < len(text)
-        back = match.num_matched
-        assert text[match.position - back : match.position] == text[len(text) - back :]
-        assert 2 <= back <= MAX_MATCH_TOKENS
-
-
-@given(st.lists(st.integers(0, 2), min_size=3, max_size=60))
-def test_a_repeated_pair_is_always_found(text):
-    index = NgramIndex(min_match_tokens=2, max_tokens=10_000)
-    index.extend(text)
-    pair = text[-2:]
-    occurs = any(text[at : at + 2] == pair for at in range(len(text) - 2))
-    assert bool(index.matches(text)) == occurs
+    assert 3 <= len(drafter._tenants) <= 7
+    for session_id, state in list(drafter._sessions.items()):
+        assert len(state.pending) <= 200
+        drafter.propose([query_of(session_id, [])])
+        assert len(state.counts) <= 200
+    assert all(len(counts) <= 100 for counts in drafter._tenants.values())
+    assert sum(map(len, drafter._tenants.values())) == drafter._num_output_tokens <= 350
