@@ -28,20 +28,23 @@ class Place(NamedTuple):
         depth: how many tokens of the guess stand before it, up to a few; 0 where there is a grade.
         rank: 0 for what a drafter thinks likeliest; 0 where there is a grade.
         grade: of the drafter's own estimate; None if it has none.
+        is_seconded: whether another drafter says the same.
     """
 
     origin: DraftOrigin
     depth: int = 0
     rank: int = 0
     grade: int | None = None
+    is_seconded: bool = False
 
     @property
     def initial_chance(self) -> float:
         """What it is taken for until tokens of its kind were put to the test."""
-        if self.grade is None:
-            return INITIAL_ACCEPTANCE
-        bounds = (0.0, *_GRADES, 1.0)
-        return (bounds[self.grade] + bounds[self.grade + 1]) / 2
+        chance = INITIAL_ACCEPTANCE
+        if self.grade is not None:
+            bounds = (0.0, *_GRADES, 1.0)
+            chance = (bounds[self.grade] + bounds[self.grade + 1]) / 2
+        return 1 - (1 - chance) ** 2 if self.is_seconded else chance
 
 
 def places(origin: DraftOrigin, length: int, rank: int = 0) -> tuple[Place, ...]:
@@ -88,6 +91,35 @@ class Guess(NamedTuple):
         graded = tuple(Place(origin, grade=bisect(_GRADES, chance)) for chance in chances)
         without = places(origin, len(token_ids), rank)
         return cls(tuple(token_ids), (*graded, *without[len(graded) :]))
+
+
+def seconded(guesses: Sequence[Guess]) -> tuple[Guess, ...]:
+    """The guesses, with a mark on tokens up to which one of another drafter says the same."""
+    marked = []
+    for guess in guesses:
+        most = max(
+            (
+                _num_shared(guess.token_ids, other.token_ids)
+                for other in guesses
+                if other.places
+                and guess.places
+                and other.places[0].origin != guess.places[0].origin
+            ),
+            default=0,
+        )
+        its = (place._replace(is_seconded=True) for place in guess.places[:most])
+        marked.append(guess._replace(places=(*its, *guess.places[most:])))
+    return tuple(marked)
+
+
+def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that two texts begin with alike."""
+    count = 0
+    for mine, theirs in zip(one, other, strict=False):
+        if mine != theirs:
+            break
+        count += 1
+    return count
 
 
 class Merged(NamedTuple):

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deployments.engine.speculation.draft_source import Guess, Priors, places
+from deployments.engine.speculation.draft_source import Guess, Priors, places, seconded
 from deployments.engine.speculation.drafters.guarded import GuardedDrafter
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.gain import GainMeter
@@ -177,7 +177,7 @@ class SplitSpeculator(Speculator):
             tree = _EMPTY
             if running is not None:
                 from_table = (Guess.of(DraftOrigin.POOL, draft.token_ids),) if hit else ()
-                running.guesses = (*from_table, *guesses)
+                running.guesses = seconded((*from_table, *guesses))
                 running.merged = running.trust.merge(running.guesses, self._most(request))
                 tree = running.merged.tree
             missed = draft.was_asked and has_room and not hit
@@ -333,7 +333,7 @@ class SplitSpeculator(Speculator):
                 running.guesses = ()
                 running.make_due()
             own = (Guess.of(DraftOrigin.HEAD, row.token_ids) for row in rows)
-            running.guesses = (*running.guesses, *own)
+            running.guesses = seconded((*running.guesses, *own))
             running.merged = running.trust.merge(running.guesses, self._most(requests[index]))
             taken[index] = replace(taken[index], tree=running.merged.tree)
         return taken

@@ -11,6 +11,7 @@ from deployments.engine.speculation.draft_source import (
     Prior,
     Trust,
     places,
+    seconded,
 )
 from deployments.engine.speculation.types import DraftOrigin, DraftTree
 
@@ -117,6 +118,22 @@ def test_a_drafters_own_estimate_is_believed_until_it_is_known_better():
 def test_estimates_of_the_first_tokens_are_enough():
     mixed = Guess.of(COPY, (5, 6, 7), (0.95,), rank=1)
     assert mixed.places == (Place(COPY, grade=10), *places(COPY, 3, rank=1)[1:])
+
+
+def test_what_two_drafters_say_is_a_kind_of_its_own():
+    both = [guess((5, 6, 7), POOL), Guess.of(COPY, (5, 6, 9), (0.55,) * 3), guess((5, 6), COPY)]
+    marks = [[place.is_seconded for place in each.places] for each in seconded(both)]
+    assert marks == [[True, True, False], [True, True, False], [True, True]]
+    assert seconded(both[1:]) == tuple(both[1:])  # one drafter twice is no second
+    trust = Trust({})
+    alone, agreed = both[1].places, seconded(both)[1].places
+    assert trust.chances(agreed)[0] > trust.chances(alone)[0] == pytest.approx(0.55)
+    tree = trust.merge(seconded(both), 8).tree
+    for _ in range(50):
+        for each in seconded(both):
+            trust.learn(each, tree, ())
+    assert trust.chances(agreed)[0] < 0.2
+    assert trust.chances(alone)[0] == pytest.approx(0.55)
 
 
 def test_without_trees_the_likeliest_chain_takes_all_rows():
