@@ -88,7 +88,9 @@ class Guess(NamedTuple):
             chances: its own estimates of the first tokens, or none at all.
             rank: 0 for what it thinks likeliest.
         """
-        graded = tuple(Place(origin, grade=bisect(_GRADES, chance)) for chance in chances)
+        graded = tuple(
+            Place(origin, grade=bisect(_GRADES, chance)) for chance in chances[: len(token_ids)]
+        )
         without = places(origin, len(token_ids), rank)
         return cls(tuple(token_ids), (*graded, *without[len(graded) :]))
 

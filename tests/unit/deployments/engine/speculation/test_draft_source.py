@@ -118,6 +118,7 @@ def test_a_drafters_own_estimate_is_believed_until_it_is_known_better():
 def test_estimates_of_the_first_tokens_are_enough():
     mixed = Guess.of(COPY, (5, 6, 7), (0.95,), rank=1)
     assert mixed.places == (Place(COPY, grade=10), *places(COPY, 3, rank=1)[1:])
+    assert Guess.of(COPY, (5,), (0.95, 0.5)).places == (Place(COPY, grade=10),)
 
 
 def test_what_two_drafters_say_is_a_kind_of_its_own():
