@@ -37,6 +37,8 @@ def draw(
     noise = gumbel(row_keys, likeliest_D.unsqueeze(1))[:, 0].tolist()
     rows = logits_DV.numpy()
     ids = np.empty(rows.shape, dtype=np.int64)
+    # Also where a temperature is so low that distances are no numbers.
+    ids[:, 0] = likeliest_D.numpy()
     counts = [
         # Whoever wins has more noise than the likeliest token, by what lies between their scores.
         tokens_above(
@@ -46,7 +48,7 @@ def draw(
             zip(best_D.tolist(), (1.0 / temperature_D1)[:, 0].tolist(), strict=True)
         )
     ]
-    ids_DC = torch.from_numpy(ids)[:, : max(counts)]
+    ids_DC = torch.from_numpy(ids)[:, : max(1, *counts)]
     for row, count in enumerate(counts):
         ids_DC[row, count:] = ids_DC[row, 0]
     scores_DC = logits_DV.gather(1, ids_DC).to(torch.float64) / temperature_D1

@@ -100,7 +100,7 @@ def _sample_slow(logits_MV: Tensor, rows: SequenceOf[SampleRow], indices: list[i
             [rows[index].sequence.sampling.temperature for index in plain],
         )
         tokens |= zip(plain, drawn, strict=True)
-    others = [index for index in indices if not _is_plainly_drawn(rows[index])]
+    others = [index for index in indices if index not in plain]
     if others:
         tokens |= zip(others, _sample_adjusted(logits_MV, rows, others), strict=True)
     return list(tokens.values())

@@ -46,6 +46,12 @@ def test_raw_logits_give_what_their_scores_give(temperature):
     assert draw(logits, KEYS, [temperature] * 300) == draw_from_all(scores, KEYS)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-308, 1e-320])
+def test_hardly_any_temperature_is_greedy(temperature):
+    logits = torch.randn(300, 500, generator=torch.Generator().manual_seed(7))
+    assert draw(logits, KEYS, [temperature] * 300) == logits.argmax(dim=1).tolist()
+
+
 @pytest.mark.parametrize("noise", [-3.0, 0.0, 5.0, 9.0])
 def test_no_token_that_would_win_is_missed_and_few_others_come_along(noise):
     ids = np.empty(20_000, dtype=np.int64)
