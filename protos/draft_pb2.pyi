@@ -243,6 +243,7 @@ class Commit(_message.Message):
     IN_FLIGHT_PARENTS_FIELD_NUMBER: _builtins.int
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     FANOUT_FIELD_NUMBER: _builtins.int
+    WITHIN_US_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     epoch: _builtins.int
     round: _builtins.int
@@ -255,6 +256,8 @@ class Commit(_message.Message):
     """Bonus tokens to guess for each node, on average; 0 asks for no table: more text follows, or the last ones
     came too late.
     """
+    within_us: _builtins.int
+    """A table that leaves later than this after the commit came will be late; 0 if nobody knows."""
     @_builtins.property
     def committed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens behind those sent before."""
@@ -279,10 +282,11 @@ class Commit(_message.Message):
         in_flight_parents: _abc.Iterable[_builtins.int] | None = ...,
         num_draft_tokens: _builtins.int = ...,
         fanout: _builtins.int = ...,
+        within_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_len", b"base_len", "committed", b"committed", "epoch", b"epoch", "fanout", b"fanout", "in_flight_parents", b"in_flight_parents", "in_flight_token_ids", b"in_flight_token_ids", "num_draft_tokens", b"num_draft_tokens", "round", b"round", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_len", b"base_len", "committed", b"committed", "epoch", b"epoch", "fanout", b"fanout", "in_flight_parents", b"in_flight_parents", "in_flight_token_ids", b"in_flight_token_ids", "num_draft_tokens", b"num_draft_tokens", "round", b"round", "session", b"session", "within_us", b"within_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -317,9 +321,14 @@ class Row(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     BONUS_TOKEN_ID_FIELD_NUMBER: _builtins.int
     DRAFT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CHANCES_FIELD_NUMBER: _builtins.int
     node: _builtins.int
     """0: nothing accepted; i + 1: accepted up to in-flight node i."""
     bonus_token_id: _builtins.int
+    chances: _builtins.bytes
+    """The drafter's own estimates of the bonus token and the tokens behind it, in 255ths: that each is right if all
+    before it are. Empty if it has none.
+    """
     @_builtins.property
     def draft_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -328,10 +337,11 @@ class Row(_message.Message):
         node: _builtins.int = ...,
         bonus_token_id: _builtins.int = ...,
         draft_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        chances: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bonus_token_id", b"bonus_token_id", "draft_token_ids", b"draft_token_ids", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bonus_token_id", b"bonus_token_id", "chances", b"chances", "draft_token_ids", b"draft_token_ids", "node", b"node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

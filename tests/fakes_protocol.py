@@ -133,10 +133,10 @@ class ProtocolWorld:
         rounds = []
         for request, draft in zip(requests, self.drafts(requests), strict=True):
             key, at = request.session_id, len(request.token_ids)
-            expected = tuple(self.truth[f"r{key}"][at : at + len(draft.token_ids)])
-            assert draft.token_ids == expected, "a row that disagrees with the text"
-            self.num_hits[key] += bool(draft.token_ids)
-            tree = DraftTree.chain(guess_of(key) or draft.token_ids, DraftOrigin.POOL)
+            expected = tuple(self.truth[f"r{key}"][at : at + len(draft.ahead.token_ids)])
+            assert draft.ahead.token_ids == expected, "a row that disagrees with the text"
+            self.num_hits[key] += bool(draft.ahead.token_ids)
+            tree = DraftTree.chain(guess_of(key) or draft.ahead.token_ids, DraftOrigin.POOL)
             rounds.append((request, tree, ASK))
         self.client.announce(rounds)
         for request, tree, _ in rounds:

@@ -45,8 +45,8 @@ def frames() -> dict[str, Message]:
     """By the name of their file; together they set every field there is."""
     session = PoolSession(SPEC, VOCAB_SIZE)
     opened = session.open(SPEC.token_ids, room=100)
-    commit = session.commit([*SPEC.token_ids, 5], TREE, Ask(4, 2), room=100, now=0.0)
-    rows = [OutcomeRow(2, 9, (8, 300)), OutcomeRow(-1, 4, ())]
+    commit = session.commit([*SPEC.token_ids, 5], TREE, Ask(4, 2, within_s=0.02), room=100, now=0.0)
+    rows = [OutcomeRow(2, 9, (8, 300), (0.5, 0.25, 1.0)), OutcomeRow(-1, 4, ())]
     return {
         "hello": draft_pb2.TargetFrame(hello=IDENTITY.hello("target-1")),
         "welcome": draft_pb2.DraftFrame(

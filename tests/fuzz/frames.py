@@ -195,11 +195,13 @@ class _Target:
         rounds = []
         for key, session in self._link.sessions.items():
             text = self._texts[key]
-            draft = session.draft_after(text)
+            draft, chances = session.draft_after(text)
             if len(draft) > wire.MAX_DRAFT_TOKENS + wire.MAX_IN_FLIGHT_NODES + 1:
                 raise BrokenPromiseError("an endless draft")
             if any(not 0 <= token_id < VOCAB_SIZE for token_id in draft):
                 raise BrokenPromiseError("a draft outside the vocabulary")
+            if len(chances) > len(draft) or any(not 0 <= chance <= 1 for chance in chances):
+                raise BrokenPromiseError("chances that are none")
             tree = DraftTree.chain(draft[: _ASK.num_draft_tokens], DraftOrigin.POOL)
             rounds.append(Round(session, list(text), tree, _ASK))
             self.num_rounds += 1
@@ -333,6 +335,8 @@ def _set(message: Message, field: FieldDescriptor, rng: random.Random) -> None:
 def _value(field: FieldDescriptor, rng: random.Random) -> object:
     if field.type == field.TYPE_STRING:
         return rng.choice(_TEXTS)
+    if field.type == field.TYPE_BYTES:
+        return rng.randbytes(rng.choice((0, 1, 5, 600)))
     if field.type == field.TYPE_DOUBLE:
         return rng.choice(_FLOATS)
     if field.type == field.TYPE_ENUM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -133,6 +134,7 @@ class DraftSession:
                 num_draft_tokens=message.num_draft_tokens,
                 fanout=message.fanout,
                 sampling=self.spec.sampling,
+                answer_by=arrived_at + 1e-6 * message.within_us if message.within_us else math.inf,
             )
             self.question = Question(message.round, message.base_len, query)
         return CommitOutcome.APPLIED

@@ -8,7 +8,7 @@ from deployments.engine.speculation.errors import HandshakeError
 from deployments.engine.speculation.noise import NOISE_VERSION
 from protos import draft_pb2
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,12 +9,26 @@ one can never propose anything: text is only ever appended, and a row that disag
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from deployments.engine.speculation.types import DraftTree, OutcomeRow
+
+
+class Continuation(NamedTuple):
+    """Tokens that may follow a text, and what their drafter thinks of the first ones.
+
+    Attributes:
+        chances: of each that it is right if all before it are; may be fewer, or none at all.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    chances: tuple[float, ...] = ()
+
+
+NOTHING = Continuation()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +41,20 @@ class OutcomeTable:
     """
 
     base_len: int
-    continuations: tuple[tuple[int, ...], ...]
+    continuations: tuple[Continuation, ...]
 
     @classmethod
     def build(cls, base_len: int, in_flight: DraftTree, rows: Iterable[OutcomeRow]) -> OutcomeTable:
         """Anchor a drafter's rows at the text they continue."""
-        return cls(
-            base_len,
-            tuple(
-                (
-                    *(in_flight.token_ids[node] for node in in_flight.path_to(row.node)),
-                    row.bonus_token_id,
-                    *row.draft_token_ids,
-                )
-                for row in rows
-            ),
-        )
+        continuations = []
+        for row in rows:
+            path = tuple(in_flight.token_ids[node] for node in in_flight.path_to(row.node))
+            # Of the path the drafter says nothing: the target itself has found out.
+            chances = (1.0,) * len(path) + row.chances if row.chances else ()
+            continuations.append(Continuation(path + row.token_ids, chances))
+        return cls(base_len, tuple(continuations))
 
-    def draft_after(self, committed: Sequence[int]) -> tuple[int, ...]:
+    def draft_after(self, committed: Sequence[int]) -> Continuation:
         """The draft of the likeliest row that agrees with the text.
 
         Args:
@@ -54,12 +64,13 @@ class OutcomeTable:
             Tokens that may follow it; empty if no row agrees or none goes further.
         """
         if len(committed) < self.base_len:
-            return ()
+            return NOTHING
         since = tuple(committed[self.base_len :])
-        for continuation in self.continuations:
-            if len(continuation) > len(since) and continuation[: len(since)] == since:
-                return continuation[len(since) :]
-        return ()
+        known = len(since)
+        for token_ids, chances in self.continuations:
+            if len(token_ids) > known and token_ids[:known] == since:
+                return Continuation(token_ids[known:], chances[known:])
+        return NOTHING
 
 
 class TableShelf:
@@ -79,9 +90,9 @@ class TableShelf:
         self._tables.sort(key=lambda kept: kept.base_len, reverse=True)
         del self._tables[self._CAPACITY :]
 
-    def draft_after(self, committed: Sequence[int]) -> tuple[int, ...]:
+    def draft_after(self, committed: Sequence[int]) -> Continuation:
         """What the newest table that fits proposes; empty if none does."""
         for table in self._tables:
-            if draft := table.draft_after(committed):
+            if (draft := table.draft_after(committed)).token_ids:
                 return draft
-        return ()
+        return NOTHING

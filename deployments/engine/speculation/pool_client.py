@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from deployments.engine.speculation.outcome_table import NOTHING, Continuation
 from deployments.engine.speculation.pool_link import LinkLimits, LinkState, PoolLink, Round
 from deployments.engine.speculation.session import PoolSession
 from deployments.engine.speculation.speculator_stats import PoolCounters
@@ -32,11 +33,11 @@ class PoolDraft(NamedTuple):
     """What the pool has for a sequence.
 
     Attributes:
-        token_ids: a chain; empty if no row fits.
+        ahead: a chain; empty if no row fits.
         was_asked: the pool serves this sequence and was asked for a table.
     """
 
-    token_ids: tuple[int, ...]
+    ahead: Continuation
     was_asked: bool
 
 
@@ -245,5 +246,5 @@ class PoolClient:
     def _draft(self, request: DraftRequest) -> PoolDraft:
         session = self._sessions.get(request.session_id)
         if session is None:
-            return PoolDraft((), was_asked=False)
+            return PoolDraft(NOTHING, was_asked=False)
         return PoolDraft(session.draft_after(request.token_ids), was_asked=session.has_asked)

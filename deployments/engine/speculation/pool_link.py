@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PLAIN = DraftTree()
+_WAY_WEIGHT = 0.1
+"""Of the newest table in what is known of the time that commits and tables travel and wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,7 @@ class PoolLink:
         self._closes: list[draft_pb2.Close] = []
         self._num_dropped_seen = 0
         self._pace = AskPace()
+        self._way_s = 0.0
 
     def add(self, session: PoolSession) -> None:
         """Serve a session from the next frame on."""
@@ -216,6 +219,7 @@ class PoolLink:
 
     def _commit(self, frame: draft_pb2.TargetFrame, item: Round, room: int, now: float) -> int:
         ask = self._pace.limit(item.ask)
+        ask = ask._replace(within_s=max(0.0, ask.within_s - self._way_s))
         commit = item.session.commit(item.token_ids, item.in_flight, ask, room, now)
         frame.commits.append(commit)
         return len(commit.committed)
@@ -236,6 +240,8 @@ class PoolLink:
         if receipt is not None:
             self._pace.on_table(is_late=receipt.is_late)
             counters.on_table(receipt.round_trip_s, is_late=receipt.is_late)
+            way_s = max(0.0, receipt.round_trip_s - counters.pool_batch_time_s)
+            self._way_s += _WAY_WEIGHT * (way_s - self._way_s)
 
     def _on_resync(self, resync: draft_pb2.Resync, counters: PoolCounters) -> None:
         session = self.sessions.get(resync.session)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.engine.speculation import wire
 from deployments.engine.speculation.errors import MalformedMessageError
-from deployments.engine.speculation.outcome_table import OutcomeTable, TableShelf
+from deployments.engine.speculation.outcome_table import Continuation, OutcomeTable, TableShelf
 from protos import draft_pb2
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _MAX_ASKED_ROUNDS = 4
 _MAX_HOLD_ROUNDS = 64
+_LONGEST_S = 60.0
 
 
 class TableReceipt(NamedTuple):
@@ -110,6 +111,8 @@ class PoolSession:
             message.in_flight_parents.extend(parent + 1 for parent in in_flight.parents)
             message.num_draft_tokens = ask.num_draft_tokens
             message.fanout = ask.fanout
+            if ask.within_s < _LONGEST_S:
+                message.within_us = max(1, int(1e6 * ask.within_s))
             self._asked[self._round] = _AskedRound(self.num_sent, in_flight, now)
             if len(self._asked) > _MAX_ASKED_ROUNDS:
                 del self._asked[min(self._asked)]
@@ -190,6 +193,6 @@ class PoolSession:
         self._hold_rounds = min(2**self._num_drops, _MAX_HOLD_ROUNDS)
         self._num_drops = min(self._num_drops + 1, _MAX_HOLD_ROUNDS.bit_length())
 
-    def draft_after(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+    def draft_after(self, token_ids: Sequence[int]) -> Continuation:
         """What the pool proposes behind the committed text; empty if no row fits."""
         return self._tables.draft_after(token_ids)

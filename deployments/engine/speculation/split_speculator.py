@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from deployments.engine.speculation.drafters.guarded import GuardedDrafter
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.gain import GainMeter
 from deployments.engine.speculation.head_budget import HeadBudget
+from deployments.engine.speculation.outcome_table import NOTHING
 from deployments.engine.speculation.pool_client import PoolClient, PoolDraft
 from deployments.engine.speculation.running_sequence import RunningSequence
 from deployments.engine.speculation.speculator import NOTHING_ELSE, Speculator, TakenDraft
@@ -165,18 +167,18 @@ class SplitSpeculator(Speculator):
     def _at_hand(self, requests: Sequence[DraftRequest]) -> list[TakenDraft]:
         """All that could be verified."""
         if self._pool is None:
-            from_pool = [PoolDraft((), was_asked=False)] * len(requests)
+            from_pool = [PoolDraft(NOTHING, was_asked=False)] * len(requests)
         else:
             from_pool = self._pool.drafts(requests)
         taken: list[TakenDraft] = []
         local = self._local_drafts(requests)
         for request, draft, guesses in zip(requests, from_pool, local, strict=True):
             has_room = request.max_draft_tokens > 0
-            hit = bool(draft.token_ids) and has_room
+            hit = bool(draft.ahead.token_ids) and has_room
             running = self._running.get(request.session_id)
             tree = _EMPTY
             if running is not None:
-                from_table = (Guess.of(DraftOrigin.POOL, draft.token_ids),) if hit else ()
+                from_table = (Guess.of(DraftOrigin.POOL, *draft.ahead),) if hit else ()
                 running.guesses = seconded((*from_table, *guesses))
                 running.merged = running.trust.merge(running.guesses, self._most(request))
                 tree = running.merged.tree
@@ -209,7 +211,12 @@ class SplitSpeculator(Speculator):
         self._num_step_rows += sum(len(tree) for _, tree in rounds)
         if self._pool is None:
             return
-        self._pool.announce([(request, tree, self._ask(request)) for request, tree in rounds])
+        within_s = math.inf
+        if self._planner.times.is_known:
+            within_s = self._planner.times.seconds(self._num_step_rows)
+        self._pool.announce(
+            [(request, tree, self._ask(request, within_s)) for request, tree in rounds]
+        )
 
     def verified(self, results: Sequence[RoundResult]) -> None:
         """Learn from the outcome."""
@@ -274,15 +281,12 @@ class SplitSpeculator(Speculator):
         )
         return own if self._pool is None else self._pool.add_to(own)
 
-    def _ask(self, request: DraftRequest) -> Ask:
-        """Of the pool, in this round."""
+    def _ask(self, request: DraftRequest, within_s: float) -> Ask:
+        """Of the pool, in this round, which will take so long."""
         running = self._running.get(request.session_id)
-        k, fanout = self._config.num_draft_tokens, self._config.fanout
-        if running is None:
-            return Ask(k, fanout)
-        if not running.asks_pool():
+        if running is not None and not running.asks_pool():
             return NO_ASK
-        return Ask(running.trust.worth(DraftOrigin.POOL, k), fanout)
+        return Ask(self._config.num_draft_tokens, self._config.fanout, within_s)
 
     def _local_drafts(self, requests: Sequence[DraftRequest]) -> list[tuple[Guess, ...]]:
         guesses: list[tuple[Guess, ...]] = [()] * len(requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -79,10 +80,14 @@ class Ask(NamedTuple):
     """How large a table is wanted: tokens behind each bonus token (k), bonus tokens per node (F).
 
     Without bonus tokens none is wanted.
+
+    Attributes:
+        within_s: a table that comes later is late; infinite if nobody knows.
     """
 
     num_draft_tokens: int
     fanout: int
+    within_s: float = math.inf
 
 
 NO_ASK = Ask(0, 0)
@@ -129,6 +134,8 @@ class DraftQuery:
         in_flight: the draft being verified; empty when the round is plain.
         num_draft_tokens: tokens wanted behind each bonus token (k).
         fanout: bonus tokens to guess for each node, on average (F).
+        answer_by: in ``time.monotonic`` seconds; a smaller answer until then is worth more than a
+            larger one later.
     """
 
     session_id: int
@@ -137,6 +144,7 @@ class DraftQuery:
     num_draft_tokens: int
     fanout: int
     sampling: DraftSampling
+    answer_by: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +155,8 @@ class OutcomeRow:
         node: index into the round's in-flight draft; -1 if nothing was accepted.
         draft_token_ids: a chain behind the bonus token; may be shorter than asked, even empty.
         chances: the drafter's own estimates, where it has some: of each token, from the bonus token
-            on, that it is right if all before it are. A local drafter's tokens are trusted by what
-            tokens of about the same estimates were worth.
+            on, that it is right if all before it are. Tokens are trusted by what those of about
+            the same estimates were worth.
     """
 
     node: int

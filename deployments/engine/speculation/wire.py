@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MAX_IN_FLIGHT_NODES = 512
 MAX_DRAFT_TOKENS = 32
 MAX_FANOUT = 16
+_MOST_CHANCE = 255
 
 
 def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> None:
@@ -120,6 +121,7 @@ def rows_to_wire(rows: Iterable[OutcomeRow]) -> list[draft_pb2.Row]:
             node=row.node + 1,
             bonus_token_id=row.bonus_token_id,
             draft_token_ids=row.draft_token_ids,
+            chances=bytes(round(_MOST_CHANCE * chance) for chance in row.chances),
         )
         for row in rows
     ]
@@ -137,7 +139,7 @@ def rows_from_wire(
 
     Raises:
         MalformedMessageError: more rows than outcomes were asked, a node that is not in the draft,
-            an over-long draft, or an id out of range.
+            an over-long draft, more chances than tokens, or an id out of range.
     """
     if len(rows) > (len(in_flight) + 1) * MAX_FANOUT:
         raise MalformedMessageError("more rows than outcomes")
@@ -147,6 +149,10 @@ def rows_from_wire(
             raise MalformedMessageError("a row for a node that is not in flight")
         if len(row.draft_token_ids) > MAX_DRAFT_TOKENS:
             raise MalformedMessageError("a row's draft is too long")
+        if len(row.chances) > 1 + len(row.draft_token_ids):
+            raise MalformedMessageError("a row with more chances than tokens")
         check_token_ids((row.bonus_token_id, *row.draft_token_ids), vocab_size)
-        checked.append(OutcomeRow(row.node - 1, row.bonus_token_id, tuple(row.draft_token_ids)))
+        chances = tuple(chance / _MOST_CHANCE for chance in row.chances)
+        draft = tuple(row.draft_token_ids)
+        checked.append(OutcomeRow(row.node - 1, row.bonus_token_id, draft, chances))
     return checked

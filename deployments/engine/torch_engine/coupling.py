@@ -5,7 +5,7 @@ R: rows, V: vocabulary, S: sampled rows, C: candidates.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 _NOISY_CANDIDATES = 128
 """Noise is drawn for this many of the likeliest tokens of a row: a far token that would win by
 noise alone is worth less than the time to look at the whole vocabulary."""
+
+
+class Choice(NamedTuple):
+    """A guess, and how likely the drafter's own scores make it."""
+
+    token_id: int
+    log_chance: float
 
 
 def coupled_scores(
@@ -55,7 +62,7 @@ def coupled_choices(
     samplings: Sequence[DraftSampling],
     positions: Sequence[int],
     token_ids: Tensor | None = None,
-) -> list[int]:
+) -> list[Choice]:
     """The argmax of ``coupled_scores``, without spreading the noise over the vocabulary.
 
     Args:
@@ -65,12 +72,15 @@ def coupled_choices(
         token_ids: as there.
     """
     scores_RV, rows = _processed_scores(logits_RV, samplings)
-    best_R = scores_RV.argmax(dim=1)
+    best_R, columns_R = scores_RV.max(dim=1)
+    log_chances_R = best_R - scores_RV.logsumexp(dim=1)
     if rows:
         noisy_SC, columns_SC = _noisy_candidates(scores_RV, rows, samplings, positions, token_ids)
-        best_R[rows] = columns_SC.gather(1, noisy_SC.argmax(dim=1, keepdim=True)).squeeze(1)
-    choices: list[int] = (best_R if token_ids is None else token_ids[best_R]).tolist()
-    return choices
+        best_S, places_S = noisy_SC.max(dim=1)
+        columns_R[rows] = columns_SC.gather(1, places_S.unsqueeze(1)).squeeze(1)
+        log_chances_R[rows] = (best_S - noisy_SC.logsumexp(dim=1)).to(log_chances_R.dtype)
+    ids_R = columns_R if token_ids is None else token_ids[columns_R]
+    return [*map(Choice, ids_R.tolist(), log_chances_R.tolist())]
 
 
 def _processed_scores(

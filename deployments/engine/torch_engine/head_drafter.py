@@ -234,15 +234,15 @@ class HeadDrafter(Drafter):
             self._cache,
         )
         # A row scores the token two places behind it.
-        tokens = coupled_choices(
+        choices = coupled_choices(
             self._head.logits(hidden),
             [chain.sampling for chain in chains],
             [chain.row + 2 for chain in chains],
             self._head.draft_token_ids,
         )
-        for number, (chain, token) in enumerate(zip(chains, tokens, strict=True)):
-            chain.token_ids.append(token)
-            chain.token_id, chain.feature = token, hidden[number]
+        for number, (chain, choice) in enumerate(zip(chains, choices, strict=True)):
+            chain.token_ids.append(choice.token_id)
+            chain.token_id, chain.feature = choice.token_id, hidden[number]
             chain.row += 1
             chain.num_seen += 1
 

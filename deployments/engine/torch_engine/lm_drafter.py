@@ -2,9 +2,9 @@
 
 A query tells which draft the target is verifying. The model reads the new committed text and that
 draft in one forward, which gives it a distribution behind every node. The likeliest outcomes (the
-node at which the draft ends, and the bonus token there) are each continued for k tokens. Every
-choice adds the noise the target will add, so that the two agree wherever their distributions nearly
-do.
+node at which the draft ends, and the bonus token there) are each continued for k tokens, as far as
+these may well be reached and there is time. Every choice adds the noise the target will add, so
+that the two agree wherever their distributions nearly do.
 
 Rows of committed text stay in the session's pages. Rows of guesses go to scratch slots, where the
 branches of a session form one tree: each row sees the text, its node's path, and itself.
@@ -12,7 +12,8 @@ branches of a session form one tree: each row sees the text, its node's path, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,16 @@ from deployments.engine.torch_engine.draft_sessions import SessionCaches
 from deployments.engine.torch_engine.forward_batch import ForwardBatch, SequenceSpan
 from deployments.engine.torch_engine.kv_cache import KVCache
 from deployments.engine.torch_engine.model_runner import ModelRunner
+from deployments.engine.torch_engine.outcome_branches import (
+    Branch,
+    Part,
+    Round,
+    ancestors_of,
+    branch_part,
+    depths_of,
+    rows_needed,
+    shed,
+)
 from deployments.engine.torch_engine.weights.loader import return_freed_memory
 from kv_store.layout import PAGE_TOKENS
 
@@ -33,50 +44,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from deployments.engine.speculation.types import DraftQuery, DraftTree
-    from deployments.engine.torch_engine.draft_sessions import SessionCache
+    from deployments.engine.speculation.types import DraftQuery
     from deployments.engine.torch_engine.weights.loader import LoadedModel
 
 _UNKNOWN_LOG_CHANCE = -3.0
 """Of a token in flight that this model cannot say: another drafter, or the text itself, can."""
-
-
-@dataclass(slots=True)
-class _Branch:
-    """One outcome and the chain behind it.
-
-    Attributes:
-        position: index of the bonus token in the text.
-        log_likelihood: of the outcome, by the model's own scores.
-        token_ids: the bonus token, then the draft.
-    """
-
-    node: int
-    position: int
-    log_likelihood: float
-    token_ids: list[int]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Round:
-    """One query at work.
-
-    Attributes:
-        index: the query's place in the call.
-        depths: tokens between the committed text and behind each node; 0 for the text itself.
-        ancestors: [n + 1, n] bool, the draft nodes seen from the text (row 0) and from each node.
-        scratch: slots of guesses; the first n belong to the draft in flight.
-    """
-
-    index: int
-    query: DraftQuery
-    cache: SessionCache
-    fanout: int
-    num_draft_tokens: int
-    depths: list[int]
-    ancestors: Tensor
-    scratch: Tensor
-    branches: list[_Branch] = field(default_factory=list)
+_EXTENSION_WEIGHT = 0.2
 
 
 class CausalLMDrafter(Drafter):
@@ -90,6 +63,7 @@ class CausalLMDrafter(Drafter):
         max_sessions: int = 64,
         num_scratch_pages: int = 16,
         prefill_chunk_tokens: int = 512,
+        least_chance: float = 0.03,
     ) -> None:
         """Allocate the pool.
 
@@ -101,6 +75,7 @@ class CausalLMDrafter(Drafter):
             num_scratch_pages: pages for guesses. A query that needs more gets fewer bonus tokens,
                 then shorter drafts.
             prefill_chunk_tokens: tokens of one forward while a long text is read.
+            least_chance: a token less likely to be reached is not worth the row that would find it.
         """
         cache = KVCache(
             loaded.config,
@@ -119,6 +94,8 @@ class CausalLMDrafter(Drafter):
         self._first_scratch = num_pages * PAGE_TOKENS
         self._num_scratch = num_scratch_pages * PAGE_TOKENS
         self._chunk = prefill_chunk_tokens
+        self._least_log_chance = math.log(least_chance) if least_chance else -math.inf
+        self._extension_s = 0.0
 
     def warm_up(self) -> None:
         """Compile before the first query, and keep no dense copy of what compiled code computes."""
@@ -134,7 +111,7 @@ class CausalLMDrafter(Drafter):
     def propose(self, queries: Sequence[DraftQuery]) -> list[list[OutcomeRow]]:
         """Answer the queries, as many together as fit into the pool."""
         answers: list[list[OutcomeRow]] = [[] for _ in queries]
-        group: list[_Round] = []
+        group: list[Round] = []
         for index, query in enumerate(queries):
             admitted = self._admit(index, query, group)
             if admitted is None and group:
@@ -147,42 +124,47 @@ class CausalLMDrafter(Drafter):
             self._answer(group, answers)
         return answers
 
-    def _answer(self, group: Sequence[_Round], answers: list[list[OutcomeRow]]) -> None:
+    def _answer(self, group: Sequence[Round], answers: list[list[OutcomeRow]]) -> None:
         self._read_long_texts(group)
         logits = self._read_drafts_in_flight(group)
         self._choose_bonus_tokens(group, logits)
         self._continue_branches(group)
         for work in group:
-            work.branches.sort(key=lambda branch: branch.log_likelihood, reverse=True)
+            work.branches.sort(key=lambda branch: branch.log_chances[0], reverse=True)
             answers[work.index] = [
-                OutcomeRow(branch.node, branch.token_ids[0], tuple(branch.token_ids[1:]))
+                OutcomeRow(
+                    branch.node,
+                    branch.token_ids[0],
+                    tuple(branch.token_ids[1:]),
+                    tuple(min(1.0, math.exp(chance)) for chance in branch.log_chances),
+                )
                 for branch in work.branches
             ]
 
-    def _admit(self, index: int, query: DraftQuery, group: Sequence[_Round]) -> _Round | None:
+    def _admit(self, index: int, query: DraftQuery, group: Sequence[Round]) -> Round | None:
         """Find pages and scratch slots for a query beside those of its group."""
         first = self._first_scratch + sum(len(work.scratch) for work in group)
         room = self._first_scratch + self._num_scratch - first
         alone = not group
-        shape = _shed(query, room if alone else None)
+        shape = shed(query, room if alone else None)
         if shape is None or not self._can_read(query):
             return None
         fanout, num_draft_tokens = shape
-        num_scratch = _rows_needed(len(query.in_flight), fanout, num_draft_tokens)
+        num_scratch = rows_needed(len(query.in_flight), fanout, num_draft_tokens)
         if num_scratch > room:
             return None
         in_use = {work.query.session_id for work in group}
         cache = self._caches.take(query.session_id, query.token_ids, in_use)
         if cache is None:
             return None
-        return _Round(
+        return Round(
             index=index,
             query=query,
             cache=cache,
             fanout=fanout,
             num_draft_tokens=num_draft_tokens,
-            depths=_depths(query.in_flight),
-            ancestors=_ancestors(query.in_flight),
+            depths=depths_of(query.in_flight),
+            ancestors=ancestors_of(query.in_flight),
             scratch=torch.arange(first, first + num_scratch),
         )
 
@@ -193,18 +175,18 @@ class CausalLMDrafter(Drafter):
             return False
         return max(*text, *query.in_flight.token_ids, 0) < self._runner.config.vocab_size
 
-    def _read_long_texts(self, group: Sequence[_Round]) -> None:
+    def _read_long_texts(self, group: Sequence[Round]) -> None:
         """Prefill, chunk by chunk, until every text has at most one chunk left."""
         for work in group:
             text, cached = work.query.token_ids, work.cache.token_ids
             while len(text) - len(cached) > self._chunk:
                 start, end = len(cached), len(cached) + self._chunk
                 self._forward(
-                    [_Part(text[start:end], list(range(start, end)), work.cache.slots[:end])]
+                    [Part(text[start:end], list(range(start, end)), work.cache.slots[:end])]
                 )
                 cached.extend(text[start:end])
 
-    def _read_drafts_in_flight(self, group: Sequence[_Round]) -> list[Tensor]:
+    def _read_drafts_in_flight(self, group: Sequence[Round]) -> list[Tensor]:
         """One forward over what is left of each text and its draft.
 
         Returns:
@@ -223,7 +205,7 @@ class CausalLMDrafter(Drafter):
                 mask = torch.ones(num_new + num_nodes, num_new + num_nodes, dtype=torch.bool).tril()
                 mask[num_new:, num_new:] = work.ancestors[1:]
             parts.append(
-                _Part(
+                Part(
                     [*text[start:], *tree.token_ids],
                     [*range(start, len(text)), *(len(text) + d - 1 for d in work.depths[1:])],
                     torch.cat((work.cache.slots[: len(text)], work.scratch[:num_nodes])),
@@ -236,7 +218,7 @@ class CausalLMDrafter(Drafter):
             work.cache.token_ids.extend(work.query.token_ids[len(work.cache.token_ids) :])
         return list(torch.split(logits, [part.num_logits for part in parts]))
 
-    def _choose_bonus_tokens(self, group: Sequence[_Round], logits: Sequence[Tensor]) -> None:
+    def _choose_bonus_tokens(self, group: Sequence[Round], logits: Sequence[Tensor]) -> None:
         """Open branches for the likeliest outcomes that the draft does not hold, F for every node.
 
         An outcome is a place where the draft ends and the token that stands there instead. Places
@@ -264,27 +246,46 @@ class CausalLMDrafter(Drafter):
                     break
                 row, column = divmod(place, num_columns)
                 token = column if self._token_ids is None else int(self._token_ids[column])
-                work.branches.append(_Branch(row - 1, positions[row], value, [token]))
+                work.branches.append(Branch(row - 1, positions[row], [value], [token]))
 
     def _column(self, token_id: int) -> int | None:
         """Where a token's score is; None if it is outside the draft vocabulary."""
         return token_id if self._columns is None else self._columns.get(token_id)
 
-    def _continue_branches(self, group: Sequence[_Round]) -> None:
-        """Extend every branch, all queries together, one token per forward."""
+    def _continue_branches(self, group: Sequence[Round]) -> None:
+        """Extend the branches, all queries together, one token per forward, while there is time.
+
+        One token is worth something even late; a session that is late anyway hurries nobody.
+        """
+        began_at = time.monotonic()
+        in_time = began_at + 2 * self._extension_s
+        answer_by = min(
+            (work.query.answer_by for work in group if work.query.answer_by >= in_time),
+            default=math.inf,
+        )
         for step in range(max(work.num_draft_tokens for work in group)):
-            active = [w for w in group if w.branches and step < w.num_draft_tokens]
-            if not active:
+            if step and time.monotonic() + self._extension_s > answer_by:
                 return
-            logits = self._forward([_branch_part(work, step) for work in active])
-            branches = [(work, branch) for work in active for branch in work.branches]
+            chosen = [
+                (work, indices)
+                for work in group
+                if (indices := work.branches_to_extend(step, self._least_log_chance))
+            ]
+            if not chosen:
+                return
+            logits = self._forward([branch_part(work, indices) for work, indices in chosen])
+            branches = [(work, work.branches[i]) for work, indices in chosen for i in indices]
             samplings = [work.query.sampling for work, _ in branches]
             positions = [branch.position + step + 1 for _, branch in branches]
-            tokens = coupled_choices(logits, samplings, positions, self._token_ids)
-            for (_, branch), token in zip(branches, tokens, strict=True):
-                branch.token_ids.append(token)
+            choices = coupled_choices(logits, samplings, positions, self._token_ids)
+            for (_, branch), choice in zip(branches, choices, strict=True):
+                branch.token_ids.append(choice.token_id)
+                branch.log_chances.append(choice.log_chance)
+            now = time.monotonic()
+            self._extension_s += _EXTENSION_WEIGHT * (now - began_at - self._extension_s)
+            began_at = now
 
-    def _forward(self, parts: Sequence[_Part]) -> Tensor:
+    def _forward(self, parts: Sequence[Part]) -> Tensor:
         """Run the parts as one batch; the last ``num_logits`` rows of each are scored."""
         spans: list[SequenceSpan] = []
         rows: list[int] = []
@@ -307,62 +308,3 @@ class CausalLMDrafter(Drafter):
                 logit_rows=torch.tensor(rows, dtype=torch.int64),
             )
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One session's share of a forward; its new rows lie in the last slots of ``kv_slots``."""
-
-    token_ids: Sequence[int]
-    positions: Sequence[int]
-    kv_slots: Tensor
-    tail_mask: Tensor | None = None
-    num_logits: int = 0
-
-
-def _branch_part(work: _Round, step: int) -> _Part:
-    """The newest token of each branch, seeing the text, its node's path and its own chain."""
-    num_nodes, num_branches = len(work.query.in_flight), len(work.branches)
-    end = num_nodes + (step + 1) * num_branches
-    paths = work.ancestors[[branch.node + 1 for branch in work.branches]]
-    own = torch.eye(num_branches, dtype=torch.bool).repeat(1, step + 1)
-    return _Part(
-        [branch.token_ids[-1] for branch in work.branches],
-        [branch.position + step for branch in work.branches],
-        torch.cat((work.cache.slots[: len(work.query.token_ids)], work.scratch[:end])),
-        torch.cat((paths, own), dim=1),
-        num_logits=num_branches,
-    )
-
-
-def _shed(query: DraftQuery, room: int | None) -> tuple[int, int] | None:
-    """The (F, k) asked for, or as much of it as ``room`` rows allow: F gives way first."""
-    fanout, num_draft_tokens, num_nodes = query.fanout, query.num_draft_tokens, len(query.in_flight)
-    while room is not None and _rows_needed(num_nodes, fanout, num_draft_tokens) > room:
-        if fanout > 1:
-            fanout -= 1
-        elif num_draft_tokens > 0:
-            num_draft_tokens -= 1
-        else:
-            return None
-    return fanout, num_draft_tokens
-
-
-def _rows_needed(num_nodes: int, fanout: int, num_draft_tokens: int) -> int:
-    """Scratch rows of one query; the last token of a draft is never read, the bonus token is."""
-    return num_nodes + (num_nodes + 1) * fanout * num_draft_tokens
-
-
-def _depths(tree: DraftTree) -> list[int]:
-    depths = [0]
-    for parent in tree.parents:
-        depths.append(depths[parent + 1] + 1)
-    return depths
-
-
-def _ancestors(tree: DraftTree) -> Tensor:
-    ancestors = torch.zeros(len(tree) + 1, len(tree), dtype=torch.bool)
-    for node, parent in enumerate(tree.parents):
-        ancestors[node + 1] = ancestors[parent + 1]
-        ancestors[node + 1, node] = True
-    return ancestors

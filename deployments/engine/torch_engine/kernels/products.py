@@ -6,7 +6,6 @@ together nor on how the work is split between threads.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
@@ -14,6 +13,7 @@ from numba import carray, literally, types
 from numba.extending import intrinsic
 
 from deployments.engine.torch_engine.kernels.compiling import kernel
+from deployments.engine.torch_engine.kernels.dense import multiply_rows
 from deployments.engine.torch_engine.kernels.memory import pointer
 from deployments.engine.torch_engine.kernels.vectors import (
     BLOCK,
@@ -42,66 +42,10 @@ _NIBBLE_COLUMNS = [
 ]
 _SHORT_ROWS = LANES if HAS_AVX512 else LANES // 2
 """Rows of a tile that are multiplied at once: elsewhere the inputs would leave the registers."""
-_REGISTER = LANES if HAS_AVX512 else 8
-_REGISTERS = LANES // _REGISTER
-_DENSE_TOKENS = 6 if HAS_AVX512 else 3
-_PAIR_ROWS = 4 if HAS_AVX512 else 2
-"""How many tokens meet how many rows at once: AVX2 has sixteen registers, of which four pairs of
-sixteen floats take eight for their sums, and leave enough for weights and inputs. AVX-512 has 32,
-of which 24 pairs take 24."""
-_ROW_BYTES = {DENSE_F32: 4, DENSE_BF16: 2}
 _AHEAD_BYTES = 2048
 """How far ahead tiles are fetched: the more tokens use one, the later the processor would ask."""
-_STRIP_ROWS, _STRIP_TILES = 8, 4
+_STRIP_TILES = 4
 """What is multiplied with all tokens before the next comes: it stays in the nearest caches."""
-
-
-@intrinsic(prefer_literal=True)
-def _dense_products(
-    typing_context, kind, rows, tokens, w, w_stride, x, x_stride, y, y_stride, size, next_w, share
-):
-    """``y[n][r] = sum(w[r] * x[n])`` for literal counts of rows and tokens; lanes are columns.
-
-    Strides are in bytes, ``size`` is the length of a row, a multiple of sixteen. Meanwhile one of
-    ``share`` equal parts of as many rows is fetched from ``next_w`` on.
-    """
-    num_rows, num_tokens = rows.literal_value, tokens.literal_value
-    dtype = kind.literal_value
-    row_bytes = _ROW_BYTES[dtype]
-
-    def generate(_context: Any, builder: Value, _signature: Any, args: Sequence[Value]) -> None:
-        emit = Emitter(builder, _REGISTER)
-        _, _, _, w, w_stride, x, x_stride, y, y_stride, size, next_w, share = args
-        w_rows = [emit.step(w, w_stride, r) for r in range(num_rows)]
-        x_rows = [emit.step(x, x_stride, n) for n in range(num_tokens)]
-        steps = builder.sdiv(size, ir.Constant(I64, LANES))
-        num_sums = num_rows * num_tokens
-        loop = Loop(builder, steps, emit.zeros(num_sums * _REGISTERS))
-        w_at = builder.mul(loop.index, ir.Constant(I64, row_bytes * LANES))
-        x_at = builder.mul(loop.index, ir.Constant(I64, 4 * LANES))
-        # Evenly, so that memory works as long as the processor does.
-        step_bytes = row_bytes * LANES * num_rows
-        next_at = builder.mul(loop.index, builder.sdiv(ir.Constant(I64, step_bytes), share))
-        emit.prefetch_all(builder.add(next_w, next_at), step_bytes)
-        sums = []
-        for part in range(_REGISTERS):
-            column_at = emit.at(x_at, 4 * _REGISTER * part)
-            columns = [emit.load_floats(builder.add(row, column_at), DENSE_F32) for row in x_rows]
-            weight_at = emit.at(w_at, row_bytes * _REGISTER * part)
-            for r, row in enumerate(w_rows):
-                weights = emit.load_floats(builder.add(row, weight_at), dtype)
-                for n, column in enumerate(columns):
-                    carried = loop.carried[part * num_sums + r * num_tokens + n]
-                    sums.append(emit.fma(weights, column, carried))
-        loop.close(sums)
-        for r in range(num_rows):
-            for n in range(num_tokens):
-                target = emit.at(emit.step(y, y_stride, n), 4 * r)
-                parts = sums[r * num_tokens + n :: num_sums]
-                emit.store(emit.total(functools.reduce(builder.fadd, parts)), target)
-
-    signature = types.void(kind, rows, tokens, *[types.int64] * 9)
-    return signature, generate
 
 
 @intrinsic(prefer_literal=True)
@@ -241,88 +185,6 @@ def _eight_columns(emit: Emitter, form: int, at: Value, first_row: Value) -> lis
 
 
 @kernel
-def _dense_strip(
-    kind, rows, tokens, w, w_stride, x, stride, y, y_stride, count, size, next_w, num_turns
-):
-    """``count`` rows, ``rows`` at once and the rest one by one, for literal ``tokens``.
-
-    Of the next strip one of ``num_turns`` parts is fetched meanwhile, from ``next_w`` on.
-    """
-    literally(kind)
-    literally(rows)
-    literally(tokens)
-    r = 0
-    while r < count:
-        at, to, far = w + r * w_stride, y + 4 * r, next_w + r * w_stride // num_turns
-        if r + rows <= count:
-            _dense_products(
-                kind, rows, tokens, at, w_stride, x, stride, to, y_stride, size, far, num_turns
-            )
-            r += rows
-        else:
-            _dense_products(
-                kind, 1, tokens, at, w_stride, x, stride, to, y_stride, size, far, num_turns
-            )
-            r += 1
-
-
-@kernel
-def _evenly(count, most):
-    """The first of equal parts of ``count`` that are at most ``most``."""
-    num_parts = (count + most - 1) // most
-    return (count + num_parts - 1) // num_parts
-
-
-@kernel
-def _dense_rows(kind, w, x, y, y_stride, first, last, num_tokens, size):
-    """Rows ``first`` to ``last`` of a dense matrix; weights leave memory once."""
-    literally(kind)
-    w_stride = size * (4 if kind == DENSE_F32 else 2)
-    stride = 4 * size
-    num_turns = (num_tokens + _DENSE_TOKENS - 1) // _DENSE_TOKENS
-    for r in range(first, last, _STRIP_ROWS):
-        row, out = w + r * w_stride, y + 4 * r
-        count = min(_STRIP_ROWS, last - r)
-        n = 0
-        for turn in range(num_turns):
-            far = row + _STRIP_ROWS * w_stride + turn * count * w_stride // num_turns
-            at, to = x + n * stride, out + n * y_stride
-            tokens = _evenly(num_tokens - n, _DENSE_TOKENS)
-            if tokens == 1:
-                _dense_strip(
-                    kind, 4, 1, row, w_stride, at, stride, to, y_stride, count, size, far,
-                    num_turns,
-                )  # fmt: skip
-            elif tokens == 2:
-                _dense_strip(
-                    kind, _PAIR_ROWS, 2, row, w_stride, at, stride, to, y_stride, count, size,
-                    far, num_turns,
-                )  # fmt: skip
-            elif tokens == 3:
-                _dense_strip(
-                    kind, _PAIR_ROWS, 3, row, w_stride, at, stride, to, y_stride, count, size,
-                    far, num_turns,
-                )  # fmt: skip
-            elif HAS_AVX512:
-                if tokens == 4:
-                    _dense_strip(
-                        kind, 4, 4, row, w_stride, at, stride, to, y_stride, count, size, far,
-                        num_turns,
-                    )  # fmt: skip
-                elif tokens == 5:
-                    _dense_strip(
-                        kind, 4, 5, row, w_stride, at, stride, to, y_stride, count, size, far,
-                        num_turns,
-                    )  # fmt: skip
-                else:
-                    _dense_strip(
-                        kind, 4, 6, row, w_stride, at, stride, to, y_stride, count, size, far,
-                        num_turns,
-                    )  # fmt: skip
-            n += tokens
-
-
-@kernel
 def _tile_strip(kind, tokens, w, w_stride, x, stride, sums, s_stride, y, y_stride, count, blocks):
     """``count`` tiles for literal ``tokens``."""
     literally(kind)
@@ -407,9 +269,9 @@ def multiply(matrix, x, sums, y, y_stride, first, last, num_tokens):
     elif form == Q8_0:
         _tile_rows(Q8_0, w, x, sums, y, y_stride, first, last, num_tokens, size)
     elif form == DENSE_BF16:
-        _dense_rows(DENSE_BF16, w, x, y, y_stride, first_row, last_row, num_tokens, size)
+        multiply_rows(DENSE_BF16, w, x, y, y_stride, first_row, last_row, num_tokens, size)
     else:
-        _dense_rows(DENSE_F32, w, x, y, y_stride, first_row, last_row, num_tokens, size)
+        multiply_rows(DENSE_F32, w, x, y, y_stride, first_row, last_row, num_tokens, size)
     if matrix[4]:
         bias = carray(pointer(matrix[4]), rows)
         for n in range(num_tokens):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
@@ -171,13 +173,46 @@ def test_a_failing_drafter_costs_its_batch_only():
 
 
 @pytest.mark.parametrize(
-    "row", [OutcomeRow(0, 1, ()), OutcomeRow(-2, 1, ()), OutcomeRow(-1, VOCAB_SIZE, ())]
+    "row",
+    [
+        OutcomeRow(0, 1, ()),
+        OutcomeRow(-2, 1, ()),
+        OutcomeRow(-1, VOCAB_SIZE, ()),
+        OutcomeRow(-1, 1, (), (0.5, 0.5)),
+        OutcomeRow(-1, 1, (), (1.5,)),
+        OutcomeRow(-1, 1, (), (float("nan"),)),
+    ],
 )
 def test_a_drafter_that_answers_nonsense_counts_as_failing(row):
     bench = Bench()
     bench.drafter.rows = [row]
     bench.send(opens=[opened(1)], commits=[commit(1, 1, 3)])
     assert bench.drops() == [(1, Dropped.DRAFTER_FAILED)]
+
+
+def test_a_table_holds_no_more_than_was_asked_and_the_chances_of_that():
+    bench = Bench()
+    bench.drafter.rows = [OutcomeRow(-1, 1, (2, 3, 4), (1.0, 0.8, 0.6, 0.4))]
+    bench.send(opens=[opened(1)], commits=[commit(1, 1, 3)])
+    [table] = bench.answers().tables
+    assert list(table.rows[0].draft_token_ids) == [2, 3]
+    assert table.rows[0].chances == bytes([255, 204, 153])
+
+
+def test_the_drafter_is_told_until_when_its_answer_counts():
+    bench = Bench()
+    told = []
+    propose = bench.drafter.propose
+
+    def listening(queries):
+        told.extend(query.answer_by for query in queries)
+        return propose(queries)
+
+    bench.drafter.propose = listening
+    bench.send(opens=[opened(1), opened(2)], commits=[commit(1, 1, 3, within_us=20_000)])
+    bench.send(commits=[commit(2, 1, 3)])
+    bench.answers()
+    assert told == [pytest.approx(bench.network.clock() + 0.02), math.inf]
 
 
 def test_the_session_unused_for_longest_is_evicted():

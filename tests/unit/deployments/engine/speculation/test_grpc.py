@@ -74,7 +74,7 @@ def serves(transport: GrpcTransport) -> bool:
         ({"vocab_digest": "other"}, "vocab_digest"),
         ({"noise_version": 2}, "noise_version"),
         ({"model": "other"}, "model"),
-        ({"protocol_version": 2}, "protocol_version"),
+        ({"protocol_version": 1}, "protocol_version"),
     ],
 )
 def test_a_target_that_does_not_fit_is_told_why(server, change, named):
@@ -193,7 +193,7 @@ class HostileDrafter(draft_pb2_grpc.DraftPoolServicer):
         self.num_calls += 1
         next(request_iterator)
         yield draft_pb2.DraftFrame(
-            welcome=draft_pb2.Welcome(protocol_version=1, max_session_tokens=10_000)
+            welcome=draft_pb2.Welcome(protocol_version=2, max_session_tokens=10_000)
         ).SerializeToString()
         for frame in request_iterator:
             yield from self._answers(frame)

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.engine.speculation.outcome_table import OutcomeTable, TableShelf
+from deployments.engine.speculation.outcome_table import Continuation, OutcomeTable, TableShelf
 from deployments.engine.speculation.types import DraftOrigin, DraftTree, OutcomeRow
 
 TEXT = [5, 6, 7]
@@ -18,35 +18,48 @@ TABLE = OutcomeTable.build(
     ],
 )
 
+
+def ahead(table, text):
+    return table.draft_after(text).token_ids
+
+
 tokens = st.integers(0, 3)
 texts = st.lists(tokens, max_size=6)
 
 
 def test_each_outcome_finds_its_row():
-    assert TABLE.draft_after([*TEXT, 1, 2, 3]) == (30, 31)
-    assert TABLE.draft_after([*TEXT, 1, 2, 4]) == (40, 41)
-    assert TABLE.draft_after([*TEXT, 1, 8]) == (80,)
-    assert TABLE.draft_after([*TEXT, 9]) == (90, 91)
+    assert ahead(TABLE, [*TEXT, 1, 2, 3]) == (30, 31)
+    assert ahead(TABLE, [*TEXT, 1, 2, 4]) == (40, 41)
+    assert ahead(TABLE, [*TEXT, 1, 8]) == (80,)
+    assert ahead(TABLE, [*TEXT, 9]) == (90, 91)
 
 
 def test_outcomes_nobody_foresaw_find_nothing():
-    assert TABLE.draft_after([*TEXT, 1, 2, 5]) == ()
-    assert TABLE.draft_after([*TEXT, 11]) == ()
-    assert TABLE.draft_after([*TEXT, 10]) == ()
+    assert ahead(TABLE, [*TEXT, 1, 2, 5]) == ()
+    assert ahead(TABLE, [*TEXT, 11]) == ()
+    assert ahead(TABLE, [*TEXT, 10]) == ()
 
 
 def test_a_round_late_the_rest_of_a_row_still_serves():
-    assert TABLE.draft_after([*TEXT, 1, 2, 3, 30]) == (31,)
-    assert TABLE.draft_after([*TEXT, 1, 2, 3, 31]) == ()
-    assert TABLE.draft_after([*TEXT, 1, 2, 3, 30, 31]) == ()
+    assert ahead(TABLE, [*TEXT, 1, 2, 3, 30]) == (31,)
+    assert ahead(TABLE, [*TEXT, 1, 2, 3, 31]) == ()
+    assert ahead(TABLE, [*TEXT, 1, 2, 3, 30, 31]) == ()
+
+
+def test_chances_are_those_of_the_tokens_ahead():
+    rows = [OutcomeRow(1, 3, (30, 31), (0.9, 0.5, 0.25)), OutcomeRow(-1, 9, (90, 91), (0.5,))]
+    table = OutcomeTable.build(3, IN_FLIGHT, rows)
+    assert table.draft_after([*TEXT, 1, 2, 3]) == ((30, 31), (0.5, 0.25))
+    assert table.draft_after([*TEXT, 1, 2, 3, 30]) == ((31,), (0.25,))
+    assert table.draft_after([*TEXT, 9]) == ((90, 91), ())
 
 
 def test_before_the_round_ends_the_likeliest_row_is_a_draft():
-    assert TABLE.draft_after(TEXT) == (1, 2, 3, 30, 31)
+    assert ahead(TABLE, TEXT) == (1, 2, 3, 30, 31)
 
 
 def test_a_text_shorter_than_the_base_finds_nothing():
-    assert TABLE.draft_after(TEXT[:2]) == ()
+    assert ahead(TABLE, TEXT[:2]) == ()
 
 
 @given(
@@ -59,7 +72,7 @@ def test_never_a_row_whose_text_disagrees(base, path, rows, committed):
     in_flight = DraftTree.chain(path, DraftOrigin.POOL)
     usable = [OutcomeRow(n, b, tuple(d)) for n, b, d in rows if n < len(path)]
     table = OutcomeTable.build(len(base), in_flight, usable)
-    draft = table.draft_after([*base, *committed])
+    draft = ahead(table, [*base, *committed])
     wholes = [[*path[: row.node + 1], row.bonus_token_id, *row.draft_token_ids] for row in usable]
     fitting = [
         tuple(whole[len(committed) :])
@@ -73,14 +86,14 @@ def test_never_a_row_whose_text_disagrees(base, path, rows, committed):
 def test_shelf_keeps_the_two_newest(bases):
     shelf = TableShelf()
     for base in bases:
-        shelf.put(OutcomeTable(base, ((base,),)))
+        shelf.put(OutcomeTable(base, (Continuation((base,)),)))
     assert len(shelf) == min(2, len(bases))
     newest = max(bases)
-    assert shelf.draft_after([0] * newest) == (newest,)
+    assert ahead(shelf, [0] * newest) == (newest,)
 
 
 def test_shelf_falls_back_to_the_older_table():
     shelf = TableShelf()
-    shelf.put(OutcomeTable(1, ((5, 6, 7),)))
-    shelf.put(OutcomeTable(2, ((9, 9),)))
-    assert shelf.draft_after([0, 5, 6]) == (7,)
+    shelf.put(OutcomeTable(1, (Continuation((5, 6, 7)),)))
+    shelf.put(OutcomeTable(2, (Continuation((9, 9)),)))
+    assert ahead(shelf, [0, 5, 6]) == (7,)

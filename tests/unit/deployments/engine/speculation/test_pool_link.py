@@ -1,11 +1,14 @@
 import random
 from itertools import pairwise
 
+import pytest
+
 from deployments.engine.speculation.fake_transport import FakeNetwork, Faults
 from deployments.engine.speculation.pool_link import LinkLimits, LinkState, PoolLink, Round
 from deployments.engine.speculation.session import PoolSession
 from deployments.engine.speculation.speculator_stats import PoolCounters
 from deployments.engine.speculation.types import Ask, DraftTree
+from protos import draft_pb2
 from tests.fakes_speculation import IDENTITY, VOCAB_SIZE, random_text, spec_of
 
 LIMITS = LinkLimits(backoff_s=1.0, max_backoff_s=8.0, max_frame_tokens=50, idle_close_s=5.0)
@@ -57,6 +60,27 @@ def test_dials_only_for_sessions_and_opens_them_in_the_first_frame():
     [frame] = bench.sent()
     assert [opened.session for opened in frame.opens] == [1, 2]
     assert [(commit.session, commit.round) for commit in frame.commits] == [(1, 1), (2, 1)]
+
+
+def test_the_time_for_an_answer_is_without_its_way():
+    bench = Bench()
+    session = bench.add(1)
+    bench.dial()
+    bench.link.check(0.0)
+    counters = PoolCounters()
+    told = []
+    for turn in range(100):
+        now = float(turn)
+        ask = ASK._replace(within_s=0.030)
+        bench.link.send([Round(session, session.spec.token_ids, DraftTree(), ask)], now)
+        [commit] = bench.sent()[-1].commits
+        told.append(commit.within_us)
+        table = draft_pb2.Table(session=1, epoch=1, round=commit.round, base_len=commit.base_len)
+        counters.pool_batch_time_s = 0.015  # of the 20 ms that pass until the table comes
+        bench.link._on_table(table, now + 0.020, counters)
+    assert told[0] == 30_000
+    assert told == sorted(told, reverse=True)
+    assert told[-1] == pytest.approx(25_000, abs=10)
 
 
 def test_a_frame_holds_no_more_text_than_allowed_and_rounds_go_first():

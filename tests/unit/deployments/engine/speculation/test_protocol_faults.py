@@ -108,10 +108,10 @@ class World:
         for request, draft in zip(requests, self.client.drafts(requests), strict=True):
             text = self.truth[f"r{request.session_id}"]
             at = len(request.token_ids)
-            expected = tuple(text[at : at + len(draft.token_ids)])
-            assert draft.token_ids == expected, "a row that disagrees with the text"
-            self.num_hits[request.session_id] += bool(draft.token_ids)
-            tree = self.tree(text, at, draft.token_ids)
+            expected = tuple(text[at : at + len(draft.ahead.token_ids)])
+            assert draft.ahead.token_ids == expected, "a row that disagrees with the text"
+            self.num_hits[request.session_id] += bool(draft.ahead.token_ids)
+            tree = self.tree(text, at, draft.ahead.token_ids)
             rounds.append((request, tree, ASK))
         self.client.announce(rounds)
         for request, tree, _ in rounds:

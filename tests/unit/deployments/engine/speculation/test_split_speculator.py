@@ -8,6 +8,7 @@ from deployments.engine.speculation.draft_service import DraftService
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.drafters.load import load_drafter
 from deployments.engine.speculation.fake_transport import FakeNetwork
+from deployments.engine.speculation.outcome_table import Continuation
 from deployments.engine.speculation.pool_client import PoolDraft
 from deployments.engine.speculation.pool_link import LinkLimits
 from deployments.engine.speculation.speculator import (
@@ -206,7 +207,7 @@ def test_a_drafters_estimates_are_trusted_by_what_they_were_worth():
 def test_the_one_that_was_right_before_gets_the_rows(right):
     class Pool:
         def drafts(self, requests):
-            return [PoolDraft((5, 6, 7), was_asked=True) for _ in requests]
+            return [PoolDraft(Continuation((5, 6, 7)), was_asked=True) for _ in requests]
 
         def open(self, session): ...
 

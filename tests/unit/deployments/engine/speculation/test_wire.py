@@ -78,6 +78,13 @@ def test_draft_in_flight_and_rows_survive_the_wire():
     assert wire.rows_from_wire(wire.rows_to_wire(rows), TREE, VOCAB_SIZE) == rows
 
 
+def test_chances_survive_the_wire_nearly():
+    rows = [OutcomeRow(-1, 9, (8, 7), (1.0, 0.333, 0.0)), OutcomeRow(-1, 4, (5,), (0.7,))]
+    again = wire.rows_from_wire(wire.rows_to_wire(rows), TREE, VOCAB_SIZE)
+    for row, same in zip(rows, again, strict=True):
+        assert same.chances == pytest.approx(row.chances, abs=1 / 500)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -103,6 +110,7 @@ def test_commits_that_make_no_sense(fields):
         draft_pb2.Row(bonus_token_id=VOCAB_SIZE),
         draft_pb2.Row(draft_token_ids=[VOCAB_SIZE]),
         draft_pb2.Row(draft_token_ids=[1] * 33),
+        draft_pb2.Row(draft_token_ids=[1], chances=b"123"),
     ],
 )
 def test_rows_that_make_no_sense(row):
@@ -137,7 +145,7 @@ def test_an_open_without_text_or_with_foreign_tokens():
 def test_hello_is_checked_field_by_field():
     identity = Identity(model="m", vocab_size=100, vocab_digest="ab")
     check_hello(identity, identity.hello("t"))
-    assert PROTOCOL_VERSION == 1
+    assert PROTOCOL_VERSION == 2
     for field, value in [
         ("protocol_version", 9),
         ("vocab_size", 101),

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +15,7 @@ from deployments.engine.speculation.types import (
     DraftTree,
     OutcomeRow,
 )
+from deployments.engine.torch_engine import lm_drafter
 from deployments.engine.torch_engine.connected import DraftHead
 from deployments.engine.torch_engine.lm_drafter import CausalLMDrafter
 from deployments.engine.torch_engine.sampling_math import process_logits
@@ -27,6 +32,11 @@ CHAIN = DraftTree.chain((5, 6, 7), DraftOrigin.POOL)
 BRANCHY = DraftTree((5, 6, 7, 8, 9), (-1, -1, 0, 0, 2))
 EMPTY = DraftTree()
 TEXT = torch.randint(97, (300,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def drafter_of(loaded=None, **told):
+    """One that looks behind every outcome, however unlikely: a tiny model is sure of nothing."""
+    return CausalLMDrafter(loaded or loaded_model(), **{"least_chance": 0.0, **told})
 
 
 def query(length, tree=EMPTY, sampling=GREEDY, *, session=1, k=3, fanout=2, shift=0):
@@ -65,13 +75,21 @@ class Target:
 
     def expected_rows(self, asked):
         """(node, bonus) -> draft, by reading every path as a text of its own."""
+        return {
+            outcome: tuple(token for token, _ in draft)
+            for outcome, (_, draft) in self.expected_chances(asked).items()
+        }
+
+    def expected_chances(self, asked):
+        """(node, bonus) -> its log likelihood, and every token behind it with its own."""
         rows = {}
-        for _, node, bonus in self.likeliest_outcomes(asked):
-            path = self.path(asked, node)
-            text = [*path, bonus]
+        for likelihood, node, bonus in self.likeliest_outcomes(asked):
+            text, draft = [*self.path(asked, node), bonus], []
             for _ in range(asked.num_draft_tokens):
-                text.append(int(self.scores(text, asked.sampling).argmax()))
-            rows[node, bonus] = tuple(text[len(path) + 1 :])
+                best = self.scores(text, asked.sampling).log_softmax(0).max(0)
+                text.append(int(best.indices))
+                draft.append((text[-1], float(best.values)))
+            rows[node, bonus] = (likelihood, draft)
         return rows
 
     def path(self, asked, node):
@@ -112,9 +130,55 @@ def as_table(rows):
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, FILTERED])
 @pytest.mark.parametrize("tree", [EMPTY, CHAIN, BRANCHY])
 def test_the_targets_own_model_foresees_every_outcome(target, tree, sampling):
-    drafter = CausalLMDrafter(loaded_model(), num_pages=8)
+    drafter = drafter_of(num_pages=8)
     asked = query(40, tree, sampling)
     assert as_table(drafter.propose([asked])[0]) == target.expected_rows(asked)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_every_token_comes_with_its_chance(target, sampling):
+    asked = query(40, CHAIN, sampling)
+    expected = target.expected_chances(asked)
+    for row in drafter_of(num_pages=8).propose([asked])[0]:
+        likelihood, draft = expected[row.node, row.bonus_token_id]
+        chances = [likelihood, *(chance for _, chance in draft)]
+        assert row.chances == pytest.approx([math.exp(chance) for chance in chances], rel=1e-3)
+
+
+def test_what_is_hardly_reached_is_not_looked_behind(target):
+    asked = query(40, BRANCHY, SAMPLED, k=4, fanout=4)
+    expected, lengths = target.expected_chances(asked), set()
+    for least in (0.001, 0.01, 0.1):
+        rows = drafter_of(num_pages=8, least_chance=least).propose([asked])[0]
+        for row in rows:
+            likelihood, draft = expected[row.node, row.bonus_token_id]
+            reached = itertools.accumulate((chance for _, chance in draft), initial=likelihood)
+            length = sum(chance >= math.log(least) for chance in list(reached)[:-1])
+            assert row.draft_token_ids == tuple(token for token, _ in draft)[:length]
+            lengths.add(length)
+    assert len(lengths) > 2
+
+
+def test_drafts_end_in_time_but_have_one_token(monkeypatch):
+    """A forward takes a second, of a clock that only forwards move."""
+    now = [100.0]
+    monkeypatch.setattr(lm_drafter.time, "monotonic", lambda: now[0])
+    drafter = drafter_of(num_pages=8)
+    forward = drafter._forward
+
+    def slow(parts):
+        now[0] += 1.0
+        return forward(parts)
+
+    monkeypatch.setattr(drafter, "_forward", slow)
+    lengths = []
+    drafter.propose([query(40, CHAIN, k=8)] * 1)  # it learns what an extension takes
+    for _ in range(20):
+        drafter.propose([query(40, CHAIN, k=8)])
+    for seconds in (0.5, 3.5, 5.5, 100.0):
+        asked = replace(query(40, CHAIN, k=8), answer_by=now[0] + seconds)
+        lengths.append(max(len(row.draft_token_ids) for row in drafter.propose([asked])[0]))
+    assert lengths == [8, 2, 4, 8]  # who is late anyway gets all
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, FILTERED])
@@ -123,14 +187,14 @@ def test_a_draft_vocabulary_is_all_it_chooses_from(sampling):
     loaded = loaded_model()
     loaded.model.lm_head = DraftHead(loaded.model.lm_head.get_parameter("weight"), vocabulary)
     asked = query(40, CHAIN, sampling, fanout=3)
-    got = as_table(CausalLMDrafter(loaded, num_pages=8).propose([asked])[0])
+    got = as_table(drafter_of(loaded=loaded, num_pages=8).propose([asked])[0])
     assert got == Target(vocabulary).expected_rows(asked)
     used = {token for key, draft in got.items() for token in (key[1], *draft)}
     assert used <= set(vocabulary.tolist())
 
 
 def test_a_batch_of_unlike_queries_is_answered_as_if_alone(target):
-    drafter = CausalLMDrafter(loaded_model(), num_pages=16, prefill_chunk_tokens=64)
+    drafter = drafter_of(num_pages=16, prefill_chunk_tokens=64)
     asked = [
         query(40, BRANCHY, SAMPLED, session=1),
         query(200, CHAIN, GREEDY, session=2, k=1, fanout=3, shift=7),
@@ -142,7 +206,7 @@ def test_a_batch_of_unlike_queries_is_answered_as_if_alone(target):
 
 
 def test_rounds_build_on_the_cache_and_survive_rewritten_text(target):
-    drafter = CausalLMDrafter(loaded_model(), num_pages=8)
+    drafter = drafter_of(num_pages=8)
     for length in (40, 41, 45, 45, 130):
         asked = query(length, CHAIN)
         assert as_table(drafter.propose([asked])[0]) == target.expected_rows(asked)
@@ -153,7 +217,7 @@ def test_rounds_build_on_the_cache_and_survive_rewritten_text(target):
 
 
 def test_an_evicted_session_is_read_again(target):
-    drafter = CausalLMDrafter(loaded_model(), num_pages=4)
+    drafter = drafter_of(num_pages=4)
     asked = {session: query(100, CHAIN, session=session, shift=session) for session in (1, 2, 3)}
     expected = {session: target.expected_rows(one) for session, one in asked.items()}
     for session in (1, 2, 3, 1, 3, 2):  # two sessions fit
@@ -162,14 +226,14 @@ def test_an_evicted_session_is_read_again(target):
 
 def test_more_queries_than_the_pool_holds_are_answered_in_turns(target):
     for limits in ({"num_pages": 4}, {"max_sessions": 1}, {"num_scratch_pages": 1}):
-        drafter = CausalLMDrafter(loaded_model(), **{"num_pages": 16, **limits})
+        drafter = drafter_of(**{"num_pages": 16, **limits})
         asked = [query(100, CHAIN, session=session, shift=session) for session in range(5)]
         answers = drafter.propose(asked)
         assert [as_table(rows) for rows in answers] == [target.expected_rows(a) for a in asked]
 
 
 def test_a_text_that_cannot_fit_gets_no_rows_and_harms_nobody(target):
-    drafter = CausalLMDrafter(loaded_model(), num_pages=2)
+    drafter = drafter_of(num_pages=2)
     fine = query(50, CHAIN, session=2)
     answers = drafter.propose([query(129, session=1), fine, query(0, session=3)])
     assert answers[0] == answers[2] == []
@@ -177,7 +241,7 @@ def test_a_text_that_cannot_fit_gets_no_rows_and_harms_nobody(target):
 
 
 def test_tokens_outside_the_vocabulary_get_no_rows(target):
-    drafter = CausalLMDrafter(loaded_model(), num_pages=4)
+    drafter = drafter_of(num_pages=4)
     foreign = query(10, DraftTree.chain((97,), DraftOrigin.LOCAL), session=1)
     fine = query(10, CHAIN, session=2)
     answers = drafter.propose([foreign, fine])
@@ -186,7 +250,7 @@ def test_tokens_outside_the_vocabulary_get_no_rows(target):
 
 
 def test_bonus_tokens_give_way_before_draft_length(target):
-    drafter = CausalLMDrafter(loaded_model(), num_pages=4, num_scratch_pages=1)
+    drafter = drafter_of(num_pages=4, num_scratch_pages=1)
     rows = drafter.propose([query(10, CHAIN, k=5, fanout=16)])[0]
     assert len(rows) == 4 * 3  # 3 + 4 * 3 * 5 = 63 rows of 64
     assert {len(row.draft_token_ids) for row in rows} == {5}
@@ -195,7 +259,7 @@ def test_bonus_tokens_give_way_before_draft_length(target):
 
 
 def test_likelier_outcomes_come_first(target):
-    drafter = CausalLMDrafter(loaded_model(), num_pages=4)
+    drafter = drafter_of(num_pages=4)
     asked = query(30, EMPTY, fanout=6)
     rows = drafter.propose([asked])[0]
     best = target.scores(asked.token_ids, GREEDY).topk(6).indices.tolist()
@@ -208,7 +272,7 @@ def test_likelier_outcomes_come_first(target):
 
 
 def test_a_closed_session_frees_its_pages():
-    drafter = CausalLMDrafter(loaded_model(), num_pages=2)
+    drafter = drafter_of(num_pages=2)
     for session in range(10):
         rows = drafter.propose([query(100, session=session)])[0]
         assert rows
