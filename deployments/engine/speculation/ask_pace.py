@@ -16,8 +16,8 @@ _TOO_MANY_LATE, _FEW_LATE, _MOSTLY_LATE = 0.4, 0.15, 0.6
 _BETWEEN = 0.25
 """What the share of late tables is taken for when their size has changed."""
 _WEIGHT = 1 / 16
-_PATIENCE = 16
-_MAX_PATIENCE = 128
+_PATIENCE = 8
+_MAX_PATIENCE = 64
 _PAUSE, _MAX_PAUSE = 8, 32
 """Asks: a drafter that is well again is noticed within so many rounds of a session."""
 

@@ -46,11 +46,15 @@ class OutcomeTable:
     @classmethod
     def build(cls, base_len: int, in_flight: DraftTree, rows: Iterable[OutcomeRow]) -> OutcomeTable:
         """Anchor a drafter's rows at the text they continue."""
+        paths: list[tuple[int, ...]] = [()]
+        for token_id, parent in zip(in_flight.token_ids, in_flight.parents, strict=True):
+            paths.append((*paths[parent + 1], token_id))
         continuations = []
         for row in rows:
-            path = tuple(in_flight.token_ids[node] for node in in_flight.path_to(row.node))
-            # Of the path the drafter says nothing: the target itself has found out.
-            chances = (1.0,) * len(path) + row.chances if row.chances else ()
+            path, chances = paths[row.node + 1], row.chances
+            if path and chances:
+                # Of the path the drafter says nothing: the target itself has found out.
+                chances = (1.0,) * len(path) + chances
             continuations.append(Continuation(path + row.token_ids, chances))
         return cls(base_len, tuple(continuations))
 

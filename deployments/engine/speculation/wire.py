@@ -21,6 +21,7 @@ MAX_IN_FLIGHT_NODES = 512
 MAX_DRAFT_TOKENS = 32
 MAX_FANOUT = 16
 _MOST_CHANCE = 255
+_CHANCES = tuple(chance / _MOST_CHANCE for chance in range(_MOST_CHANCE + 1))
 
 
 def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> None:
@@ -145,14 +146,17 @@ def rows_from_wire(
         raise MalformedMessageError("more rows than outcomes")
     checked = []
     for row in rows:
-        if row.node > len(in_flight):
-            raise MalformedMessageError("a row for a node that is not in flight")
-        if len(row.draft_token_ids) > MAX_DRAFT_TOKENS:
-            raise MalformedMessageError("a row's draft is too long")
-        if len(row.chances) > 1 + len(row.draft_token_ids):
-            raise MalformedMessageError("a row with more chances than tokens")
-        check_token_ids((row.bonus_token_id, *row.draft_token_ids), vocab_size)
-        chances = tuple(chance / _MOST_CHANCE for chance in row.chances)
+        node, bonus, chances = row.node, row.bonus_token_id, row.chances
         draft = tuple(row.draft_token_ids)
-        checked.append(OutcomeRow(row.node - 1, row.bonus_token_id, draft, chances))
+        if node > len(in_flight):
+            raise MalformedMessageError("a row for a node that is not in flight")
+        if len(draft) > MAX_DRAFT_TOKENS:
+            raise MalformedMessageError("a row's draft is too long")
+        if len(chances) > 1 + len(draft):
+            raise MalformedMessageError("a row with more chances than tokens")
+        if bonus >= vocab_size or max(draft, default=0) >= vocab_size:
+            raise MalformedMessageError("a token id is outside the vocabulary")
+        checked.append(
+            OutcomeRow(node - 1, bonus, draft, tuple(map(_CHANCES.__getitem__, chances)))
+        )
     return checked

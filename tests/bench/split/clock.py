@@ -169,8 +169,8 @@ class PacedDrafter(Drafter):
     def propose(self, queries: Sequence[DraftQuery]) -> list[list[OutcomeRow]]:
         """Propose, not before the time is up."""
         began = time.perf_counter()
-        rows = self._inner.propose(queries)
-        num_forwards = 1 + max(query.num_draft_tokens for query in queries)
-        due = began + num_forwards * self.draft_s
+        answers = self._inner.propose(queries)
+        lengths = (len(row.draft_token_ids) for rows in answers for row in rows)
+        due = began + (1 + max(lengths, default=0)) * self.draft_s
         time.sleep(max(0.0, due - time.perf_counter()))
-        return rows
+        return answers

@@ -153,7 +153,8 @@ def closing_store(store):
 def test_of_many_stores_that_miss_a_chain_one_computes_it(is_dead):
     num_computed = [0]
     lock = threading.Lock()
-    with stores(4, claim_s=PATIENT_S) as opened:
+    # A thread may begin so late that few pages are missing: that must not be too few to wait for.
+    with stores(4, claim_s=PATIENT_S, min_pages=1) as opened:
         if is_dead:  # it writes one page and is heard of no more
             dead = opened.pop()
             assert dead.load(KEYS, timeout_s=PATIENT_S).result().pages == ()

@@ -193,7 +193,9 @@ def test_fitting_makes_a_student_that_drafts(target):
         fanout=2,
         sampling=DraftSampling(seed=1),
     )
-    rows = CausalLMDrafter(cut_student(target, student), num_pages=2).propose([query])[0]
+    rows = CausalLMDrafter(cut_student(target, student), num_pages=2, least_chance=0.0).propose(
+        [query]
+    )[0]
     assert [len(row.draft_token_ids) for row in rows] == [3, 3]
 
 

@@ -187,7 +187,10 @@ def test_where_compiled_code_computes_all_widths_no_dense_copy_is_read(
     expected, embedded = runner.forward(batch), loaded.model.embed(batch.token_ids)
     loaded.model.drop_dense()
     assert torch.equal(runner.forward(batch), expected)
-    torch.testing.assert_close(loaded.model.embed(batch.token_ids), embedded)
+    # The dense copy is rounded to bfloat16, also where processors without it compute in float32.
+    rtol = 2.0**-8 if dtype == "bfloat16" else 1.3e-6
+    again = loaded.model.embed(batch.token_ids)
+    torch.testing.assert_close(again, embedded, rtol=rtol, atol=1e-5)
     assert all(m.weight.numel() == 0 for m in loaded.model.modules() if isinstance(m, llama.Weight))
 
 
