@@ -115,7 +115,7 @@ def test_two_processes_and_then_one_make_the_weights_of_one(begun, tmp_path, nam
     run_in(begun / name, kind).run()
     one, other = checkpoint(tmp_path), checkpoint(begun / name)
     assert one["num_steps_done"] == other["num_steps_done"] > STOP
-    # Sums of two halves round otherwise than whole ones: 1.5e-5 where a step moves a weight by 3e-3.
+    # Two halves are summed otherwise than the whole: 1.5e-5 apart, where a step moves 3e-3.
     for key, weight in one["model"].items():
         torch.testing.assert_close(other["model"][key], weight, rtol=0, atol=5e-5)
     assert other["num_tokens"] == one["num_tokens"]
