@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _MAX_ASKED_ROUNDS = 4
 _MAX_HOLD_ROUNDS = 64
 _LONGEST_S = 60.0
+"""A round that takes longer has all the time there is."""
 
 
 class TableReceipt(NamedTuple):

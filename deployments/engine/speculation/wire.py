@@ -154,8 +154,7 @@ def rows_from_wire(
             raise MalformedMessageError("a row's draft is too long")
         if len(chances) > 1 + len(draft):
             raise MalformedMessageError("a row with more chances than tokens")
-        if bonus >= vocab_size or max(draft, default=0) >= vocab_size:
-            raise MalformedMessageError("a token id is outside the vocabulary")
+        check_token_ids((bonus, *draft), vocab_size)
         checked.append(
             OutcomeRow(node - 1, bonus, draft, tuple(map(_CHANCES.__getitem__, chances)))
         )

@@ -130,7 +130,6 @@ class CausalLMDrafter(Drafter):
         self._choose_bonus_tokens(group, logits)
         self._continue_branches(group)
         for work in group:
-            work.branches.sort(key=lambda branch: branch.log_chances[0], reverse=True)
             answers[work.index] = [
                 OutcomeRow(
                     branch.node,
@@ -246,7 +245,8 @@ class CausalLMDrafter(Drafter):
                     break
                 row, column = divmod(place, num_columns)
                 token = column if self._token_ids is None else int(self._token_ids[column])
-                work.branches.append(Branch(row - 1, positions[row], [value], [token]))
+                chance = value - reached[row]
+                work.branches.append(Branch(row - 1, positions[row], value, [chance], [token]))
 
     def _column(self, token_id: int) -> int | None:
         """Where a token's score is; None if it is outside the draft vocabulary."""
@@ -255,16 +255,14 @@ class CausalLMDrafter(Drafter):
     def _continue_branches(self, group: Sequence[Round]) -> None:
         """Extend the branches, all queries together, one token per forward, while there is time.
 
-        One token is worth something even late; a session that is late anyway hurries nobody.
+        One token is worth something even late. A session that is late anyway hurries no other one.
         """
         began_at = time.monotonic()
-        in_time = began_at + 2 * self._extension_s
-        answer_by = min(
-            (work.query.answer_by for work in group if work.query.answer_by >= in_time),
-            default=math.inf,
-        )
+        deadlines = [work.query.answer_by for work in group]
         for step in range(max(work.num_draft_tokens for work in group)):
-            if step and time.monotonic() + self._extension_s > answer_by:
+            behind = began_at + self._extension_s
+            would_be_late = any(began_at <= deadline < behind for deadline in deadlines)
+            if step and (would_be_late or max(deadlines) < began_at):
                 return
             chosen = [
                 (work, indices)
@@ -279,8 +277,7 @@ class CausalLMDrafter(Drafter):
             positions = [branch.position + step + 1 for _, branch in branches]
             choices = coupled_choices(logits, samplings, positions, self._token_ids)
             for (_, branch), choice in zip(branches, choices, strict=True):
-                branch.token_ids.append(choice.token_id)
-                branch.log_chances.append(choice.log_chance)
+                branch.extend(*choice)
             now = time.monotonic()
             self._extension_s += _EXTENSION_WEIGHT * (now - began_at - self._extension_s)
             began_at = now

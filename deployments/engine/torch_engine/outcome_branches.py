@@ -26,15 +26,22 @@ class Branch:
 
     Attributes:
         position: index of the bonus token in the text.
-        log_chances: of the outcome and of each token behind it if all before it are right, by the
-            model's own scores.
+        log_likelihood: that all of it comes true, by the model's own scores.
+        log_chances: of each token, that it is right if all before it are.
         token_ids: the bonus token, then the draft.
     """
 
     node: int
     position: int
+    log_likelihood: float
     log_chances: list[float]
     token_ids: list[int]
+
+    def extend(self, token_id: int, log_chance: float) -> None:
+        """Put a token behind it."""
+        self.token_ids.append(token_id)
+        self.log_chances.append(log_chance)
+        self.log_likelihood += log_chance
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,7 +74,7 @@ class Round:
         return [
             index
             for index, branch in enumerate(self.branches)
-            if len(branch.token_ids) == step + 1 and sum(branch.log_chances) >= least_log_chance
+            if len(branch.token_ids) == step + 1 and branch.log_likelihood >= least_log_chance
         ]
 
 

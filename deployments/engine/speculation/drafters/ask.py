@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deployments.engine.speculation.errors import DrafterFailedError
-from deployments.engine.speculation.types import OutcomeRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from deployments.engine.speculation.drafters.base import Drafter
-    from deployments.engine.speculation.types import DraftQuery
+    from deployments.engine.speculation.types import DraftQuery, OutcomeRow
 
 
 @contextmanager
@@ -46,15 +46,14 @@ def _checked(query: DraftQuery, rows: list[OutcomeRow], vocab_size: int) -> list
         if not all(0 <= token < vocab_size for token in (row.bonus_token_id, *row.draft_token_ids)):
             raise DrafterFailedError("a row with a token id outside the vocabulary")
         if len(row.chances) > len(row.token_ids) or not all(0 <= one <= 1 for one in row.chances):
-            raise DrafterFailedError("a row whose chances are none, or more than its tokens")
+            raise DrafterFailedError("a row with chances outside 0 to 1, or more than tokens")
     return [
         row
         if len(row.draft_token_ids) <= query.num_draft_tokens
-        else OutcomeRow(
-            row.node,
-            row.bonus_token_id,
-            row.draft_token_ids[: query.num_draft_tokens],
-            row.chances[: query.num_draft_tokens + 1],
+        else replace(
+            row,
+            draft_token_ids=row.draft_token_ids[: query.num_draft_tokens],
+            chances=row.chances[: query.num_draft_tokens + 1],
         )
         for row in rows[: (num_nodes + 1) * query.fanout]
     ]

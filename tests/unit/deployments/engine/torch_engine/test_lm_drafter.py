@@ -141,7 +141,10 @@ def test_every_token_comes_with_its_chance(target, sampling):
     expected = target.expected_chances(asked)
     for row in drafter_of(num_pages=8).propose([asked])[0]:
         likelihood, draft = expected[row.node, row.bonus_token_id]
-        chances = [likelihood, *(chance for _, chance in draft)]
+        scores = target.scores(target.path(asked, row.node), sampling)
+        first = float(scores.log_softmax(0)[row.bonus_token_id])
+        assert first >= likelihood
+        chances = [first, *(chance for _, chance in draft)]
         assert row.chances == pytest.approx([math.exp(chance) for chance in chances], rel=1e-3)
 
 
@@ -171,14 +174,20 @@ def test_drafts_end_in_time_but_have_one_token(monkeypatch):
         return forward(parts)
 
     monkeypatch.setattr(drafter, "_forward", slow)
-    lengths = []
-    drafter.propose([query(40, CHAIN, k=8)] * 1)  # it learns what an extension takes
-    for _ in range(20):
-        drafter.propose([query(40, CHAIN, k=8)])
-    for seconds in (0.5, 3.5, 5.5, 100.0):
-        asked = replace(query(40, CHAIN, k=8), answer_by=now[0] + seconds)
-        lengths.append(max(len(row.draft_token_ids) for row in drafter.propose([asked])[0]))
-    assert lengths == [8, 2, 4, 8]  # who is late anyway gets all
+
+    def lengths(*times_s):
+        asked = [
+            replace(query(40, CHAIN, k=8, session=number), answer_by=now[0] + seconds)
+            for number, seconds in enumerate(times_s)
+        ]
+        return [max(len(row.draft_token_ids) for row in rows) for rows in drafter.propose(asked)]
+
+    for _ in range(20):  # it learns what an extension takes
+        assert lengths(math.inf) == [8]
+    for seconds, expected in ((0.5, 1), (2.5, 1), (3.5, 2), (5.5, 4), (100.0, 8)):
+        assert lengths(seconds) == [expected]
+    assert lengths(5.5, 100.0) == [4, 4], "nobody is late because of another one"
+    assert lengths(0.5, 100.0) == [8, 8], "who is late anyway hurries nobody"
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, FILTERED])
