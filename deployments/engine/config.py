@@ -42,7 +42,7 @@ class SpeculationConfig(_Config):
     """Verify drafts at all. Off is plain decoding; the text is the same."""
     num_draft_tokens: int = Field(default=4, ge=1, le=32)
     """Draft tokens verified per sequence and step, at most (k)."""
-    fanout: int = Field(default=2, ge=1, le=16)
+    fanout: int = Field(default=4, ge=1, le=16)
     """Bonus tokens the pool guesses for each accepted length (F)."""
     local_drafter: Literal["suffix", "none"] = "suffix"
     """Drafts used when no row of the pool's outcome table fits."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kv_store.codecs.compiled import compiled, float_of_bits, to_bits
+from kv_store.codecs.float_bits import float_of_bits, to_bits
+from kv_store.compiling import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kv_store.codecs.compiled import compiled
+from kv_store.compiling import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kv_store.codecs.compiled import compiled, float_of_bits, to_bits
+from kv_store.codecs.float_bits import float_of_bits, to_bits
 from kv_store.codecs.halves import (
     INF_HALF,
     INF_KEY,
@@ -22,6 +22,7 @@ from kv_store.codecs.halves import (
     put_half,
     scale_half,
 )
+from kv_store.compiling import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.uint16]
 
-HALVES = "460f6ca1c6e7c6f5"
+HALVES = "8f2c42e522dcfbca"
 """Digest of ``halves``, see there."""
 RANGE_BYTES = 4
 """Of one minimum and scale."""

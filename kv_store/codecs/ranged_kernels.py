@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kv_store.codecs.compiled import compiled, word_shift
+from kv_store.codecs.float_bits import word_shift
 from kv_store.codecs.halves import float_of_word, level_of, narrow, widen, word_of_float
 from kv_store.codecs.range_kernels import (
     RANGE_BYTES,
@@ -22,14 +22,15 @@ from kv_store.codecs.range_kernels import (
     row_ranges,
     widest,
 )
+from kv_store.compiling import compiled
 
 if TYPE_CHECKING:
     from kv_store.codecs.halves import Raw, Words
     from kv_store.codecs.range_kernels import Ids
 
-HALVES = "460f6ca1c6e7c6f5"
+HALVES = "8f2c42e522dcfbca"
 """Digest of ``halves``, see there; and of ``range_kernels``."""
-RANGES = "3fb9b8c84171977c"
+RANGES = "4f212c59a78638ec"
 _SAMPLED_ROWS = 4
 """Wide channels of values are chosen by every so many rows; their ranges are those of all."""
 NO_CHANNEL = np.uint16(0xFFFF)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kv_store.codecs.compiled import compiled, float_of_bits, to_bits
+from kv_store.codecs.float_bits import float_of_bits, to_bits
 from kv_store.codecs.halves import (
     INF_HALF,
     floats_of,
@@ -18,11 +18,12 @@ from kv_store.codecs.halves import (
     scale_half,
     widen,
 )
+from kv_store.compiling import compiled
 
 if TYPE_CHECKING:
     from kv_store.codecs.halves import Raw, Words
 
-HALVES = "460f6ca1c6e7c6f5"
+HALVES = "8f2c42e522dcfbca"
 """Digest of ``halves``, see there."""
 _BLOCK_ROWS = 64  # at a time: row by row, short loops would cost more than their work
 

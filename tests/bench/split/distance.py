@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ class _FarTransport(TargetTransport):
         self._inner = inner
         self._round_trip_s = round_trip_s
         self._under_way: deque[Received[draft_pb2.DraftFrame]] = deque()
+        self.on_arrival: Callable[[], None] | None = None
+        inner.on_arrival = self._on_arrival
 
     def send(self, frame: draft_pb2.TargetFrame) -> bool:
         return self._inner.send(frame)
@@ -49,6 +52,17 @@ class _FarTransport(TargetTransport):
             frame, at = self._under_way.popleft()
             arrived.append(Received(frame, at + delay_s))
         return arrived
+
+    def _on_arrival(self) -> None:
+        """On the inner one's reader thread: what arrives is read when it seems to be here."""
+        if self.on_arrival is None:
+            return
+        if delay_s := self._round_trip_s():
+            timer = threading.Timer(delay_s, self.on_arrival)
+            timer.daemon = True
+            timer.start()
+        else:
+            self.on_arrival()
 
     def close(self) -> None:
         self._inner.close()

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.drafters.follower_counts import (
-    MAX_CONTEXT_TOKENS,
     FollowerCounts,
-    likeliest,
+    Followers,
+    warm_up,
 )
+from deployments.engine.speculation.drafters.follower_kernels import MAX_CONTEXT_TOKENS
 from deployments.engine.speculation.types import OutcomeRow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deployments.engine.speculation.drafters.follower_counts import Follower
     from deployments.engine.speculation.types import DraftQuery, SessionSpec
 
 _OWN_WEIGHT = 4.0
@@ -71,6 +71,7 @@ class SuffixDrafter(Drafter):
         self._sessions: OrderedDict[int, _Session] = OrderedDict()
         self._tenants: OrderedDict[str, FollowerCounts] = OrderedDict()
         self._num_output_tokens = 0
+        warm_up()
 
     def open(self, session: SessionSpec) -> None:
         """Take the prompt down; the next queries learn it, part by part."""
@@ -115,27 +116,28 @@ class SuffixDrafter(Drafter):
         self._hear(state, query.token_ids[state.num_heard :])
         state.counts.extend(state.pending[:_MOST_AT_ONCE])
         del state.pending[:_MOST_AT_ONCE]
-        texts = [(state.counts, _OWN_WEIGHT)]
-        if (earlier := self._tenants.get(state.tenant)) is not None:
-            texts.append((earlier, 1.0))
+        followers = Followers(state.counts, _OWN_WEIGHT, self._tenants.get(state.tenant))
         tree = query.in_flight
         committed = tuple(query.token_ids[-MAX_CONTEXT_TOKENS:])
         rows: list[OutcomeRow] = []
         for node in range(len(tree) - 1, -2, -1):
-            context = (*committed, *(tree.token_ids[at] for at in tree.path_to(node)))
             # What the draft itself proposes behind a node is no bonus token there.
             taken = {
                 token
                 for token, parent in zip(tree.token_ids, tree.parents, strict=True)
                 if parent == node
             }
-            found = likeliest(texts, context, query.fanout + len(taken))
-            firsts = [follower for follower in found if follower.token_id not in taken]
-            for follower in firsts[: query.fanout]:
-                chain = _chain(texts, context, follower, query.num_draft_tokens)
-                tokens = tuple(each.token_id for each in chain)
-                chances = tuple(each.chance for each in chain)
-                rows.append(OutcomeRow(node, tokens[0], tokens[1:], chances))
+            chains = followers.chains_behind(
+                (*committed, *(tree.token_ids[at] for at in tree.path_to(node))),
+                most=query.fanout,
+                length=1 + query.num_draft_tokens,
+                taken=taken,
+                least_chance=_LEAST_CHANCE,
+            )
+            rows += (
+                OutcomeRow(node, chain.token_ids[0], chain.token_ids[1:], chain.chances)
+                for chain in chains
+            )
         return rows
 
     def _hear(self, state: _Session, token_ids: Sequence[int]) -> None:
@@ -144,21 +146,3 @@ class SuffixDrafter(Drafter):
         del state.pending[: -self._max_session_tokens]
         state.output += token_ids
         del state.output[: -self._max_tenant_tokens]
-
-
-def _chain(
-    texts: Sequence[tuple[FollowerCounts, float]],
-    context: tuple[int, ...],
-    first: Follower,
-    num_behind: int,
-) -> list[Follower]:
-    """A token and the likeliest ones behind it, as far as they are worth a look."""
-    chain, chance = [first], first.chance
-    while len(chain) <= num_behind and chance >= _LEAST_CHANCE:
-        context = (*context, chain[-1].token_id)[-MAX_CONTEXT_TOKENS:]
-        found = likeliest(texts, context, 1)
-        if not found:
-            break
-        chain += found
-        chance *= found[0].chance
-    return chain

@@ -1,33 +1,18 @@
-"""Compiling a loop to machine code, once per machine where a cache can be kept."""
+"""Floats as their bits, inside compiled functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import numba
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import numpy as np
     from numpy.typing import NDArray
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def compiled(function: F) -> F:
-    """Compile at the first call, to run without the interpreter's lock.
-
-    Division follows IEEE, nothing is reordered or contracted. The machine code is kept beside the
-    source or in the user's cache folder; a container that can write to neither compiles anew.
-    """
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError:
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
 
 
 def _to_bits(context: object, value: types.Type) -> tuple[object, object]:
