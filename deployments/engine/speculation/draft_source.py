@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from deployments.engine.speculation.budget import INITIAL_ACCEPTANCE, update_acceptance
@@ -47,9 +48,20 @@ class Place(NamedTuple):
         return 1 - (1 - chance) ** 2 if self.is_seconded else chance
 
 
+@cache
 def places(origin: DraftOrigin, length: int, rank: int = 0) -> tuple[Place, ...]:
     """Of the tokens of a guess whose drafter has no estimates."""
     return tuple(Place(origin, min(depth, _MOST_DEPTH), rank) for depth in range(length))
+
+
+@cache
+def _graded(origin: DraftOrigin, grade: int) -> Place:
+    return Place(origin, grade=grade)
+
+
+@cache
+def _seconded(place: Place) -> Place:
+    return place._replace(is_seconded=True)
 
 
 class Prior(NamedTuple):
@@ -89,14 +101,18 @@ class Guess(NamedTuple):
             rank: 0 for what it thinks likeliest.
         """
         graded = tuple(
-            Place(origin, grade=bisect(_GRADES, chance)) for chance in chances[: len(token_ids)]
+            _graded(origin, bisect(_GRADES, chance)) for chance in chances[: len(token_ids)]
         )
+        if len(graded) == len(token_ids):
+            return cls(tuple(token_ids), graded)
         without = places(origin, len(token_ids), rank)
         return cls(tuple(token_ids), (*graded, *without[len(graded) :]))
 
 
 def seconded(guesses: Sequence[Guess]) -> tuple[Guess, ...]:
     """The guesses, with a mark on tokens up to which one of another drafter says the same."""
+    if len({guess.places[0].origin for guess in guesses if guess.places}) < 2:
+        return tuple(guesses)
     marked = []
     for guess in guesses:
         most = max(
@@ -109,7 +125,7 @@ def seconded(guesses: Sequence[Guess]) -> tuple[Guess, ...]:
             ),
             default=0,
         )
-        its = (place._replace(is_seconded=True) for place in guess.places[:most])
+        its = map(_seconded, guess.places[:most])
         marked.append(guess._replace(places=(*its, *guess.places[most:])))
     return tuple(marked)
 
@@ -179,12 +195,15 @@ class Trust:
             return NOTHING
         nodes: dict[tuple[int, ...], tuple[float, DraftOrigin]] = {}
         for guess in guesses:
-            for depth, chance in enumerate(self.chances(guess.places)):
+            chance = 1.0
+            for depth, place in enumerate(guess.places):
+                chance *= self._acceptance(place)
                 if depth and chance < _WORTH_A_ROW:
                     break
                 path = guess.token_ids[: depth + 1]
-                known, origin = nodes.get(path, (0.0, guess.places[0].origin))
-                nodes[path] = (max(known, chance), origin)
+                known = nodes.get(path)
+                if known is None or known[0] < chance:
+                    nodes[path] = (chance, place.origin if known is None else known[1])
         # Parents were entered before their children and are at least as likely: they stay before.
         kept = sorted(nodes, key=lambda path: -nodes[path][0])
         if not self._takes_trees:

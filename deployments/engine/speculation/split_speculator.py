@@ -199,12 +199,12 @@ class SplitSpeculator(Speculator):
         ]
 
     def _cut(self, request: DraftRequest, draft: TakenDraft, length: int) -> TakenDraft:
-        tree = draft.tree.cut(length)
+        tree = draft.tree if length == len(draft.tree) else draft.tree.cut(length)
         running = self._running.get(request.session_id)
         if running is not None:
             running.on_round(tree, had_draft=len(draft.tree) > 0, had_pool_row=draft.table_hit)
         self._num_withheld += len(draft.tree) - length
-        return replace(draft, tree=tree)
+        return draft if tree is draft.tree else replace(draft, tree=tree)
 
     def verifying(self, rounds: Sequence[tuple[DraftRequest, DraftTree]]) -> None:
         """Announce the round to the pool, plain ones too: their bonus token can be foreseen."""

@@ -43,9 +43,10 @@ def _checked(query: DraftQuery, rows: list[OutcomeRow], vocab_size: int) -> list
     for row in rows:
         if not -1 <= row.node < num_nodes:
             raise DrafterFailedError(f"a row for node {row.node} of {num_nodes}")
-        if not all(0 <= token < vocab_size for token in (row.bonus_token_id, *row.draft_token_ids)):
+        token_ids = row.token_ids
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             raise DrafterFailedError("a row with a token id outside the vocabulary")
-        if len(row.chances) > len(row.token_ids) or not all(0 <= one <= 1 for one in row.chances):
+        if len(row.chances) > len(token_ids) or not all(0 <= one <= 1 for one in row.chances):
             raise DrafterFailedError("a row with chances outside 0 to 1, or more than tokens")
     return [
         row
