@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from deployments.engine.speculation.draft_source import Guess, Priors, places, seconded
 from deployments.engine.speculation.drafters.guarded import GuardedDrafter
-from deployments.engine.speculation.drafters.suffix import SuffixDrafter
+from deployments.engine.speculation.drafters.load import load_drafter
 from deployments.engine.speculation.gain import GainMeter
 from deployments.engine.speculation.head_budget import HeadBudget
 from deployments.engine.speculation.outcome_table import NOTHING
@@ -77,7 +77,7 @@ class SplitSpeculator(Speculator):
         self._vocab_size = vocab_size
         self._on_link_lost = on_link_lost
         if local_drafter is None and config.local_drafter == "suffix":
-            local_drafter = SuffixDrafter()
+            local_drafter = load_drafter(config.local_drafter)
         self._local = GuardedDrafter(local_drafter, vocab_size)
         self._head = GuardedDrafter(None, vocab_size)
         self._head_budget = HeadBudget()

@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, cast
 
 from deployments.engine.speculation.drafters.base import Drafter
-from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.errors import DrafterLoadError
 
 if TYPE_CHECKING:
@@ -39,6 +38,9 @@ def find_factory(spec: str) -> Callable[[], object]:
         DrafterLoadError: it cannot be imported, or cannot be called.
     """
     if spec == "suffix":
+        # It brings a compiler along, which a replica without it can do without.
+        from deployments.engine.speculation.drafters.suffix import SuffixDrafter
+
         return SuffixDrafter
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
