@@ -41,6 +41,59 @@ def test_what_is_likely_did_follow(text, context):
     assert [each.chance for each in found] == sorted((each.chance for each in found), reverse=True)
 
 
+def expected(known, context):
+    """The same by the book: of each context all that followed it, from the longest down."""
+    chances, weight = {}, 1.0
+    for order in (5, 3, 2, 1):
+        if order > len(context):
+            continue
+        counts = {}
+        for text, its_weight in known:
+            for at in range(order, len(text)):
+                if text[at - order : at] == context[-order:]:
+                    counts[text[at]] = counts.get(text[at], 0.0) + its_weight
+        if not counts:
+            continue
+        escape = 2.0 * len(counts)
+        total = sum(counts.values()) + escape
+        for token, count in counts.items():
+            chances[token] = chances.get(token, 0.0) + weight * count / total
+        weight *= escape / total
+        if weight < 0.03:
+            break
+    return chances
+
+
+@given(texts, texts, texts)
+def test_chances_are_those_of_the_formula(own, other, context):
+    known = [(counted(own), 4.0), (counted(other), 1.0)]
+    found = likeliest(known, context, 9)
+    assert {each.token_id: each.chance for each in found} == pytest.approx(
+        expected([(own, 4.0), (other, 1.0)], context)
+    )
+
+
+@given(texts, texts, st.sets(st.integers(0, 3)))
+def test_each_token_of_a_chain_is_the_likeliest_behind_those_before(text, context, taken):
+    followers = Followers(counted(text), 1.0)
+    chains = followers.chains_behind(context, most=3, length=4, taken=taken)
+    assert not taken & {chain.token_ids[0] for chain in chains}
+    for chain in chains:
+        for at in range(1, len(chain.token_ids)):
+            behind = [*context, *chain.token_ids[:at]]
+            best = followers.chains_behind(behind, most=1, length=1)[0]
+            assert (chain.token_ids[at], chain.chances[at]) == (*best.token_ids, *best.chances)
+
+
+def test_a_chain_ends_where_too_little_is_likely():
+    followers = Followers(counted([1, 2, 3, 4, 5]), 1.0)
+    whole = followers.chains_behind([1], most=1, length=4)[0]
+    assert whole.token_ids == (2, 3, 4, 5)
+    product = whole.chances[0] * whole.chances[1]
+    cut = followers.chains_behind([1], most=1, length=4, least_chance=product * 1.01)[0]
+    assert cut.token_ids == (2, 3)
+
+
 @given(texts)
 def test_of_one_context_the_most_frequent_is_the_likeliest(text):
     followed = Counter(two for one, two in pairwise(text) if one == 0)
