@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--python", type=Path, required=True, help="SGLang's")
     parser.add_argument("--threads", type=int, default=1, help="of each SGLang's arithmetic")
     parser.add_argument("--draft-tokens", type=int, default=4)
-    parser.add_argument("--fanout", type=int, default=2)
+    parser.add_argument("--fanout", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--minutes", type=float, default=6, help="no question after this time")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of contestants' names")

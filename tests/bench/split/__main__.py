@@ -200,7 +200,7 @@ def main() -> int:
         "--head", help="folder of an EAGLE-3 head for the modes beside the target, not the drafter"
     )
     parser.add_argument("--draft-tokens", type=int, default=4)
-    parser.add_argument("--fanout", type=int, default=2)
+    parser.add_argument("--fanout", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
     parser.add_argument(
         "--earlier-tokens", type=int, default=160, help="of each answer that the tenant had before"
