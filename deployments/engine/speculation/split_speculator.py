@@ -76,7 +76,7 @@ class SplitSpeculator(Speculator):
         self._takes_trees = takes_trees
         self._vocab_size = vocab_size
         self._on_link_lost = on_link_lost
-        if local_drafter is None and config.local_drafter == "suffix":
+        if local_drafter is None and config.local_drafter != "none":
             local_drafter = load_drafter(config.local_drafter)
         self._local = GuardedDrafter(local_drafter, vocab_size)
         self._head = GuardedDrafter(None, vocab_size)

@@ -2,7 +2,7 @@
 
 Of every position the text's last one, two, three and five tokens are contexts, and for each it is
 counted which tokens followed them. Adding a token and looking contexts up cost O(1), in compiled
-code: some microseconds of a step for each of its sequences.
+code.
 
 Source: prediction by partial matching (Cleary and Witten 1984), with escapes as Witten and Bell
 (1991) weigh them: a context that was followed by many different tokens tells little of the next.
@@ -27,6 +27,7 @@ _FEWEST_SLOTS = 64
 _FULL = 0.6
 """The part of the slots that may be in use."""
 _SECRET = secrets.randbits(63)
+"""Of this process, see ``follower_kernels``."""
 _NO_TOKENS = np.empty(0, np.int64)
 
 
