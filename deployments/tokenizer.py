@@ -35,7 +35,8 @@ class Vocabulary:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        # Not how many there are: ids may have gaps.
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def vocab_digest(self) -> str:
         """Hex digest of the id -> token mapping; equal where ids mean the same text."""

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
 
 from deployments.errors import RequestInvalidError
-from deployments.tokenizer import ChatTurn, Tokenizer
+from deployments.tokenizer import ChatTurn, Tokenizer, Vocabulary
 from tests.fakes_tokenizer import SPECIALS, write_tokenizer
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ def test_the_digest_follows_the_vocabulary(tmp_path: Path, tokenizer: Tokenizer)
     other = Tokenizer.load(path.parent)
     assert same.vocab_digest() == tokenizer.vocab_digest()
     assert other.vocab_digest() != tokenizer.vocab_digest()
+
+
+def test_the_vocabulary_ends_behind_the_last_id_also_where_ids_have_gaps() -> None:
+    assert Vocabulary(Backend(WordLevel({"a": 0, "b": 1, "c": 9}, unk_token="a"))).vocab_size == 10
 
 
 def test_words_are_written_at_the_beginning_and_behind_a_space(tokenizer: Tokenizer) -> None:
