@@ -38,10 +38,12 @@ class OutcomeTable:
     Attributes:
         base_len: committed tokens when the round began.
         continuations: what each row says follows them, likeliest first.
+        longest: tokens of the longest one.
     """
 
     base_len: int
     continuations: tuple[Continuation, ...]
+    longest: int
 
     @classmethod
     def build(cls, base_len: int, in_flight: DraftTree, rows: Iterable[OutcomeRow]) -> OutcomeTable:
@@ -56,7 +58,8 @@ class OutcomeTable:
                 # Of the path the drafter says nothing: the target itself has found out.
                 chances = (1.0,) * len(path) + chances
             continuations.append(Continuation(path + row.token_ids, chances))
-        return cls(base_len, tuple(continuations))
+        longest = max((len(one.token_ids) for one in continuations), default=0)
+        return cls(base_len, tuple(continuations), longest)
 
     def draft_after(self, committed: Sequence[int]) -> Continuation:
         """The draft of the likeliest row that agrees with the text.
@@ -67,10 +70,11 @@ class OutcomeTable:
         Returns:
             Tokens that may follow it; empty if no row agrees or none goes further.
         """
-        if len(committed) < self.base_len:
+        known = len(committed) - self.base_len
+        # A table may be kept long after the last text that it fits: not even looked at then.
+        if not 0 <= known < self.longest:
             return NOTHING
         since = tuple(committed[self.base_len :])
-        known = len(since)
         for token_ids, chances in self.continuations:
             if len(token_ids) > known and token_ids[:known] == since:
                 return Continuation(token_ids[known:], chances[known:])

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.engine.speculation.outcome_table import Continuation, OutcomeTable, TableShelf
+from deployments.engine.speculation.outcome_table import OutcomeTable, TableShelf
 from deployments.engine.speculation.types import DraftOrigin, DraftTree, OutcomeRow
 
 TEXT = [5, 6, 7]
@@ -21,6 +21,11 @@ TABLE = OutcomeTable.build(
 
 def ahead(table, text):
     return table.draft_after(text).token_ids
+
+
+def table_of(base_len, token_ids):
+    row = OutcomeRow(-1, token_ids[0], tuple(token_ids[1:]))
+    return OutcomeTable.build(base_len, DraftTree.chain((), DraftOrigin.POOL), [row])
 
 
 tokens = st.integers(0, 3)
@@ -58,6 +63,16 @@ def test_before_the_round_ends_the_likeliest_row_is_a_draft():
     assert ahead(TABLE, TEXT) == (1, 2, 3, 30, 31)
 
 
+class NobodyLooks(list):
+    def __getitem__(self, where):
+        raise AssertionError(f"looked at {where}")
+
+
+def test_a_text_that_has_outgrown_a_table_is_not_looked_at():
+    assert ahead(TABLE, NobodyLooks([*TEXT, 1, 2, 3, 30, 31])) == ()
+    assert ahead(OutcomeTable.build(3, IN_FLIGHT, []), NobodyLooks(TEXT)) == ()
+
+
 def test_a_text_shorter_than_the_base_finds_nothing():
     assert ahead(TABLE, TEXT[:2]) == ()
 
@@ -86,7 +101,7 @@ def test_never_a_row_whose_text_disagrees(base, path, rows, committed):
 def test_shelf_keeps_the_two_newest(bases):
     shelf = TableShelf()
     for base in bases:
-        shelf.put(OutcomeTable(base, (Continuation((base,)),)))
+        shelf.put(table_of(base, (base,)))
     assert len(shelf) == min(2, len(bases))
     newest = max(bases)
     assert ahead(shelf, [0] * newest) == (newest,)
@@ -94,6 +109,6 @@ def test_shelf_keeps_the_two_newest(bases):
 
 def test_shelf_falls_back_to_the_older_table():
     shelf = TableShelf()
-    shelf.put(OutcomeTable(1, (Continuation((5, 6, 7)),)))
-    shelf.put(OutcomeTable(2, (Continuation((9, 9)),)))
+    shelf.put(table_of(1, (5, 6, 7)))
+    shelf.put(table_of(2, (9, 9)))
     assert ahead(shelf, [0, 5, 6]) == (7,)
