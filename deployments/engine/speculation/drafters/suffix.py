@@ -6,8 +6,8 @@ followed short contexts in place of a suffix tree.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import TYPE_CHECKING
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.drafters.follower_counts import (
@@ -29,7 +29,9 @@ _LEAST_CHANCE = 0.02
 """That a token is right with all before it; what would stand behind a less likely one is not
 looked for."""
 _MOST_AT_ONCE = 512
-"""Tokens of a prompt that are learned per query, so that a long one holds no step up."""
+"""Tokens that are learned at once of a text, so that a long one holds no step up."""
+_MOST_WAITING = 262_144
+"""Tokens of ended outputs that are not learned yet; beyond it the oldest are left out."""
 
 
 class _Session:
@@ -43,17 +45,24 @@ class _Session:
         self.output: list[int] = []
 
 
+class _Output(NamedTuple):
+    """What ended sessions left to learn for their tenant."""
+
+    tenant: str
+    token_ids: list[int]
+
+
 class SuffixDrafter(Drafter):
     """The tokens that followed the text's last few most often, each with its chance.
 
     It counts in the session's own text and in its tenant's earlier outputs. Outputs are learned
-    when a session closes and never serve another tenant.
+    by the calls after a session has closed and never serve another tenant. Sessions are bounded
+    by whoever opens them.
 
     Args:
         max_session_tokens: text remembered per session (about 0.3 KB of memory per token).
         max_tenant_tokens: output remembered per tenant.
         max_output_tokens: and of all tenants; the one unused for longest is forgotten first.
-        max_sessions: sessions remembered; beyond it the one unused for longest starts anew.
     """
 
     def __init__(
@@ -62,15 +71,14 @@ class SuffixDrafter(Drafter):
         max_session_tokens: int = 32_768,
         max_tenant_tokens: int = 65_536,
         max_output_tokens: int = 1_048_576,
-        max_sessions: int = 1_024,
     ) -> None:
         self._max_session_tokens = max_session_tokens
         self._max_tenant_tokens = max_tenant_tokens
         self._max_output_tokens = max_output_tokens
-        self._max_sessions = max_sessions
-        self._sessions: OrderedDict[int, _Session] = OrderedDict()
+        self._sessions: dict[int, _Session] = {}
         self._tenants: OrderedDict[str, FollowerCounts] = OrderedDict()
         self._num_output_tokens = 0
+        self._ended: deque[_Output] = deque()
         warm_up()
 
     def open(self, session: SessionSpec) -> None:
@@ -78,8 +86,6 @@ class SuffixDrafter(Drafter):
         self._sessions[session.session_id] = _Session(
             session.tenant, self._max_session_tokens, session.token_ids
         )
-        if len(self._sessions) > self._max_sessions:
-            self.close(next(iter(self._sessions)))
 
     def append(self, session_id: int, token_ids: Sequence[int]) -> None:
         """Learn committed output."""
@@ -91,28 +97,42 @@ class SuffixDrafter(Drafter):
         state = self._sessions.pop(session_id, None)
         if state is None or not state.output:
             return
-        counts = self._tenants.setdefault(state.tenant, FollowerCounts(self._max_tenant_tokens))
-        self._tenants.move_to_end(state.tenant)
-        self._num_output_tokens -= len(counts)
-        counts.begin()
-        counts.extend(state.output)
-        self._num_output_tokens += len(counts)
-        while self._num_output_tokens > self._max_output_tokens and len(self._tenants) > 1:
-            _, forgotten = self._tenants.popitem(last=False)
-            self._num_output_tokens -= len(forgotten)
+        self._ended.append(_Output(state.tenant, state.output))
+        while sum(len(output.token_ids) for output in self._ended) > _MOST_WAITING:
+            self._ended.popleft()
 
     def propose(self, queries: Sequence[DraftQuery]) -> list[list[OutcomeRow]]:
         """Rows for every node of the draft in flight, deep nodes first.
 
         A draft worth verifying is likelier accepted to its end than cut.
         """
+        self._learn_ended()
         return [self._rows(query) for query in queries]
+
+    def _learn_ended(self) -> None:
+        """The next part of the ended outputs, the oldest first."""
+        left = _MOST_AT_ONCE
+        while left and self._ended:
+            tenant, token_ids = self._ended[0]
+            counts = self._tenants.setdefault(tenant, FollowerCounts(self._max_tenant_tokens))
+            self._tenants.move_to_end(tenant)
+            self._num_output_tokens -= len(counts)
+            counts.extend(token_ids[:left])
+            self._num_output_tokens += len(counts)
+            num_learned = min(left, len(token_ids))
+            del token_ids[:num_learned]
+            left -= num_learned
+            if not token_ids:
+                counts.begin()
+                self._ended.popleft()
+        while self._num_output_tokens > self._max_output_tokens and len(self._tenants) > 1:
+            _, forgotten = self._tenants.popitem(last=False)
+            self._num_output_tokens -= len(forgotten)
 
     def _rows(self, query: DraftQuery) -> list[OutcomeRow]:
         state = self._sessions.get(query.session_id)
         if state is None:
             return []
-        self._sessions.move_to_end(query.session_id)
         self._hear(state, query.token_ids[state.num_heard :])
         state.counts.extend(state.pending[:_MOST_AT_ONCE])
         del state.pending[:_MOST_AT_ONCE]

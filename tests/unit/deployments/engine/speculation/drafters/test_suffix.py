@@ -1,5 +1,6 @@
 import random
 
+from deployments.engine.speculation.drafters import suffix
 from deployments.engine.speculation.drafters.suffix import SuffixDrafter
 from deployments.engine.speculation.types import DraftOrigin, DraftTree, OutcomeRow
 from tests.fakes_speculation import query_of, spec_of
@@ -95,6 +96,33 @@ def test_learns_output_for_the_same_tenant_only():
     assert first(drafter, 3, [10, 11, 12], k=1, fanout=1) is None
 
 
+def test_a_long_output_is_learned_part_by_part():
+    drafter = SuffixDrafter()
+    for number, length in ((1, 700), (2, 300)):
+        drafter.open(spec_of(number, [1]))
+        drafter.append(number, range(1000 * number, 1000 * number + length))
+        drafter.close(number)
+    drafter.open(spec_of(3, [1]))
+    assert drafter._num_output_tokens == 0
+    sizes = []
+    for _ in range(3):
+        drafter.propose([query_of(3, [1])])
+        sizes.append(drafter._num_output_tokens)
+    assert sizes == [512, 1000, 1000]
+    drafter.open(spec_of(4, [1699]))  # the end of the first; the second did not follow it
+    assert first(drafter, 4, [1699], k=0, fanout=1) is None
+
+
+def test_outputs_that_nobody_waits_for_are_bounded(monkeypatch):
+    monkeypatch.setattr(suffix, "_MOST_WAITING", 1000)
+    drafter = SuffixDrafter()
+    for number in range(5):
+        drafter.open(spec_of(number, [1]))
+        drafter.append(number, [number] * 400)
+        drafter.close(number)
+    assert [output.token_ids[0] for output in drafter._ended] == [3, 4]
+
+
 def test_prompts_are_not_learned():
     drafter = SuffixDrafter()
     drafter.open(spec_of(1, [10, 11, 12, 13, 14]))
@@ -116,13 +144,14 @@ def test_output_is_learned_once_however_it_is_heard_of():
 
 def test_memory_is_bounded():
     rng = random.Random(4)  # noqa: S311
-    drafter = SuffixDrafter(
-        max_session_tokens=200, max_tenant_tokens=100, max_output_tokens=350, max_sessions=5
-    )
+    drafter = SuffixDrafter(max_session_tokens=200, max_tenant_tokens=100, max_output_tokens=350)
     for number in range(40):
         tenant = f"t{number % 8}"
         drafter.open(spec_of(number, [rng.randrange(9) for _ in range(150)], tenant=tenant))
         drafter.append(number, [rng.randrange(9) for _ in range(500)])
+        if number >= 5:
+            drafter.close(number - 5)
+            drafter.propose([])
     assert len(drafter._sessions) == 5
     assert 3 <= len(drafter._tenants) <= 7
     for session_id, state in list(drafter._sessions.items()):
