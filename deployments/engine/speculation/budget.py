@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ def _best(step: _Step, rows: Sequence[_Row]) -> _Found:
     plain_rate = best_rate = expected / plain_s
     # Sequences that the step may not make miss, and how long it may take for their sake.
     limits = {index: target for index, target in targets_s.items() if plain_s <= target}
-    longest_s = min(limits.values(), default=math.inf)
+    shortest = [(target, index) for index, target in limits.items()]
+    heapify(shortest)
+    longest_s = shortest[0][0] if shortest else math.inf
     own = dict.fromkeys(targets_s, (0, 1.0))
     best, most_met = 0, len(limits)
     for count, (chance, index) in enumerate(rows, start=1):
@@ -137,7 +140,10 @@ def _best(step: _Step, rows: Sequence[_Row]) -> _Found:
             limit = targets_s[index] * gain
             if index in limits or seconds_of(num_rows + length) <= limit:
                 limits[index] = limit
-                longest_s = min(limits.values())
+                heappush(shortest, (limit, index))
+                while shortest[0][0] != limits[shortest[0][1]]:
+                    heappop(shortest)
+                longest_s = shortest[0][0]
         seconds = seconds_of(num_rows + count)
         rate = expected / seconds
         if seconds > longest_s or rate < plain_rate:
