@@ -58,7 +58,7 @@ def read_texts(files: Sequence[Path], *, is_raw: bool) -> list[WarmText]:
     """Each file's request.
 
     A ``.json`` file holds a chat's ``messages``, or an object with ``messages`` and what else makes
-    the prompt, such as ``tools``. Any other file is the system message of chats.
+    the prompt. Any other file is the system message of chats.
 
     Args:
         files: what to read.

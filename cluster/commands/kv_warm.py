@@ -26,7 +26,7 @@ def warm(
     files: Annotated[
         list[Path],
         typer.Argument(
-            help="Each a system message; as .json, a chat's messages (and tools) in OpenAI's form."
+            help="Each a system message; as .json, a chat's messages in OpenAI's form."
         ),
     ],
     raw: Annotated[
