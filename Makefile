@@ -28,8 +28,8 @@ SGLANG_STAMP := $(SGLANG_VENV)/.installed-$(shell cat $(SGLANG_FILES) | cksum | 
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 TEST_WORKERS ?= 2
-# These tests start whole clusters: on two cores a second one makes Ray's own start time out.
-INTEGRATION_WORKERS ?= 1
+# For the tests that start whole clusters: on two cores a second one makes Ray's own start time out.
+CLUSTER_WORKERS ?= 1
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: plotting $(shell awk -F: '/^[a-z-]+:.*## /{print $$1}' $(MAKEFILE_LIST))
@@ -86,7 +86,8 @@ test-unit: $(ENVIRONMENT) ## Unit, contract and chart tests
 	$(PYTEST) -m "not integration and not gpu" -n $(TEST_WORKERS)
 
 test-integration: $(ENVIRONMENT) ## Tests against a local Ray, a real Valkey and real weights
-	$(PYTEST) -m "integration and not gpu" -n $(INTEGRATION_WORKERS) --dist loadfile
+	$(PYTEST) -m "integration and not gpu" -n $(TEST_WORKERS) --dist loadfile --ignore=tests/integration/cluster
+	$(PYTEST) -m "integration and not gpu" -n $(CLUSTER_WORKERS) --dist loadfile tests/integration/cluster
 
 test-gpu: $(ENVIRONMENT) ## The engine's tests on a CUDA device; says so where there is none
 	@$(PY) -c 'import torch; ok = torch.cuda.is_available(); print("CUDA device:", torch.cuda.get_device_name() if ok else "none; the tests will be skipped")'
