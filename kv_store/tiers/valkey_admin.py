@@ -8,19 +8,24 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from redis import ConnectionPool, Redis, RedisError
-from redis.backoff import NoBackoff
-from redis.cluster import ClusterNode, NodesManager
+from redis import Redis, RedisError
 from redis.exceptions import RedisClusterException
-from redis.retry import Retry
 
 from kv_store.errors import PageCorruptError, TierUnavailableError
 from kv_store.tiers.parts import MAGIC, read_manifest
 from kv_store.tiers.valkey_exchange import CLAIM_SUFFIX, NOTE_SUFFIX
-from kv_store.tiers.valkey_topology import DEFAULT_PORT, sentinel_pool, split_url
+from kv_store.tiers.valkey_topology import (
+    DEFAULT_PORT,
+    connection_settings,
+    find_nodes,
+    server_pool,
+    split_url,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from redis import ConnectionPool
 
     from kv_store.tiers.valkey_topology import ValkeyAddress
 
@@ -39,20 +44,13 @@ def admin_clients(address: ValkeyAddress, timeout_s: float) -> Iterator[list[Red
     Raises:
         TierUnavailableError: also for whatever a client raises within the context.
     """
-    settings: dict[str, Any] = {
-        "socket_connect_timeout": timeout_s,
-        "socket_timeout": timeout_s,
-        "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-    }
+    settings = connection_settings(timeout_s, timeout_s)
     with ExitStack() as opened:
         try:
             if address.is_cluster:
                 pools = _primary_pools(address, settings, opened)
-            elif address.sentinels:
-                pools = [sentinel_pool(address, settings)]
             else:
-                pools = [ConnectionPool.from_url(address.url, **settings)]
+                pools = [server_pool(address, settings)]
             clients = [Redis(connection_pool=pool) for pool in pools]
             for pool in pools:
                 opened.callback(pool.disconnect)
@@ -143,9 +141,7 @@ def _primary_pools(
     address: ValkeyAddress, settings: dict[str, Any], opened: ExitStack
 ) -> list[ConnectionPool]:
     hosts, kwargs = split_url(address.url, DEFAULT_PORT)
-    nodes: Any = NodesManager(
-        [ClusterNode(host, port) for host, port in hosts], from_url=True, **settings, **kwargs
-    )
+    nodes: Any = find_nodes(hosts, settings | kwargs)  # redis-py types its nodes in part only
     opened.callback(nodes.close)
     owners = {owners[0].name: owners[0] for owners in nodes.slots_cache.values()}
     return [owners[name].redis_connection.connection_pool for name in sorted(owners)]
