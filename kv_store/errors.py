@@ -2,6 +2,7 @@
 
 KVStoreError
 ├── TierUnavailableError     a tier cannot be reached or refuses work; counted as misses
+│   └── TierBusyError        others took all the time; says nothing of the server
 ├── PageCorruptError         bytes are not the page that was asked for; deleted and counted
 ├── PageUnsupportedError     a sound page of a newer format or of a codec this process lacks
 ├── LayoutMismatchError      a page or a buffer has another layout than the store's
@@ -15,6 +16,10 @@ class KVStoreError(Exception):
 
 class TierUnavailableError(KVStoreError):
     """A tier cannot be reached, timed out, or refuses work."""
+
+
+class TierBusyError(TierUnavailableError):
+    """The time was over before the server was asked: others had its connections."""
 
 
 class PageCorruptError(KVStoreError):

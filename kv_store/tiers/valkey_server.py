@@ -7,7 +7,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from kv_store.errors import TierUnavailableError
+from kv_store.errors import TierBusyError, TierUnavailableError
 from kv_store.tiers.valkey_connection import ValkeyConnection
 from kv_store.tiers.valkey_exchange import Exchange
 
@@ -58,22 +58,24 @@ class ValkeyServer:
             is_asking: see ``Exchange``.
 
         Raises:
+            TierBusyError: the deadline passed before a connection was free.
             TierUnavailableError: the server does not answer, refuses, or is being left alone.
         """
         if self._is_closed:
             raise TierUnavailableError("the connections are closed")
-        if self._breaker is not None and not self._breaker.allow():
+        if self._breaker is None:
+            return await self._in_thread(operation, deadline, is_asking)
+        if not self._breaker.allow():
             raise TierUnavailableError("the server is left alone after failures")
         try:
-            result = await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._on_connection, operation, deadline, is_asking
-            )
-        except BaseException:
-            if self._breaker is not None:
-                self._breaker.record_failure()  # an allowed probe must always be answered for
+            result = await self._in_thread(operation, deadline, is_asking)
+        except TierBusyError:
+            self._breaker.record_untried()
             raise
-        if self._breaker is not None:
-            self._breaker.record_success()
+        except BaseException:
+            self._breaker.record_failure()  # an allowed probe must always be answered for
+            raise
+        self._breaker.record_success()
         return result
 
     def close(self) -> None:
@@ -84,6 +86,13 @@ class ValkeyServer:
         for connection in self._connections:
             connection.abort()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(
+        self, operation: Callable[[Exchange], T], deadline: float, is_asking: bool
+    ) -> T:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._on_connection, operation, deadline, is_asking
+        )
 
     def _on_connection(
         self, operation: Callable[[Exchange], T], deadline: float, is_asking: bool

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from kv_store import TierUnavailableError
+from kv_store.errors import TierBusyError
 from kv_store.tiers.resp import command
 from kv_store.tiers.valkey_connection import ValkeyConnection
 
@@ -90,7 +91,7 @@ def test_many_and_long_buffers_arrive_in_order(connection, peers):
             got.extend(peers[0].recv(1 << 20))
         peers[0].sendall(b"+OK\r\n")
 
-    connection._connected(time.monotonic() + PATIENT_S)
+    connection._connected()
     thread = threading.Thread(target=serve)
     thread.start()
     assert ask(connection, request=buffers) == [b"OK"]
@@ -193,6 +194,16 @@ def test_an_abort_wakes_a_waiting_thread(connection, peers):
 
 
 def test_no_time_left_is_no_connection(connection, peers):
-    with pytest.raises(TierUnavailableError):
+    with pytest.raises(TierBusyError):
         ask(connection, patience_s=-1)
     assert not peers
+
+
+def test_a_connection_outlives_those_who_come_too_late_to_use_it(connection, peers):
+    thread = answering(peers, b"+PONG\r\n", b"+AGAIN\r\n")
+    assert ask(connection) == [b"PONG"]
+    with pytest.raises(TierBusyError):
+        ask(connection, patience_s=-1)
+    assert ask(connection) == [b"AGAIN"]
+    thread.join()
+    assert len(peers) == 1
