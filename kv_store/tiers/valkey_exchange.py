@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from redis.exceptions import AskError, MovedError
 
-from kv_store.errors import TierUnavailableError
+from kv_store.errors import TierRefusedError
 from kv_store.tiers.base import Blob
 from kv_store.tiers.parts import Manifest, is_split, read_manifest, split
 from kv_store.tiers.resp import (
@@ -328,7 +328,11 @@ class Exchange:
         return reader.read(allocate)
 
     def _checked(self, replies: Sequence[_RawReply]) -> list[_Reply]:
-        """The replies; a refusal of any command (out of memory, loading) is an error."""
+        """The replies.
+
+        Raises:
+            TierRefusedError: one of them is an error (out of memory, loading).
+        """
         good: list[_Reply] = []
         for reply in replies:
             if not isinstance(reply, ErrorReply):
@@ -338,7 +342,7 @@ class Exchange:
             else:
                 if reply.message.startswith(_WRONG_SERVER):
                     self._connection.close()
-                raise TierUnavailableError(reply.message)
+                raise TierRefusedError(reply.message)
         return good
 
 

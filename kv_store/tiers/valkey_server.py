@@ -7,7 +7,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from kv_store.errors import TierBusyError, TierUnavailableError
+from kv_store.errors import TierBusyError, TierRefusedError, TierUnavailableError
 from kv_store.tiers.valkey_connection import ValkeyConnection
 from kv_store.tiers.valkey_exchange import Exchange
 
@@ -37,7 +37,7 @@ class ValkeyServer:
             make_connection: gives a connection of redis-py that is not connected yet.
             num_connections: operations under way at once; more wait for their turn.
             buffers: where blobs are read to.
-            breaker: while it is open, operations fail at once.
+            breaker: opens where the server does not answer; meanwhile operations fail at once.
         """
         self.num_connections = num_connections
         self._buffers = buffers
@@ -59,7 +59,8 @@ class ValkeyServer:
 
         Raises:
             TierBusyError: the deadline passed before a connection was free.
-            TierUnavailableError: the server does not answer, refuses, or is being left alone.
+            TierRefusedError: the server answers with an error.
+            TierUnavailableError: it does not answer, or is being left alone.
         """
         if self._is_closed:
             raise TierUnavailableError("the connections are closed")
@@ -71,6 +72,9 @@ class ValkeyServer:
             result = await self._in_thread(operation, deadline, is_asking)
         except TierBusyError:
             self._breaker.record_untried()
+            raise
+        except TierRefusedError:
+            self._breaker.record_success()  # a full server can still be read
             raise
         except BaseException:
             self._breaker.record_failure()  # an allowed probe must always be answered for

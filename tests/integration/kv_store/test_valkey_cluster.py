@@ -144,6 +144,24 @@ async def test_a_shard_whose_connections_break_ever_again_is_connected_to_ever_a
         assert owner.admin.info("stats")["total_connections_received"] >= before + 120
 
 
+async def test_a_full_shard_can_still_be_read(cluster):
+    key, blob = ITEMS[0]
+    full = cluster.primaries[owner_number(key)]
+    other = next(key for key in KEYS[1:] if owner_number(key) == owner_number(KEYS[0]))
+    async with of_cluster(cluster) as tier:
+        await tier.put_many([(key, blob)])
+        full.admin.config_set("maxmemory-policy", "noeviction")
+        full.admin.config_set("maxmemory", 1)
+        try:
+            for _ in range(4):  # a breaker opens after three
+                with pytest.raises(TierUnavailableError, match="OOM"):
+                    await tier.put_many([(other, blob)])
+            assert await tier.get_many([key]) == [blob]
+        finally:
+            full.admin.config_set("maxmemory", "64mb")
+            full.admin.config_set("maxmemory-policy", "allkeys-lfu")
+
+
 async def test_a_frozen_shard_costs_its_own_pages_only(cluster):
     frozen = cluster.primaries[1]
     async with of_cluster(cluster) as writer:

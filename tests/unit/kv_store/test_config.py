@@ -69,7 +69,7 @@ def test_errors_survive_pickling():
         for error in vars(kv_store.errors).values()
         if isinstance(error, type) and issubclass(error, KVStoreError)
     ]
-    assert len(errors) == 7
+    assert len(errors) == 8
     for error in errors:
         copy = pickle.loads(pickle.dumps(error("what went wrong")))  # noqa: S301
         assert type(copy) is error

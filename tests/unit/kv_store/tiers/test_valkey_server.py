@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from kv_store.errors import TierBusyError
+from kv_store.errors import TierBusyError, TierRefusedError, TierUnavailableError
 from kv_store.tiers.breaker import CircuitBreaker
 from kv_store.tiers.buffers import BufferPool
 from kv_store.tiers.valkey_server import ValkeyServer
@@ -65,3 +65,22 @@ async def test_a_wait_behind_others_is_no_failure_of_the_server(server, breaker,
     assert await server.run(is_held, soon()) == [True]
     assert len(peers) == 1
     thread.join()
+
+
+async def test_a_server_that_says_no_has_answered(server, breaker, peers):
+    thread = answering(peers, b"-OOM command not allowed\r\n", b":1\r\n")
+    with pytest.raises(TierRefusedError, match="OOM"):
+        await server.run(is_held, soon())
+    assert breaker.is_closed
+    assert await server.run(is_held, soon()) == [True]
+    thread.join()
+
+
+async def test_a_server_that_makes_no_sense_is_left_alone(server, breaker, peers):
+    thread = answering(peers, b"?what\r\n")
+    with pytest.raises(TierUnavailableError, match="ProtocolError"):
+        await server.run(is_held, soon())
+    thread.join()
+    with pytest.raises(TierUnavailableError, match="left alone"):
+        await server.run(is_held, soon())
+    assert len(peers) == 1
