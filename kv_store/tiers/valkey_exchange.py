@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MAX_VALUE_BYTES = 2 << 20
 # Of values asked for beyond the one that arrives: a round trip's worth on a fast network.
 _BYTES_AHEAD = 1 << 20
+_MAX_WORD_BYTES = 64 << 10  # of a claim, a note, or what a script returns
 CLAIM_SUFFIX = b":claim"
 NOTE_SUFFIX = b":at"
 
@@ -113,7 +114,7 @@ class Exchange:
         """Each blob, or None for a miss."""
         values = self._fetch([_getex(read.name, read.ttl_ms)] for read in reads)
         return [
-            self._join(read, value) if isinstance(value, bytes | memoryview) else _blob(value)
+            value if isinstance(value, Redirect) else self._join(read, value)
             for read, value in zip(reads, values, strict=True)
         ]
 
@@ -151,14 +152,24 @@ class Exchange:
     def contains(self, names: Sequence[bytes]) -> list[bool | Redirect]:
         """Whether each name exists."""
         if self._is_asking:
-            replies = self._send([[command(b"EXISTS", name)] for name in names])
-            return [reply if isinstance(reply, Redirect) else bool(reply) for reply in replies]
-        return self._contains(names)
+            return _answers(self._send([[command(b"EXISTS", name)] for name in names]), _is_one)
+        # Without a look at each reply where all are plain answers.
+        request = b"".join(
+            b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names
+        )
+
+        def read(reader: ReplyReader) -> list[bool] | list[_RawReply]:
+            flags = reader.read_flags(len(names))
+            if flags is not None:
+                return flags
+            return [reader.read(self._at_most(0)) for _ in names]
+
+        replies = self._checked(self._connection.exchange([request], read, self._deadline))
+        return _answers(replies, _is_one)
 
     def delete(self, names: Sequence[bytes]) -> list[bool | Redirect]:
         """Whether each name existed; the server frees the memory in its own time."""
-        replies = self._send([[command(b"UNLINK", name)] for name in names])
-        return [reply if isinstance(reply, Redirect) else reply == 1 for reply in replies]
+        return _answers(self._send([[command(b"UNLINK", name)] for name in names]), _is_one)
 
     def claim(
         self, names: Sequence[bytes], owner: bytes, duration_ms: int
@@ -175,22 +186,16 @@ class Exchange:
             claim = claim_name(name)
             commands.append([command(b"SET", claim, owner, b"NX", b"PX", b"%d" % duration_ms)])
             commands.append([command(b"GET", claim)])
-        replies = self._send(commands)
+        replies = self._send(commands, _MAX_WORD_BYTES)
         # A server that drops the claim at once has none to wait for.
-        return [
-            reply if isinstance(reply, Redirect) else reply is None or reply == owner
-            for reply in replies[1::2]
-        ]
+        return _answers(replies[1::2], lambda reply: reply is None or reply == owner)
 
     def evaluate(self, calls: Sequence[Evaluation]) -> list[bytes | Redirect]:
         """What each script returns."""
         commands: list[list[Blob]] = [
             [command(b"EVAL", call.script, b"1", call.name, *call.arguments)] for call in calls
         ]
-        return [
-            reply if isinstance(reply, Redirect) else bytes(_bytes(reply))
-            for reply in self._send(commands)
-        ]
+        return _answers(self._send(commands, _MAX_WORD_BYTES), lambda reply: _word(reply) or b"")
 
     def note(self, names: Sequence[bytes], value: bytes, duration_ms: int) -> list[bool | Redirect]:
         """Leave one word beside each page's name, in place of what is there; it ends by itself."""
@@ -198,15 +203,12 @@ class Exchange:
         commands: list[list[Blob]] = [
             [command(b"SET", name + NOTE_SUFFIX, value, *options)] for name in names
         ]
-        return [reply if isinstance(reply, Redirect) else True for reply in self._send(commands)]
+        return _answers(self._send(commands), lambda _: True)
 
     def notes(self, names: Sequence[bytes]) -> list[bytes | Redirect | None]:
         """The word beside each page's name; None if there is none."""
-        replies = self._send([[command(b"GET", name + NOTE_SUFFIX)] for name in names])
-        return [
-            bytes(reply) if isinstance(reply, bytes | memoryview) else _blob(reply)
-            for reply in replies
-        ]
+        commands: list[list[Blob]] = [[command(b"GET", name + NOTE_SUFFIX)] for name in names]
+        return _answers(self._send(commands, _MAX_WORD_BYTES), _word)
 
     def forget_notes(self, names: Sequence[bytes]) -> list[bool | Redirect]:
         """Whether there was a word beside each name."""
@@ -219,32 +221,14 @@ class Exchange:
             names: what the server calls them.
             max_bytes: of one value; a server that announces more is not listened to.
         """
-
-        def allocate(size: int) -> memoryview:
-            if size > max_bytes:
-                raise ProtocolError(f"a value of {size} bytes, where {max_bytes} are the limit")
-            return self._buffers.take(size)
-
+        allocate = self._at_most(max_bytes)
         replies = self._fetch(([command(b"GET", name)] for name in names), [allocate] * len(names))
         return [reply if isinstance(reply, bytes | memoryview) else None for reply in replies]
 
-    def _contains(self, names: Sequence[bytes]) -> list[bool | Redirect]:
-        """As ``contains``, without a look at each reply where all are plain answers."""
-        request = b"".join(
-            b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names
-        )
-
-        def read(reader: ReplyReader) -> list[bool] | list[_RawReply]:
-            flags = reader.read_flags(len(names))
-            if flags is not None:
-                return flags
-            return [reader.read(self._buffers.take) for _ in names]
-
-        replies = self._checked(self._connection.exchange([request], read, self._deadline))
-        return [reply if isinstance(reply, Redirect) else bool(reply) for reply in replies]
-
-    def _join(self, read: PageRead, value: Blob) -> Blob | Redirect | None:
+    def _join(self, read: PageRead, value: Blob | int | None) -> Blob | Redirect | None:
         """The blob; if this is its manifest, from its parts, and without one of them a miss."""
+        if not isinstance(value, bytes | memoryview):
+            return None
         manifest = read_manifest(value)
         if manifest is None:
             return value
@@ -265,14 +249,29 @@ class Exchange:
     def _place(self, place: memoryview, size: int) -> memoryview:
         return place if size == len(place) else self._buffers.take(size)
 
-    def _send(self, commands: Sequence[Sequence[Blob]]) -> list[_Reply]:
-        """Send commands at once, read all their replies, then check them."""
+    def _at_most(self, max_bytes: int) -> Callable[[int], memoryview]:
+        """Takes memory for values; a server that announces a longer one is not listened to."""
+
+        def allocate(size: int) -> memoryview:
+            if size > max_bytes:
+                raise ProtocolError(f"a value of {size} bytes, where {max_bytes} are the limit")
+            return self._buffers.take(size)
+
+        return allocate
+
+    def _send(self, commands: Sequence[Sequence[Blob]], max_bytes: int = 0) -> list[_Reply]:
+        """Send commands at once, read all their replies, then check them.
+
+        Args:
+            commands: each is answered with one reply.
+            max_bytes: of a value among the replies.
+        """
         if not commands:
             return []
         request = [*chain.from_iterable(self._requests(commands))]
 
         def read(reader: ReplyReader) -> list[_RawReply]:
-            return [self._read(reader, self._buffers.take) for _ in commands]
+            return [self._read(reader, self._at_most(max_bytes)) for _ in commands]
 
         return self._checked(self._connection.exchange(request, read, self._deadline))
 
@@ -324,7 +323,7 @@ class Exchange:
 
     def _read(self, reader: ReplyReader, allocate: Callable[[int], memoryview]) -> _RawReply:
         if self._is_asking:
-            reader.read(self._buffers.take)
+            reader.read(self._at_most(0))
         return reader.read(allocate)
 
     def _checked(self, replies: Sequence[_RawReply]) -> list[_Reply]:
@@ -359,12 +358,19 @@ def _set(name: bytes, value: Blob, ttl_ms: int) -> list[Blob]:
     return command_with_payload(b"SET", name, payload=value, options=options)
 
 
-def _blob(value: int | Redirect | None) -> Redirect | None:
-    return value if isinstance(value, Redirect) else None
+def _answers(
+    replies: Iterable[_Reply], meaning: Callable[[Blob | int | None], T]
+) -> list[T | Redirect]:
+    """What each reply means; a redirect stands for itself."""
+    return [reply if isinstance(reply, Redirect) else meaning(reply) for reply in replies]
 
 
-def _bytes(value: Blob | int | None) -> Blob:
-    return value if isinstance(value, bytes | memoryview) else b""
+def _is_one(reply: Blob | int | None) -> bool:
+    return reply == 1
+
+
+def _word(reply: Blob | int | None) -> bytes | None:
+    return bytes(reply) if isinstance(reply, bytes | memoryview) else None
 
 
 def _places(manifest: Manifest, blob: memoryview) -> list[memoryview]:
