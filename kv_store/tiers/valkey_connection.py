@@ -205,7 +205,14 @@ class _TlsStream(_Stream):
     @property
     def is_quiet(self) -> bool:
         """See ``_Stream``; session tickets that nobody has read yet are not an answer."""
-        return True
+        self._sock.settimeout(0)
+        try:
+            self._sock.recv(1)  # an end, or what nobody asked for
+        except ssl.SSLWantReadError:
+            return True  # it has read the tickets, and there was nothing behind them
+        except OSError:
+            return False
+        return False
 
     def send_all(self, buffers: Sequence[Blob]) -> None:
         """See ``_Stream``."""
