@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kv_store.config import ValkeyTierConfig
     from kv_store.tiers.breaker import CircuitBreaker
     from kv_store.tiers.buffers import BufferPool
-    from kv_store.tiers.valkey_exchange import Redirect
+    from kv_store.tiers.valkey_pipeline import Redirect
 
 logger = logging.getLogger(__name__)
 
