@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from redis import Redis, RedisError
@@ -23,7 +23,7 @@ from kv_store.tiers.valkey_topology import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from redis import ConnectionPool
 
@@ -68,24 +68,37 @@ def public_address(url: str) -> str:
     return ",".join(f"{h.hostname or 'localhost'}:{h.port or DEFAULT_PORT}" for h in hosts)
 
 
-def page_sizes(client: Redis) -> dict[bytes, int]:
-    """Bytes of each page a server holds, the parts of large ones counted, by the page's name."""
+class StoredPage(NamedTuple):
+    """What a server holds of one page.
+
+    Attributes:
+        names: of its strings. A large page has parts, and the server may let them outlive it.
+        num_bytes: of all of them.
+    """
+
+    names: tuple[bytes, ...]
+    num_bytes: int
+
+
+def stored_pages(client: Redis) -> dict[bytes, StoredPage]:
+    """All pages of a server, by name."""
     # SCAN may show a key twice while the server moves its table.
     found = [
         (match[0], name)
         for name in set(client.scan_iter(match="kv:{*", count=_SCAN_COUNT))
         if (match := _NAME.match(name)) and not name.endswith((CLAIM_SUFFIX, NOTE_SUFFIX))
     ]
-    sizes: dict[bytes, int] = {}
+    pages: dict[bytes, StoredPage] = {}
     for start in range(0, len(found), _SCAN_COUNT):
         batch = found[start : start + _SCAN_COUNT]
         with client.pipeline(transaction=False) as pipeline:
             for _, name in batch:
                 pipeline.strlen(name)
             lengths = pipeline.execute()
-        for (page, _), length in zip(batch, lengths, strict=True):
-            sizes[page] = sizes.get(page, 0) + int(length)
-    return sizes
+        for (page, name), length in zip(batch, lengths, strict=True):
+            names, num_bytes = pages.get(page, StoredPage((), 0))
+            pages[page] = StoredPage((*names, name), num_bytes + int(length))
+    return pages
 
 
 def read_page(client: Redis, name: bytes) -> bytes | None:
@@ -104,14 +117,20 @@ def read_page(client: Redis, name: bytes) -> bytes | None:
     return manifest.head + b"".join(part for part in parts if part is not None)
 
 
-def drop_page(client: Redis, name: bytes) -> bool:
-    """Forget a page and its parts; whether it was there."""
+def drop_page(client: Redis, name: bytes, found: Sequence[bytes] = ()) -> bool:
+    """Forget a page and its parts; whether any of it was there.
+
+    Args:
+        client: of its server.
+        name: of the page.
+        found: names of its strings; without them, parts that outlived the page stay.
+    """
     manifest = None
     if client.getrange(name, 0, len(MAGIC) - 1) == MAGIC:
         value = _bytes(client.get(name))
         manifest = None if value is None else read_manifest(value)
     parts = manifest.part_names(name) if manifest else []
-    return bool(client.unlink(name, *parts))
+    return bool(client.unlink(name, *parts, *found))
 
 
 def drop_namespace(client: Redis, namespace_id: bytes) -> int:

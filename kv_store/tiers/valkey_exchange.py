@@ -118,8 +118,19 @@ class Exchange:
         return answers(self._pipeline.send_for_flags(commands), _is_one)
 
     def delete(self, names: Sequence[bytes]) -> list[bool | Redirect]:
-        """Whether each name existed; the server frees the memory in its own time."""
-        return answers(self._pipeline.send([[command(b"UNLINK", name)] for name in names]), _is_one)
+        """Whether each page existed; its parts go with it.
+
+        Their names are in its manifest, so it is read first. Parts whose manifest has left are not
+        found any more, and end by themselves.
+        """
+        values = self._pipeline.fetch([command(b"GETEX", name)] for name in names)
+        parts = [
+            part
+            for name, value in zip(names, values, strict=True)
+            if isinstance(value, bytes | memoryview) and (manifest := read_manifest(value))
+            for part in manifest.part_names(name)
+        ]
+        return self._unlink([*names, *parts])[: len(names)]
 
     def claim(
         self, names: Sequence[bytes], owner: bytes, duration_ms: int
@@ -164,7 +175,7 @@ class Exchange:
 
     def forget_notes(self, names: Sequence[bytes]) -> list[bool | Redirect]:
         """Whether there was a word beside each name."""
-        return self.delete([name + NOTE_SUFFIX for name in names])
+        return self._unlink([name + NOTE_SUFFIX for name in names])
 
     def fetch(self, names: Sequence[bytes], max_bytes: int) -> list[Blob | None]:
         """Each value as it is, from a server that has whole pages; None for whatever else it says.
@@ -197,8 +208,12 @@ class Exchange:
         for reply in replies:
             if isinstance(reply, Redirect):
                 return reply
-        self.delete([read.name])
+        self._unlink([read.name, *manifest.part_names(read.name)])
         return None
+
+    def _unlink(self, names: Sequence[bytes]) -> list[bool | Redirect]:
+        """Whether each name existed; the server frees the memory in its own time."""
+        return answers(self._pipeline.send([[command(b"UNLINK", name)] for name in names]), _is_one)
 
     def _place(self, place: memoryview, size: int) -> memoryview:
         return place if size == len(place) else self._buffers.take(size)

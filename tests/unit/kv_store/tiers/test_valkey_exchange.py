@@ -151,7 +151,7 @@ def ask(operation, answer, *, is_asking=False, buffers=None):
 @pytest.mark.parametrize("value", [b"$1\r\n1\r\n", b"$536870912\r\n"], ids=["short", "long"])
 def test_a_value_is_no_answer_to_a_question_without_one(is_asking, value):
     answer = b"+OK\r\n" * is_asking + value
-    for operation in (Exchange.contains, Exchange.delete):
+    for operation in (Exchange.contains, Exchange.forget_notes):
         with pytest.raises(TierUnavailableError, match="ProtocolError"):
             ask(partial(operation, names=[b"page"]), answer, is_asking=is_asking)
 
