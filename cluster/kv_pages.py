@@ -13,9 +13,9 @@ from kv_store.tiers.segment_records import erase, read_pages
 from kv_store.tiers.valkey_admin import (
     admin_clients,
     drop_page,
-    page_sizes,
     public_address,
     read_page,
+    stored_pages,
 )
 
 if TYPE_CHECKING:
@@ -125,16 +125,16 @@ def valkey_pages(address: ValkeyAddress) -> Iterator[HeldPage]:
     try:
         with admin_clients(address, _TIMEOUT_S) as clients:
             for client in clients:
-                for name, num_bytes in page_sizes(client).items():
+                for name, page in stored_pages(client).items():
                     namespace, page_hash = name.decode()[4:-1].split(":")
                     yield HeldPage(
                         tier="valkey",
                         where=where,
                         namespace=namespace,
                         page_hash=page_hash,
-                        num_bytes=num_bytes,
+                        num_bytes=page.num_bytes,
                         read=partial(read_page, client, name),
-                        drop=partial(drop_page, client, name),
+                        drop=partial(drop_page, client, name, page.names),
                     )
     except TierUnavailableError as error:
         raise RequestError(f"Valkey at {where}: {error}") from error

@@ -2,6 +2,8 @@
 
 KVStoreError
 ├── TierUnavailableError     a tier cannot be reached or refuses work; counted as misses
+│   ├── TierBusyError        others took all the time; says nothing of the server
+│   └── TierRefusedError     the server answered, and said no
 ├── PageCorruptError         bytes are not the page that was asked for; deleted and counted
 ├── PageUnsupportedError     a sound page of a newer format or of a codec this process lacks
 ├── LayoutMismatchError      a page or a buffer has another layout than the store's
@@ -15,6 +17,14 @@ class KVStoreError(Exception):
 
 class TierUnavailableError(KVStoreError):
     """A tier cannot be reached, timed out, or refuses work."""
+
+
+class TierBusyError(TierUnavailableError):
+    """The time was over before the server was asked: others had its connections."""
+
+
+class TierRefusedError(TierUnavailableError):
+    """The server's answer was an error: it is there, and may do what else it is asked."""
 
 
 class PageCorruptError(KVStoreError):

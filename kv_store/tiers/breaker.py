@@ -59,7 +59,7 @@ class CircuitBreaker:
         return self._is_probing or self._clock() < self._probe_at
 
     def allow(self) -> bool:
-        """Whether to try now. After True, report exactly one success or failure."""
+        """Whether to try now. After True, report exactly one of the three below."""
         if self.is_blocking:
             return False
         self._is_probing = self._probe_at is not None
@@ -81,3 +81,7 @@ class CircuitBreaker:
             self._probe_at = self._clock() + self._next_open_s * (1 + self._jitter() / 2)
             self._next_open_s = min(self._next_open_s * 2, self._max_open_s)
             self._is_probing = False
+
+    def record_untried(self) -> None:
+        """The operation never began, and nothing was learned: another may probe."""
+        self._is_probing = False

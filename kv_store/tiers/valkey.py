@@ -117,7 +117,7 @@ class ValkeyTier(KVTier):
         return [is_admitted and next(held) for is_admitted in admitted]
 
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
-        """See ``KVTier``; the server frees the memory in its own time."""
+        """See ``KVTier``; parts that the server let outlive their page stay until they end."""
         names = [page_name(key) for key in keys]
         existed = await self._batches.run(
             Exchange.delete, names, names, miss=False, is_shared=False

@@ -5,22 +5,27 @@ from __future__ import annotations
 import re
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from redis import ConnectionPool, Redis, RedisError
-from redis.backoff import NoBackoff
-from redis.cluster import ClusterNode, NodesManager
+from redis import Redis, RedisError
 from redis.exceptions import RedisClusterException
-from redis.retry import Retry
 
 from kv_store.errors import PageCorruptError, TierUnavailableError
 from kv_store.tiers.parts import MAGIC, read_manifest
 from kv_store.tiers.valkey_exchange import CLAIM_SUFFIX, NOTE_SUFFIX
-from kv_store.tiers.valkey_topology import DEFAULT_PORT, sentinel_pool, split_url
+from kv_store.tiers.valkey_topology import (
+    DEFAULT_PORT,
+    connection_settings,
+    find_nodes,
+    server_pool,
+    split_url,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from redis import ConnectionPool
 
     from kv_store.tiers.valkey_topology import ValkeyAddress
 
@@ -39,20 +44,13 @@ def admin_clients(address: ValkeyAddress, timeout_s: float) -> Iterator[list[Red
     Raises:
         TierUnavailableError: also for whatever a client raises within the context.
     """
-    settings: dict[str, Any] = {
-        "socket_connect_timeout": timeout_s,
-        "socket_timeout": timeout_s,
-        "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-    }
+    settings = connection_settings(timeout_s, timeout_s)
     with ExitStack() as opened:
         try:
             if address.is_cluster:
                 pools = _primary_pools(address, settings, opened)
-            elif address.sentinels:
-                pools = [sentinel_pool(address, settings)]
             else:
-                pools = [ConnectionPool.from_url(address.url, **settings)]
+                pools = [server_pool(address, settings)]
             clients = [Redis(connection_pool=pool) for pool in pools]
             for pool in pools:
                 opened.callback(pool.disconnect)
@@ -70,24 +68,37 @@ def public_address(url: str) -> str:
     return ",".join(f"{h.hostname or 'localhost'}:{h.port or DEFAULT_PORT}" for h in hosts)
 
 
-def page_sizes(client: Redis) -> dict[bytes, int]:
-    """Bytes of each page a server holds, the parts of large ones counted, by the page's name."""
+class StoredPage(NamedTuple):
+    """What a server holds of one page.
+
+    Attributes:
+        names: of its strings. A large page has parts, and the server may let them outlive it.
+        num_bytes: of all of them.
+    """
+
+    names: tuple[bytes, ...]
+    num_bytes: int
+
+
+def stored_pages(client: Redis) -> dict[bytes, StoredPage]:
+    """All pages of a server, by name."""
     # SCAN may show a key twice while the server moves its table.
     found = [
         (match[0], name)
         for name in set(client.scan_iter(match="kv:{*", count=_SCAN_COUNT))
         if (match := _NAME.match(name)) and not name.endswith((CLAIM_SUFFIX, NOTE_SUFFIX))
     ]
-    sizes: dict[bytes, int] = {}
+    pages: dict[bytes, StoredPage] = {}
     for start in range(0, len(found), _SCAN_COUNT):
         batch = found[start : start + _SCAN_COUNT]
         with client.pipeline(transaction=False) as pipeline:
             for _, name in batch:
                 pipeline.strlen(name)
             lengths = pipeline.execute()
-        for (page, _), length in zip(batch, lengths, strict=True):
-            sizes[page] = sizes.get(page, 0) + int(length)
-    return sizes
+        for (page, name), length in zip(batch, lengths, strict=True):
+            names, num_bytes = pages.get(page, StoredPage((), 0))
+            pages[page] = StoredPage((*names, name), num_bytes + int(length))
+    return pages
 
 
 def read_page(client: Redis, name: bytes) -> bytes | None:
@@ -106,14 +117,20 @@ def read_page(client: Redis, name: bytes) -> bytes | None:
     return manifest.head + b"".join(part for part in parts if part is not None)
 
 
-def drop_page(client: Redis, name: bytes) -> bool:
-    """Forget a page and its parts; whether it was there."""
+def drop_page(client: Redis, name: bytes, found: Sequence[bytes] = ()) -> bool:
+    """Forget a page and its parts; whether any of it was there.
+
+    Args:
+        client: of its server.
+        name: of the page.
+        found: names of its strings; without them, parts that outlived the page stay.
+    """
     manifest = None
     if client.getrange(name, 0, len(MAGIC) - 1) == MAGIC:
         value = _bytes(client.get(name))
         manifest = None if value is None else read_manifest(value)
     parts = manifest.part_names(name) if manifest else []
-    return bool(client.unlink(name, *parts))
+    return bool(client.unlink(name, *parts, *found))
 
 
 def drop_namespace(client: Redis, namespace_id: bytes) -> int:
@@ -143,9 +160,7 @@ def _primary_pools(
     address: ValkeyAddress, settings: dict[str, Any], opened: ExitStack
 ) -> list[ConnectionPool]:
     hosts, kwargs = split_url(address.url, DEFAULT_PORT)
-    nodes: Any = NodesManager(
-        [ClusterNode(host, port) for host, port in hosts], from_url=True, **settings, **kwargs
-    )
+    nodes: Any = find_nodes(hosts, settings | kwargs)  # redis-py types its nodes in part only
     opened.callback(nodes.close)
     owners = {owners[0].name: owners[0] for owners in nodes.slots_cache.values()}
     return [owners[name].redis_connection.connection_pool for name in sorted(owners)]

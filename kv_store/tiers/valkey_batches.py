@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from kv_store.errors import TierUnavailableError
 from kv_store.tiers.breaker import CircuitBreaker
 from kv_store.tiers.buffers import BufferPool
-from kv_store.tiers.valkey_exchange import Redirect
+from kv_store.tiers.valkey_pipeline import Redirect
 from kv_store.tiers.valkey_topology import make_topology
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis.exceptions import RedisError
 
-from kv_store.errors import TierUnavailableError
+from kv_store.errors import TierBusyError, TierUnavailableError
 from kv_store.tiers.resp import ProtocolError, ReplyReader
 
 if TYPE_CHECKING:
@@ -58,9 +58,12 @@ class ValkeyConnection:
             deadline: on the monotonic clock.
 
         Raises:
+            TierBusyError: it has passed; nothing was sent.
             TierUnavailableError: no answer in time, or none that makes sense; the next exchange
                 begins with a new connection.
         """
+        if time.monotonic() >= deadline:
+            raise TierBusyError("no time was left to ask the server")
         try:
             return self._exchange(request, read, deadline)
         except BlockingIOError as exc:  # how the kernel says that a time limit has passed
@@ -93,7 +96,7 @@ class ValkeyConnection:
     def _exchange(
         self, request: Sequence[Blob], read: Callable[[ReplyReader], T], deadline: float
     ) -> T:
-        stream = self._connected(deadline)
+        stream = self._connected()
         stream.expect_by(deadline)
         stream.send_all(request)
         reader = ReplyReader(stream)
@@ -102,12 +105,10 @@ class ValkeyConnection:
             raise ProtocolError("more replies than requests")
         return result
 
-    def _connected(self, deadline: float) -> _Stream:
+    def _connected(self) -> _Stream:
         if self._stream is not None and not self._stream.is_quiet:
             self.close()  # the server hung up meanwhile, or says what nobody asked
         if self._stream is None:
-            if time.monotonic() >= deadline:
-                raise TimeoutError("no time left to connect")
             self._connection = self._make()
             self._connection.connect()
             sock = self._connection._sock  # noqa: SLF001 - redis-py shows its socket nowhere else
@@ -204,7 +205,14 @@ class _TlsStream(_Stream):
     @property
     def is_quiet(self) -> bool:
         """See ``_Stream``; session tickets that nobody has read yet are not an answer."""
-        return True
+        self._sock.settimeout(0)
+        try:
+            self._sock.recv(1)  # an end, or what nobody asked for
+        except ssl.SSLWantReadError:
+            return True  # it has read the tickets, and there was nothing behind them
+        except OSError:
+            return False
+        return False
 
     def send_all(self, buffers: Sequence[Blob]) -> None:
         """See ``_Stream``."""

@@ -1,65 +1,31 @@
-"""What one connection is asked: pages by name, pipelined, under one deadline.
-
-An answer may be a ``Redirect`` in place of a result: in a cluster, a slot can move to another node
-at any moment. Whoever asked then asks there.
-"""
+"""What one connection is asked: pages by name, and the words beside them."""
 
 from __future__ import annotations
 
 from functools import partial
-from itertools import chain, islice
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
-from redis.exceptions import AskError, MovedError
-
-from kv_store.errors import TierUnavailableError
-from kv_store.tiers.base import Blob
 from kv_store.tiers.parts import Manifest, is_split, read_manifest, split
-from kv_store.tiers.resp import (
-    ErrorReply,
-    ProtocolError,
-    ReplyReader,
-    command,
-    command_with_payload,
-)
+from kv_store.tiers.resp import command, command_with_payload
+from kv_store.tiers.valkey_pipeline import Pipeline, Redirect, answers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
+    from kv_store.tiers.base import Blob
     from kv_store.tiers.buffers import BufferPool
     from kv_store.tiers.valkey_connection import ValkeyConnection
+    from kv_store.tiers.valkey_pipeline import Reply
 
 MAX_VALUE_BYTES = 2 << 20
-# Of values asked for beyond the one that arrives: a round trip's worth on a fast network.
-_BYTES_AHEAD = 1 << 20
+_MAX_WORD_BYTES = 64 << 10  # of a claim, a note, or what a script returns
 CLAIM_SUFFIX = b":claim"
 NOTE_SUFFIX = b":at"
-
-T = TypeVar("T")
-
-_ASKING = command(b"ASKING")
-# What a server answers that is no longer the one to ask; whoever connects anew finds the right one.
-_WRONG_SERVER = ("READONLY", "MASTERDOWN", "LOADING")
 
 
 def claim_name(name: bytes) -> bytes:
     """Where a page's claim lies; in a cluster, beside it."""
     return name + CLAIM_SUFFIX
-
-
-class Redirect(NamedTuple):
-    """A cluster node's answer that another node has the key.
-
-    Attributes:
-        slot: the key's hash slot.
-        host: empty if the node does not know it: then the host that answered.
-        is_ask: for this one command only, while the slot is being moved.
-    """
-
-    slot: int
-    host: str
-    port: int
-    is_ask: bool
 
 
 class PageWrite(NamedTuple):
@@ -104,16 +70,14 @@ class Exchange:
             deadline: on the monotonic clock.
             is_asking: the commands follow redirects of a slot that is being moved.
         """
-        self._connection = connection
+        self._pipeline = Pipeline(connection, buffers, deadline, is_asking=is_asking)
         self._buffers = buffers
-        self._deadline = deadline
-        self._is_asking = is_asking
 
     def get(self, reads: Sequence[PageRead]) -> list[Blob | Redirect | None]:
         """Each blob, or None for a miss."""
-        values = self._fetch([_getex(read.name, read.ttl_ms)] for read in reads)
+        values = self._pipeline.fetch([_getex(read.name, read.ttl_ms)] for read in reads)
         return [
-            self._join(read, value) if isinstance(value, bytes | memoryview) else _blob(value)
+            value if isinstance(value, Redirect) else self._join(read, value)
             for read, value in zip(reads, values, strict=True)
         ]
 
@@ -139,10 +103,10 @@ class Exchange:
         # Published last: a manifest is found only once its parts are there.
         moved = {
             owner: reply
-            for owner, reply in zip(owners, self._send(parts), strict=True)
+            for owner, reply in zip(owners, self._pipeline.send(parts), strict=True)
             if isinstance(reply, Redirect)
         }
-        replies = self._send(wholes)
+        replies = self._pipeline.send(wholes)
         return [
             reply if isinstance(reply, Redirect) else moved.get(index, True)
             for index, reply in enumerate(replies)
@@ -150,15 +114,23 @@ class Exchange:
 
     def contains(self, names: Sequence[bytes]) -> list[bool | Redirect]:
         """Whether each name exists."""
-        if self._is_asking:
-            replies = self._send([[command(b"EXISTS", name)] for name in names])
-            return [reply if isinstance(reply, Redirect) else bool(reply) for reply in replies]
-        return self._contains(names)
+        commands = [b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names]
+        return answers(self._pipeline.send_for_flags(commands), _is_one)
 
     def delete(self, names: Sequence[bytes]) -> list[bool | Redirect]:
-        """Whether each name existed; the server frees the memory in its own time."""
-        replies = self._send([[command(b"UNLINK", name)] for name in names])
-        return [reply if isinstance(reply, Redirect) else reply == 1 for reply in replies]
+        """Whether each page existed; its parts go with it.
+
+        Their names are in its manifest, so it is read first. Parts whose manifest has left are not
+        found any more, and end by themselves.
+        """
+        values = self._pipeline.fetch([command(b"GETEX", name)] for name in names)
+        parts = [
+            part
+            for name, value in zip(names, values, strict=True)
+            if isinstance(value, bytes | memoryview) and (manifest := read_manifest(value))
+            for part in manifest.part_names(name)
+        ]
+        return self._unlink([*names, *parts])[: len(names)]
 
     def claim(
         self, names: Sequence[bytes], owner: bytes, duration_ms: int
@@ -175,22 +147,18 @@ class Exchange:
             claim = claim_name(name)
             commands.append([command(b"SET", claim, owner, b"NX", b"PX", b"%d" % duration_ms)])
             commands.append([command(b"GET", claim)])
-        replies = self._send(commands)
+        replies = self._pipeline.send(commands, _MAX_WORD_BYTES)
         # A server that drops the claim at once has none to wait for.
-        return [
-            reply if isinstance(reply, Redirect) else reply is None or reply == owner
-            for reply in replies[1::2]
-        ]
+        return answers(replies[1::2], lambda reply: reply is None or reply == owner)
 
     def evaluate(self, calls: Sequence[Evaluation]) -> list[bytes | Redirect]:
         """What each script returns."""
         commands: list[list[Blob]] = [
             [command(b"EVAL", call.script, b"1", call.name, *call.arguments)] for call in calls
         ]
-        return [
-            reply if isinstance(reply, Redirect) else bytes(_bytes(reply))
-            for reply in self._send(commands)
-        ]
+        return answers(
+            self._pipeline.send(commands, _MAX_WORD_BYTES), lambda reply: _word(reply) or b""
+        )
 
     def note(self, names: Sequence[bytes], value: bytes, duration_ms: int) -> list[bool | Redirect]:
         """Leave one word beside each page's name, in place of what is there; it ends by itself."""
@@ -198,19 +166,16 @@ class Exchange:
         commands: list[list[Blob]] = [
             [command(b"SET", name + NOTE_SUFFIX, value, *options)] for name in names
         ]
-        return [reply if isinstance(reply, Redirect) else True for reply in self._send(commands)]
+        return answers(self._pipeline.send(commands), lambda _: True)
 
     def notes(self, names: Sequence[bytes]) -> list[bytes | Redirect | None]:
         """The word beside each page's name; None if there is none."""
-        replies = self._send([[command(b"GET", name + NOTE_SUFFIX)] for name in names])
-        return [
-            bytes(reply) if isinstance(reply, bytes | memoryview) else _blob(reply)
-            for reply in replies
-        ]
+        commands: list[list[Blob]] = [[command(b"GET", name + NOTE_SUFFIX)] for name in names]
+        return answers(self._pipeline.send(commands, _MAX_WORD_BYTES), _word)
 
     def forget_notes(self, names: Sequence[bytes]) -> list[bool | Redirect]:
         """Whether there was a word beside each name."""
-        return self.delete([name + NOTE_SUFFIX for name in names])
+        return self._unlink([name + NOTE_SUFFIX for name in names])
 
     def fetch(self, names: Sequence[bytes], max_bytes: int) -> list[Blob | None]:
         """Each value as it is, from a server that has whole pages; None for whatever else it says.
@@ -219,38 +184,22 @@ class Exchange:
             names: what the server calls them.
             max_bytes: of one value; a server that announces more is not listened to.
         """
-
-        def allocate(size: int) -> memoryview:
-            if size > max_bytes:
-                raise ProtocolError(f"a value of {size} bytes, where {max_bytes} are the limit")
-            return self._buffers.take(size)
-
-        replies = self._fetch(([command(b"GET", name)] for name in names), [allocate] * len(names))
+        allocate = self._pipeline.at_most(max_bytes)
+        replies = self._pipeline.fetch(
+            ([command(b"GET", name)] for name in names), [allocate] * len(names)
+        )
         return [reply if isinstance(reply, bytes | memoryview) else None for reply in replies]
 
-    def _contains(self, names: Sequence[bytes]) -> list[bool | Redirect]:
-        """As ``contains``, without a look at each reply where all are plain answers."""
-        request = b"".join(
-            b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names
-        )
-
-        def read(reader: ReplyReader) -> list[bool] | list[_RawReply]:
-            flags = reader.read_flags(len(names))
-            if flags is not None:
-                return flags
-            return [reader.read(self._buffers.take) for _ in names]
-
-        replies = self._checked(self._connection.exchange([request], read, self._deadline))
-        return [reply if isinstance(reply, Redirect) else bool(reply) for reply in replies]
-
-    def _join(self, read: PageRead, value: Blob) -> Blob | Redirect | None:
+    def _join(self, read: PageRead, value: Reply) -> Blob | Redirect | None:
         """The blob; if this is its manifest, from its parts, and without one of them a miss."""
+        if not isinstance(value, bytes | memoryview):
+            return None
         manifest = read_manifest(value)
         if manifest is None:
             return value
         blob = self._buffers.take(manifest.num_bytes)
         places = _places(manifest, blob)
-        replies = self._fetch(
+        replies = self._pipeline.fetch(
             ([_getex(part, read.ttl_ms)] for part in manifest.part_names(read.name)),
             [partial(self._place, place) for place in places],
         )
@@ -259,91 +208,15 @@ class Exchange:
         for reply in replies:
             if isinstance(reply, Redirect):
                 return reply
-        self.delete([read.name])
+        self._unlink([read.name, *manifest.part_names(read.name)])
         return None
+
+    def _unlink(self, names: Sequence[bytes]) -> list[bool | Redirect]:
+        """Whether each name existed; the server frees the memory in its own time."""
+        return answers(self._pipeline.send([[command(b"UNLINK", name)] for name in names]), _is_one)
 
     def _place(self, place: memoryview, size: int) -> memoryview:
         return place if size == len(place) else self._buffers.take(size)
-
-    def _send(self, commands: Sequence[Sequence[Blob]]) -> list[_Reply]:
-        """Send commands at once, read all their replies, then check them."""
-        if not commands:
-            return []
-        request = [*chain.from_iterable(self._requests(commands))]
-
-        def read(reader: ReplyReader) -> list[_RawReply]:
-            return [self._read(reader, self._buffers.take) for _ in commands]
-
-        return self._checked(self._connection.exchange(request, read, self._deadline))
-
-    def _fetch(
-        self,
-        commands: Iterable[Sequence[Blob]],
-        places: Sequence[Callable[[int], memoryview]] | None = None,
-    ) -> list[_Reply]:
-        """As ``_send``, for long values: little more is asked for than what is on its way.
-
-        That is a few per cent faster than asking for a whole batch at once, and a server that
-        copies its replies, as Valkey before 9 does, never holds a batch twice.
-
-        Args:
-            commands: each is answered with one value.
-            places: where each goes; fresh memory if None.
-        """
-        requests = self._requests(commands)
-        num_sent = 0
-
-        def take(until: int) -> list[Blob]:
-            nonlocal num_sent
-            taken = [*islice(requests, max(0, until - num_sent))]
-            num_sent += len(taken)
-            return [*chain.from_iterable(taken)]
-
-        def read(reader: ReplyReader) -> list[_RawReply]:
-            replies: list[_RawReply] = []
-
-            def allocate(size: int) -> memoryview:
-                num_read = len(replies)
-                self._connection.send_more(take(num_read + 1 + max(1, _BYTES_AHEAD // (size or 1))))
-                return (places[num_read] if places else self._buffers.take)(size)
-
-            while len(replies) < num_sent:
-                reply = self._read(reader, allocate)
-                replies.append(reply)
-                if not isinstance(reply, memoryview):  # the next are likely missing too
-                    self._connection.send_more(take(2 * len(replies)))
-            return replies
-
-        first = take(1)
-        if not first:
-            return []
-        return self._checked(self._connection.exchange(first, read, self._deadline))
-
-    def _requests(self, commands: Iterable[Sequence[Blob]]) -> Iterator[Sequence[Blob]]:
-        return ((_ASKING, *parts) if self._is_asking else parts for parts in commands)
-
-    def _read(self, reader: ReplyReader, allocate: Callable[[int], memoryview]) -> _RawReply:
-        if self._is_asking:
-            reader.read(self._buffers.take)
-        return reader.read(allocate)
-
-    def _checked(self, replies: Sequence[_RawReply]) -> list[_Reply]:
-        """The replies; a refusal of any command (out of memory, loading) is an error."""
-        good: list[_Reply] = []
-        for reply in replies:
-            if not isinstance(reply, ErrorReply):
-                good.append(reply)
-            elif (redirect := _redirect(reply.message)) is not None:
-                good.append(redirect)
-            else:
-                if reply.message.startswith(_WRONG_SERVER):
-                    self._connection.close()
-                raise TierUnavailableError(reply.message)
-        return good
-
-
-_RawReply = Blob | int | ErrorReply | None
-_Reply = Blob | int | Redirect | None
 
 
 def _getex(name: bytes, ttl_ms: int) -> bytes:
@@ -355,12 +228,12 @@ def _set(name: bytes, value: Blob, ttl_ms: int) -> list[Blob]:
     return command_with_payload(b"SET", name, payload=value, options=options)
 
 
-def _blob(value: int | Redirect | None) -> Redirect | None:
-    return value if isinstance(value, Redirect) else None
+def _is_one(reply: Reply) -> bool:
+    return reply == 1
 
 
-def _bytes(value: Blob | int | None) -> Blob:
-    return value if isinstance(value, bytes | memoryview) else b""
+def _word(reply: Reply) -> bytes | None:
+    return bytes(reply) if isinstance(reply, bytes | memoryview) else None
 
 
 def _places(manifest: Manifest, blob: memoryview) -> list[memoryview]:
@@ -372,14 +245,3 @@ def _places(manifest: Manifest, blob: memoryview) -> list[memoryview]:
         places.append(blob[start : start + length])
         start += length
     return places
-
-
-def _redirect(message: str) -> Redirect | None:
-    kind, _, rest = message.partition(" ")
-    if kind not in ("MOVED", "ASK"):
-        return None
-    try:
-        error = (MovedError if kind == "MOVED" else AskError)(rest)
-    except (ValueError, IndexError):
-        return None
-    return Redirect(error.slot_id, error.host, error.port, kind == "ASK")

@@ -7,7 +7,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from kv_store.errors import TierUnavailableError
+from kv_store.errors import TierBusyError, TierRefusedError, TierUnavailableError
 from kv_store.tiers.valkey_connection import ValkeyConnection
 from kv_store.tiers.valkey_exchange import Exchange
 
@@ -37,7 +37,7 @@ class ValkeyServer:
             make_connection: gives a connection of redis-py that is not connected yet.
             num_connections: operations under way at once; more wait for their turn.
             buffers: where blobs are read to.
-            breaker: while it is open, operations fail at once.
+            breaker: opens where the server does not answer; meanwhile operations fail at once.
         """
         self.num_connections = num_connections
         self._buffers = buffers
@@ -58,22 +58,28 @@ class ValkeyServer:
             is_asking: see ``Exchange``.
 
         Raises:
-            TierUnavailableError: the server does not answer, refuses, or is being left alone.
+            TierBusyError: the deadline passed before a connection was free.
+            TierRefusedError: the server answers with an error.
+            TierUnavailableError: it does not answer, or is being left alone.
         """
         if self._is_closed:
             raise TierUnavailableError("the connections are closed")
-        if self._breaker is not None and not self._breaker.allow():
+        if self._breaker is None:
+            return await self._in_thread(operation, deadline, is_asking)
+        if not self._breaker.allow():
             raise TierUnavailableError("the server is left alone after failures")
         try:
-            result = await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._on_connection, operation, deadline, is_asking
-            )
-        except BaseException:
-            if self._breaker is not None:
-                self._breaker.record_failure()  # an allowed probe must always be answered for
+            result = await self._in_thread(operation, deadline, is_asking)
+        except TierBusyError:
+            self._breaker.record_untried()
             raise
-        if self._breaker is not None:
-            self._breaker.record_success()
+        except TierRefusedError:
+            self._breaker.record_success()  # a full server can still be read
+            raise
+        except BaseException:
+            self._breaker.record_failure()  # an allowed probe must always be answered for
+            raise
+        self._breaker.record_success()
         return result
 
     def close(self) -> None:
@@ -84,6 +90,13 @@ class ValkeyServer:
         for connection in self._connections:
             connection.abort()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(
+        self, operation: Callable[[Exchange], T], deadline: float, is_asking: bool
+    ) -> T:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._on_connection, operation, deadline, is_asking
+        )
 
     def _on_connection(
         self, operation: Callable[[Exchange], T], deadline: float, is_asking: bool

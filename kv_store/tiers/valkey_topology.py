@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kv_store.config import ValkeyTierConfig
     from kv_store.tiers.breaker import CircuitBreaker
     from kv_store.tiers.buffers import BufferPool
-    from kv_store.tiers.valkey_exchange import Redirect
+    from kv_store.tiers.valkey_pipeline import Redirect
 
 logger = logging.getLogger(__name__)
 
@@ -123,30 +123,77 @@ def make_topology(
     Raises:
         ValueError: not URLs of these kinds.
     """
-    settings: dict[str, Any] = {
-        "socket_connect_timeout": connect_timeout_s,
-        "socket_timeout": operation_timeout_s,
-        "retry": Retry(NoBackoff(), 0),  # the breaker decides when to try again
-        "protocol": 2,
-    }
     if address.is_cluster:
         # A node that hangs must not keep the others from being asked.
-        settings["socket_timeout"] = min(connect_timeout_s, operation_timeout_s)
-        hosts, kwargs = split_url(address.url, DEFAULT_PORT)
+        reply_timeout_s = min(connect_timeout_s, operation_timeout_s)
+        hosts, settings = split_url(address.url, DEFAULT_PORT)
         return _Cluster(
             hosts,
-            settings | kwargs,
-            lambda make: ValkeyServer(
-                make, num_connections=num_connections, buffers=buffers, breaker=make_breaker()
+            connection_settings(connect_timeout_s, reply_timeout_s) | settings,
+            lambda pool: ValkeyServer(
+                _connection_maker(pool),
+                num_connections=num_connections,
+                buffers=buffers,
+                breaker=make_breaker(),
             ),
         )
-    if address.sentinels:
-        pool = sentinel_pool(address, settings)
-    else:
-        pool = ConnectionPool.from_url(address.url, **settings)
+    pool = server_pool(address, connection_settings(connect_timeout_s, operation_timeout_s))
     return _OneServer(
-        ValkeyServer(pool.make_connection, num_connections=num_connections, buffers=buffers)
+        ValkeyServer(_connection_maker(pool), num_connections=num_connections, buffers=buffers)
     )
+
+
+def connection_settings(connect_timeout_s: float, reply_timeout_s: float) -> dict[str, Any]:
+    """redis-py's settings of each connection.
+
+    Args:
+        connect_timeout_s: limit of one connection attempt.
+        reply_timeout_s: limit of one reply that redis-py waits for.
+    """
+    return {
+        "socket_connect_timeout": connect_timeout_s,
+        "socket_timeout": reply_timeout_s,
+        "retry": Retry(NoBackoff(), 0),  # breakers, or whoever asks, decide when to try again
+        "protocol": 2,
+    }
+
+
+def server_pool(address: ValkeyAddress, settings: dict[str, Any]) -> ConnectionPool:
+    """A pool whose connections lead to the single server, or to the primary that Sentinels name.
+
+    Args:
+        address: not a cluster's.
+        settings: see ``connection_settings``.
+
+    Raises:
+        ValueError: not URLs of these kinds.
+    """
+    if not address.sentinels:
+        return ConnectionPool.from_url(address.url, **settings)
+    hosts, sentinel_kwargs = split_url(address.sentinels, _SENTINEL_PORT)
+    sentinel_kwargs["ssl"] = sentinel_kwargs.pop("connection_class", None) is SSLConnection
+    [(service, _)], kwargs = split_url(address.url, DEFAULT_PORT)
+    kwargs["ssl"] = kwargs.pop("connection_class", None) is SSLConnection
+    sentinel = Sentinel(
+        hosts,
+        sentinel_kwargs=sentinel_kwargs
+        | {name: value for name, value in settings.items() if name != "protocol"},
+    )
+    return SentinelConnectionPool(service, sentinel, **(settings | kwargs))
+
+
+def find_nodes(hosts: Sequence[tuple[str, int]], settings: dict[str, Any]) -> NodesManager:
+    """A cluster's map, from the first node that answers.
+
+    Args:
+        hosts: nodes, any of which is asked for the others.
+        settings: see ``connection_settings``; with those of the URL.
+
+    Raises:
+        RedisClusterException: nobody can say; so do ``RedisError`` and ``OSError``.
+    """
+    nodes = [ClusterNode(host, port) for host, port in hosts]
+    return NodesManager(nodes, from_url=True, **settings)
 
 
 def split_url(url: str, default_port: int) -> tuple[list[tuple[str, int]], dict[str, Any]]:
@@ -168,23 +215,13 @@ def split_url(url: str, default_port: int) -> tuple[list[tuple[str, int]], dict[
     return addresses, settings
 
 
-def sentinel_pool(address: ValkeyAddress, settings: dict[str, Any]) -> ConnectionPool:
-    """A pool whose new connections lead to the primary that Sentinels name.
+def _connection_maker(pool: ConnectionPool) -> Callable[[], object]:
+    """Makes what the pool would make, unseen by it.
 
-    Args:
-        address: one with Sentinels.
-        settings: redis-py's, of each connection.
+    A pool counts the connections it has made, up to a limit, and would never hear of those that we
+    throw away.
     """
-    hosts, sentinel_kwargs = split_url(address.sentinels, _SENTINEL_PORT)
-    sentinel_kwargs["ssl"] = sentinel_kwargs.pop("connection_class", None) is SSLConnection
-    [(service, _)], kwargs = split_url(address.url, DEFAULT_PORT)
-    kwargs["ssl"] = kwargs.pop("connection_class", None) is SSLConnection
-    sentinel = Sentinel(
-        hosts,
-        sentinel_kwargs=sentinel_kwargs
-        | {name: value for name, value in settings.items() if name != "protocol"},
-    )
-    return SentinelConnectionPool(service, sentinel, **settings, **kwargs)
+    return lambda: pool.connection_class(**pool.connection_kwargs)
 
 
 class _OneServer(Topology):
@@ -222,7 +259,7 @@ class _Cluster(Topology):
         self,
         hosts: list[tuple[str, int]],
         settings: dict[str, Any],
-        make_server: Callable[[Callable[[], object]], ValkeyServer],
+        make_server: Callable[[ConnectionPool], ValkeyServer],
     ) -> None:
         self._hosts = hosts
         self._settings = settings
@@ -283,11 +320,7 @@ class _Cluster(Topology):
 
     def _discover(self) -> None:
         if self._nodes is None:
-            self._nodes = NodesManager(
-                [ClusterNode(host, port) for host, port in self._hosts],
-                from_url=True,
-                **self._settings,
-            )
+            self._nodes = find_nodes(self._hosts, self._settings)
 
     async def _look_again(self) -> None:
         try:
@@ -304,7 +337,7 @@ class _Cluster(Topology):
         server = self._servers.get((host, port))
         if server is None:
             pool = self._nodes.create_redis_node(host, port, **self._settings).connection_pool
-            server = self._servers[host, port] = self._make_server(pool.make_connection)
+            server = self._servers[host, port] = self._make_server(pool)
         return server
 
     async def _in_thread(self, work: Callable[[], object]) -> None:

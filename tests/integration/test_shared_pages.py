@@ -24,7 +24,7 @@ from kv_store import (
     build_page_store,
 )
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
-from kv_store.tiers.valkey_admin import page_sizes
+from kv_store.tiers.valkey_admin import stored_pages
 from tests.kv_pages import wait_until
 
 if TYPE_CHECKING:
@@ -158,10 +158,10 @@ async def test_another_nodes_folder(loaded, valkey, tmp_path):
     text, from_tier, _ = await owner.answer(is_last=False)
     assert from_tier == 0
     with redis.Redis.from_url(valkey.url) as client:
-        num_pages = len(page_sizes(client))
+        num_pages = len(stored_pages(client))
         assert num_pages >= NUM_PAGES
         wait_until(lambda: len(list(client.scan_iter(match="*:at"))) == num_pages, 60)
-        client.unlink(*page_sizes(client))
+        client.unlink(*stored_pages(client))
     assert await node("b").answer() == (text, NUM_PAGES * 64, 0)
     await owner.close()
 

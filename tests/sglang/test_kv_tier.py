@@ -23,7 +23,7 @@ from deployments.engine.types import GenerationRequest, SamplingParams
 from deployments.routing import PrefixAwareRouter
 from deployments.tokenizer import Tokenizer
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
-from kv_store.tiers.valkey_admin import admin_clients, page_sizes, read_page
+from kv_store.tiers.valkey_admin import admin_clients, read_page, stored_pages
 from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.exactness import Reference, assert_same_text
 from tests.integration.cluster.cluster_process import ROOT
@@ -175,7 +175,7 @@ def settings(folder: Path, server: EmbeddedValkey) -> dict[str, Any]:
 
 def names(server: EmbeddedValkey) -> set[bytes]:
     with admin_clients(ValkeyAddress(url=server.url), 30.0) as (client,):
-        return set(page_sizes(client))
+        return set(stored_pages(client))
 
 
 @pytest.fixture(scope="module")

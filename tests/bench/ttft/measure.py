@@ -18,7 +18,7 @@ from kv_store import (
 )
 from kv_store.layout import PAGE_TOKENS
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
-from kv_store.tiers.valkey_admin import page_sizes
+from kv_store.tiers.valkey_admin import stored_pages
 from tests.bench.ttft.replica import PATIENT_S, Replica, make_prompt, other_node
 from tests.kv_pages import wait_until
 
@@ -77,14 +77,14 @@ class Stage:
                 num_pages = sum(len(prompt) // PAGE_TOKENS for prompt in self._prompts)
                 with redis.Redis.from_url(self.valkey_url) as self._admin:
                     wait_until(lambda: self._num_records() >= num_pages, PATIENT_S)
-                    self._kept = set(page_sizes(self._admin))
+                    self._kept = set(stored_pages(self._admin))
                     act(self)
         finally:
             self._server.stop()
 
     def forget_later_pages(self) -> None:
         """Of Valkey, what measurements have written; it shall not fill up."""
-        self._unlink(set(page_sizes(self._admin)) - self._kept)
+        self._unlink(set(stored_pages(self._admin)) - self._kept)
 
     def forget_valkey_pages(self) -> None:
         """All pages of Valkey; where other nodes have them stays known."""

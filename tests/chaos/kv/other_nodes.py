@@ -25,7 +25,7 @@ from kv_store import (
     build_page_store,
 )
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
-from kv_store.tiers.valkey_admin import page_sizes
+from kv_store.tiers.valkey_admin import stored_pages
 from tests.chaos.kv.pages import (
     LAYOUT,
     PATIENT_S,
@@ -107,7 +107,7 @@ def _serves_all(store: PageStore, chains: list[list[Any]], verdict: Verdict) -> 
 
 
 def _forget_pages(admin: redis.Redis) -> None:
-    if names := list(page_sizes(admin)):
+    if names := list(stored_pages(admin)):
         admin.unlink(*names)
 
 

@@ -15,7 +15,7 @@ from kv_store import (
 )
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.page_directory import ServerAddress
-from kv_store.tiers.valkey_admin import page_sizes
+from kv_store.tiers.valkey_admin import stored_pages
 from kv_store.tiers.valkey_exchange import NOTE_SUFFIX
 from tests.kv_pages import make_chain, make_layout, make_page, wait_until
 
@@ -75,7 +75,7 @@ def num_records(admin):
 
 
 def forget_pages(admin):
-    names = list(page_sizes(admin))
+    names = list(stored_pages(admin))
     assert len(names) == 6, "records are no pages"
     admin.unlink(*names)
 

@@ -131,6 +131,37 @@ async def test_a_slot_that_moved_is_followed_and_remembered(cluster):
     cluster.set_slot(slot, source)
 
 
+async def test_a_shard_whose_connections_break_ever_again_is_connected_to_ever_again(cluster):
+    key, blob = ITEMS[0]
+    owner = cluster.primaries[owner_number(key)]
+    async with of_cluster(cluster) as tier:
+        await tier.put_many([(key, blob)])
+        before = owner.admin.info("stats")["total_connections_received"]
+        for _ in range(120):  # redis-py's pools count up to a hundred
+            owner.admin.client_kill_filter(_type="normal", skipme=True)
+            wait_until(lambda: len(owner.admin.client_list("normal")) == 1)
+            assert await tier.get_many([key]) == [blob]
+        assert owner.admin.info("stats")["total_connections_received"] >= before + 120
+
+
+async def test_a_full_shard_can_still_be_read(cluster):
+    key, blob = ITEMS[0]
+    full = cluster.primaries[owner_number(key)]
+    other = next(key for key in KEYS[1:] if owner_number(key) == owner_number(KEYS[0]))
+    async with of_cluster(cluster) as tier:
+        await tier.put_many([(key, blob)])
+        full.admin.config_set("maxmemory-policy", "noeviction")
+        full.admin.config_set("maxmemory", 1)
+        try:
+            for _ in range(4):  # a breaker opens after three
+                with pytest.raises(TierUnavailableError, match="OOM"):
+                    await tier.put_many([(other, blob)])
+            assert await tier.get_many([key]) == [blob]
+        finally:
+            full.admin.config_set("maxmemory", "64mb")
+            full.admin.config_set("maxmemory-policy", "allkeys-lfu")
+
+
 async def test_a_frozen_shard_costs_its_own_pages_only(cluster):
     frozen = cluster.primaries[1]
     async with of_cluster(cluster) as writer:

@@ -26,7 +26,7 @@ from kv_store.codecs.raw import RawCodec
 from kv_store.page_format import check_page, encode_page, section_offsets
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.valkey import ValkeyTier
-from kv_store.tiers.valkey_admin import admin_clients, page_sizes, read_page
+from kv_store.tiers.valkey_admin import admin_clients, read_page, stored_pages
 from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES
 from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.kv_pages import make_chain, make_layout, wait_until
@@ -101,6 +101,7 @@ async def test_a_page_that_lost_a_part_is_a_miss_and_can_be_written_again(tier, 
     assert await tier.contains_many(KEYS[:1]) == [True]
     assert await tier.get_many(KEYS[:1]) == [None]
     assert await tier.contains_many(KEYS[:1]) == [False]
+    assert admin.keys("kv:*") == [], "the other parts are of no use"
     await tier.put_many([(KEYS[0], BLOBS[0])])
     assert await tier.get_many(KEYS[:1]) == BLOBS[:1]
 
@@ -126,6 +127,14 @@ async def test_what_looks_like_a_manifest_comes_back_as_it_was(tier):
     odd = b"KVM1\x01\0\0\0\x05\0\0\0head"
     await tier.put_many([(KEYS[0], odd), (KEYS[1], b"KVM1")])
     assert await tier.get_many(KEYS[:2]) == [odd, b"KVM1"]
+
+
+async def test_a_page_is_deleted_with_its_parts(tier, admin):
+    await tier.put_many([*zip(KEYS[:3], BLOBS, strict=False), (KEYS[3], b"small")])
+    assert await tier.delete_many([KEYS[0], KEYS[3]]) == 2
+    assert await tier.delete_many([KEYS[0], KEYS[3]]) == 0
+    assert len(admin.keys("kv:*")) == 2 * (1 + 3)
+    assert await tier.get_many(KEYS) == [None, *BLOBS[1:3], None]
 
 
 async def test_a_value_of_another_kind_is_an_error_and_the_next_request_is_not(tier, admin):
@@ -321,13 +330,33 @@ async def test_pages_are_listed_and_read_whole_without_counting_as_use(tier, adm
     assert all(admin.pttl(name) <= 50_000 for name in lives)
 
 
+async def test_parts_that_the_server_let_outlive_their_page_are_seen_and_dropped(
+    tier, admin, server
+):
+    await tier.put_many(list(zip(KEYS[:2], BLOBS, strict=False)))
+    manifest = next(name for name in admin.keys("kv:*}") if KEYS[1].page_hash.hex() in str(name))
+    admin.delete(manifest)
+    pages = {page.page_hash: page for page in valkey_pages(ValkeyAddress(url=server.url))}
+    left = pages[KEYS[1].page_hash.hex()]
+    assert (left.read(), left.problem) == (None, "")
+    assert left.num_bytes > 0
+    assert [left.drop(), left.drop()] == [True, False]
+    assert await tier.get_many(KEYS[:2]) == [BLOBS[0], None]
+    whole = pages[KEYS[0].page_hash.hex()]
+    # Written anew since it was listed, with other parts.
+    assert await tier.delete_many(KEYS[:1]) == 1
+    await tier.put_many([(KEYS[0], BLOBS[2])])
+    assert whole.drop()
+    assert admin.keys("kv:*") == []
+
+
 async def test_verify_sees_a_missing_part_and_a_flipped_byte(tier, admin, server):
     await tier.put_many(list(zip(KEYS[:3], BLOBS, strict=False)))
 
     def problems():
         with admin_clients(ValkeyAddress(url=server.url), 5.0) as [client]:
             found = {}
-            for name in page_sizes(client):
+            for name in stored_pages(client):
                 index = [key.page_hash.hex().encode() in name for key in KEYS].index(True)
                 try:
                     blob = read_page(client, name)

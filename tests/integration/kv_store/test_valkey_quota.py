@@ -8,7 +8,7 @@ import redis
 from kv_store import KVStoreConfig, ValkeyTierConfig, build_page_store
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.valkey import ValkeyTier
-from kv_store.tiers.valkey_admin import page_sizes
+from kv_store.tiers.valkey_admin import stored_pages
 from kv_store.tiers.valkey_batches import ValkeyBatches, page_name
 from kv_store.tiers.valkey_quota import NewPage, TenantQuota, ledger_name
 from kv_store.tiers.valkey_topology import ValkeyAddress
@@ -72,7 +72,9 @@ async def test_beyond_the_quota_new_pages_are_refused_and_old_ones_stay(running,
         assert await put(ours, OTHERS) == [True] * 4, "another tenant has room of its own"
         assert await ours.contains_many(KEYS[:5]) == [True] * 5
     assert (total(admin), total(admin, OTHERS[0].namespace_id)) == (5 * SIZE, 4 * SIZE)
-    assert sum(page_sizes(admin).values()) == 9 * SIZE, "ledgers are no pages"
+    assert sum(page.num_bytes for page in stored_pages(admin).values()) == 9 * SIZE, (
+        "ledgers are no pages"
+    )
 
 
 async def test_pages_that_the_server_has_lost_make_room(running, admin):
@@ -121,12 +123,12 @@ def test_a_refusal_is_counted_and_no_error(running, admin):
         for key in KEYS[:6]:
             assert store.save(key, make_page(LAYOUT, key.index))
         assert store.flush(PATIENT_S)
-        num_held = len(page_sizes(admin))
+        num_held = len(stored_pages(admin))
         loaded = store.load(KEYS[:6], timeout_s=PATIENT_S).result(timeout=2 * PATIENT_S)
         stats = store.stats().tiers["valkey"]
         assert 0 < num_held == len(loaded.pages) == stats.num_puts < 6
         assert (stats.num_refused, stats.num_errors) == (6 - num_held, 0)
-        assert sum(page_sizes(admin).values()) <= 2500
+        assert sum(page.num_bytes for page in stored_pages(admin).values()) <= 2500
     finally:
         store.close()
 

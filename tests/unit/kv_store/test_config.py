@@ -66,10 +66,10 @@ def test_every_field_is_documented():
 def test_errors_survive_pickling():
     errors = [
         error
-        for error in vars(kv_store).values()
+        for error in vars(kv_store.errors).values()
         if isinstance(error, type) and issubclass(error, KVStoreError)
     ]
-    assert len(errors) == 6
+    assert len(errors) == 8
     for error in errors:
         copy = pickle.loads(pickle.dumps(error("what went wrong")))  # noqa: S301
         assert type(copy) is error

@@ -74,3 +74,22 @@ def test_late_failures_do_not_prolong_the_wait(breaker, clock):
         breaker.record_failure()
     clock.now += 1.26
     assert breaker.allow()
+
+
+def test_a_probe_that_never_began_leaves_the_probing_to_the_next(breaker, clock):
+    fail(breaker, 3)
+    clock.now += 1.26
+    assert breaker.allow()
+    breaker.record_untried()
+    assert not breaker.is_closed
+    assert breaker.allow()
+    breaker.record_success()
+    assert breaker.is_closed
+
+
+def test_operations_that_never_began_are_no_failures(breaker):
+    for _ in range(5):
+        assert breaker.allow()
+        breaker.record_untried()
+    fail(breaker, 2)
+    assert breaker.is_closed

@@ -37,16 +37,49 @@ def test_an_empty_buffer():
     assert bytes(BufferPool().take(0)) == b""
 
 
-def test_no_more_than_the_limit_is_kept():
-    pool = BufferPool(max_idle_bytes=3 << 16)
-    views = [pool.take(1 << 16) for _ in range(8)]
+def idle_sizes(pool):
+    return [len(memory) >> 16 for memories in pool._idle.values() for memory in memories]
+
+
+def take_and_drop(pool, *sizes):
+    views = [pool.take(size << 16) for size in sizes]
     del views
     gc.collect()
-    assert sum(len(idle) for idle in pool._idle.values()) == 3
+
+
+def test_no_more_than_the_limit_is_kept():
+    pool = BufferPool(max_idle_bytes=3 << 16)
+    take_and_drop(pool, *[1] * 8)
+    assert idle_sizes(pool) == [1] * 3
+
+
+def test_the_limit_is_of_all_sizes_and_those_used_last_are_kept():
+    pool = BufferPool(max_idle_bytes=6 << 16)
+    take_and_drop(pool, 1)
+    take_and_drop(pool, 2)
+    take_and_drop(pool, 3)
+    assert idle_sizes(pool) == [1, 2, 3]
+    take_and_drop(pool, 1)
+    take_and_drop(pool, 1, 1)
+    assert idle_sizes(pool) == [3, 1, 1]
+    take_and_drop(pool, 9)
+    assert idle_sizes(pool) == []
+    take_and_drop(pool, 4)
+    assert idle_sizes(pool) == [4]
+
+
+def test_a_view_that_dies_while_the_pool_is_at_work_is_not_lost():
+    pool = BufferPool()
+    view = pool.take(1)
+    with pool._lock:  # as the collector may find it
+        del view
+        gc.collect()
+    take_and_drop(pool, 2)
+    assert sorted(idle_sizes(pool)) == [1, 2]
 
 
 def test_threads_share_a_pool():
-    pool = BufferPool()
+    pool = BufferPool(max_idle_bytes=2 << 16)
     wrong = []
 
     def work(number):
@@ -62,3 +95,5 @@ def test_threads_share_a_pool():
     for thread in threads:
         thread.join()
     assert not wrong
+    assert pool._num_idle_bytes == sum(idle_sizes(pool)) << 16 <= 2 << 16
+    assert not pool._returned

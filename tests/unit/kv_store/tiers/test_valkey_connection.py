@@ -1,12 +1,16 @@
 import socket
+import ssl
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from kv_store import TierUnavailableError
+from kv_store.errors import TierBusyError
 from kv_store.tiers.resp import command
 from kv_store.tiers.valkey_connection import ValkeyConnection
+from tests.certificates import Authority
 
 PATIENT_S = 10.0
 PING = (command(b"PING"),)
@@ -90,7 +94,7 @@ def test_many_and_long_buffers_arrive_in_order(connection, peers):
             got.extend(peers[0].recv(1 << 20))
         peers[0].sendall(b"+OK\r\n")
 
-    connection._connected(time.monotonic() + PATIENT_S)
+    connection._connected()
     thread = threading.Thread(target=serve)
     thread.start()
     assert ask(connection, request=buffers) == [b"OK"]
@@ -193,6 +197,110 @@ def test_an_abort_wakes_a_waiting_thread(connection, peers):
 
 
 def test_no_time_left_is_no_connection(connection, peers):
-    with pytest.raises(TierUnavailableError):
+    with pytest.raises(TierBusyError):
         ask(connection, patience_s=-1)
     assert not peers
+
+
+def test_a_connection_outlives_those_who_come_too_late_to_use_it(connection, peers):
+    thread = answering(peers, b"+PONG\r\n", b"+AGAIN\r\n")
+    assert ask(connection) == [b"PONG"]
+    with pytest.raises(TierBusyError):
+        ask(connection, patience_s=-1)
+    assert ask(connection) == [b"AGAIN"]
+    thread.join()
+    assert len(peers) == 1
+
+
+@pytest.fixture(scope="module")
+def contexts(tmp_path_factory):
+    """TLS as a client and as a server sees it."""
+    folder = tmp_path_factory.mktemp("certificates")
+    Authority().write(folder, ["valkey"])
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    theirs.load_cert_chain(folder / "tls.crt", folder / "tls.key")
+    return ssl.create_default_context(cafile=folder / "ca.crt"), theirs
+
+
+class TlsServer:
+    """Lets clients in, each by one handshake; a test then holds the ends."""
+
+    def __init__(self, contexts):
+        self._ours, self._theirs = contexts
+        self.ends = []
+
+    def connect(self):
+        """For the client: a socket behind the handshake, whose tickets nobody has read."""
+        near, far = socket.socketpair()
+        accepting = threading.Thread(
+            target=lambda: self.ends.append(self._theirs.wrap_socket(far, server_side=True))
+        )
+        accepting.start()
+        wrapped = self._ours.wrap_socket(near, server_hostname="valkey")
+        accepting.join()
+        self.ends[-1].settimeout(PATIENT_S)
+        return wrapped
+
+    def answer(self, number, data):
+        self.ends[number].recv(1 << 16)
+        self.ends[number].sendall(data)
+
+
+@pytest.fixture
+def tls(contexts):
+    server = TlsServer(contexts)
+    yield server
+    for end in server.ends:
+        end.close()
+
+
+class FakeTlsConnection(FakeRedisConnection):
+    def connect(self):
+        self._sock = self._peers.connect()
+
+
+@pytest.fixture
+def tls_connection(tls):
+    connection = ValkeyConnection(lambda: FakeTlsConnection(tls))
+    yield connection
+    connection.close()
+
+
+def ask_tls(connection, tls, number, answer):
+    """One exchange on the connection of that number."""
+
+    def serve():
+        wait_for(tls.ends, number + 1)
+        tls.answer(number, answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        return ask(connection)
+    finally:
+        thread.join()
+
+
+def test_tickets_do_not_end_a_tls_connection(tls_connection, tls):
+    stream = tls_connection._connected()
+    assert tls_connection._connected() is stream
+    for answer in (b"one", b"two"):
+        assert ask_tls(tls_connection, tls, 0, b"+%b\r\n" % answer) == [answer]
+    assert len(tls.ends) == 1
+
+
+def say_good_bye(end):
+    end.settimeout(0)
+    with suppress(ssl.SSLWantReadError):  # whoever is told does not answer yet
+        end.unwrap()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [lambda end: end.close(), say_good_bye, lambda end: end.sendall(b"+STALE\r\n")],
+    ids=["hung up", "said good-bye", "said what nobody asked"],
+)
+def test_a_tls_connection_that_is_of_no_use_any_more_is_replaced(tls_connection, tls, end):
+    assert ask_tls(tls_connection, tls, 0, b"+ONE\r\n") == [b"ONE"]
+    end(tls.ends[0])
+    assert ask_tls(tls_connection, tls, 1, b"+TWO\r\n") == [b"TWO"]

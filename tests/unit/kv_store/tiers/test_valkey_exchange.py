@@ -1,15 +1,21 @@
-"""How many values are asked for ahead of the one that arrives."""
+"""How many values are asked for ahead of the one that arrives, and what is no answer at all."""
 
 import socket
 import threading
 import time
+from functools import partial
 
 import pytest
 
+from kv_store import TierUnavailableError
 from kv_store.tiers.buffers import BufferPool
 from kv_store.tiers.valkey_connection import ValkeyConnection
 from kv_store.tiers.valkey_exchange import Exchange
-from tests.unit.kv_store.tiers.test_valkey_connection import PATIENT_S, FakeRedisConnection
+from tests.unit.kv_store.tiers.test_valkey_connection import (
+    PATIENT_S,
+    FakeRedisConnection,
+    answering,
+)
 
 MAX_BYTES = 4 << 20
 
@@ -114,3 +120,56 @@ def test_a_long_value_is_whole_however_it_is_cut_on_the_way():
     thread.join()
     theirs.close()
     ours.close()
+
+
+class NoMemory(BufferPool):
+    def take(self, num_bytes):
+        raise AssertionError(f"{num_bytes} bytes for what nobody asked for")
+
+
+def ask(operation, answer, *, is_asking=False, buffers=None):
+    peers = []
+    thread = answering(peers, answer)
+    connection = ValkeyConnection(lambda: FakeRedisConnection(peers))
+    try:
+        return operation(
+            Exchange(
+                connection,
+                buffers or NoMemory(),
+                time.monotonic() + PATIENT_S,
+                is_asking=is_asking,
+            )
+        )
+    finally:
+        connection.close()
+        thread.join()
+        for peer in peers:
+            peer.close()
+
+
+@pytest.mark.parametrize("is_asking", [False, True])
+@pytest.mark.parametrize("value", [b"$1\r\n1\r\n", b"$536870912\r\n"], ids=["short", "long"])
+def test_a_value_is_no_answer_to_a_question_without_one(is_asking, value):
+    answer = b"+OK\r\n" * is_asking + value
+    for operation in (Exchange.contains, Exchange.forget_notes):
+        with pytest.raises(TierUnavailableError, match="ProtocolError"):
+            ask(partial(operation, names=[b"page"]), answer, is_asking=is_asking)
+
+
+def test_only_a_one_says_that_a_page_is_held():
+    def ask_for_four(exchange):
+        return exchange.contains([b"a", b"b", b"c", b"d"])
+
+    assert ask(ask_for_four, b"+OK\r\n$-1\r\n:1\r\n:0\r\n") == [False, False, True, False]
+
+
+def test_notes_and_claims_are_words():
+    long = b"$100000\r\n" + bytes(100_000) + b"\r\n"
+    for operation, answer in (
+        (lambda exchange: exchange.notes([b"page"]), long),
+        (lambda exchange: exchange.claim([b"page"], b"me", 1000), b"+OK\r\n" + long),
+    ):
+        with pytest.raises(TierUnavailableError, match="100000 bytes"):
+            ask(operation, answer)
+    noted = ask(lambda exchange: exchange.notes([b"a"]), b"$2\r\nhi\r\n", buffers=BufferPool())
+    assert noted == [b"hi"]

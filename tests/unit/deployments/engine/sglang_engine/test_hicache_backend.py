@@ -35,7 +35,7 @@ from kv_store import (
     ValkeyTierConfig,
 )
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
-from kv_store.tiers.valkey_admin import admin_clients, page_sizes, read_page
+from kv_store.tiers.valkey_admin import admin_clients, read_page, stored_pages
 from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.kv_pages import wait_until
 
@@ -345,7 +345,7 @@ def test_a_damaged_page_is_not_loaded_and_a_dead_server_costs_no_error(open_rank
         assert rank.set(names(3), [0, 1, 2]) == [True] * 3
         rank.wait_for(names(3))
         with admin_clients(ValkeyAddress(url=server.url), PATIENT_S) as (client,):
-            for name in page_sizes(client):
+            for name in stored_pages(client):
                 damaged = bytearray(read_page(client, name))
                 damaged[-1] ^= 1
                 client.set(name, bytes(damaged))
