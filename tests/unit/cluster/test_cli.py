@@ -91,6 +91,22 @@ def test_chat_with_a_server_that_is_not_there_is_one_line(paceline):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--url", "http://[::1"], "--url: "),
+        (["--url", "http://127.0.0.1:1", "--api-key", "schlüssel"], "--api-key: "),
+        (["--url", "http://127.0.0.1:1", "--api-key", "a\nschlüssel"], "--api-key: "),
+    ],
+)
+def test_an_address_or_key_that_cannot_be_is_one_line(paceline, arguments, said):
+    code, _, error = paceline("chat", "hi", *arguments)
+    assert code == ConfigError.exit_code
+    assert said in error
+    assert "schlüssel" not in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
         (["--speed", "2"], "--speed: only with --trace"),
         (["--scale", "1", "--seconds", "5"], "--scale, --seconds: only with --trace"),
         (["--trace", "t.csv", "--rate", "1:1"], "--rate: not with --trace"),
