@@ -104,6 +104,17 @@ def test_an_address_or_key_that_cannot_be_is_one_line(paceline, arguments, said)
     assert "Traceback" not in error
 
 
+def test_the_report_of_a_load_test_can_be_written_before_it_begins(paceline, tmp_path):
+    (tmp_path / "file").touch()
+    for option in ("--out", "--requests"):
+        # Nobody is asked: there is no server.
+        path = tmp_path / "file" / "report.json"
+        arguments = ["--url", "http://127.0.0.1:1", "--out", str(tmp_path / "r.json")]
+        code, _, error = paceline("bench", "serve", *arguments, option, str(path))
+        assert code == ConfigError.exit_code
+        assert f"{option}: {path}: " in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
