@@ -116,6 +116,27 @@ def test_the_report_of_a_load_test_can_be_written_before_it_begins(paceline, tmp
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "config.json is not JSON"),
+        ("[]", "config.json holds no settings"),
+        (json.dumps({"hidden_act": "gelu"}), "gelu"),
+    ],
+)
+def test_a_model_that_no_student_can_be_made_of_is_one_line(paceline, tmp_path, content, said):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(content)
+    path = tmp_path / "c.yaml"
+    path.write_text(f"engine: {{model: {model}}}\n")
+    code, _, error = paceline("train", "student", "--config", str(path))
+    assert code == ConfigError.exit_code
+    assert "engine.model: " in error
+    assert said in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--speed", "2"], "--speed: only with --trace"),
