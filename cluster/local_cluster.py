@@ -242,7 +242,7 @@ class LocalCluster:
         self, cluster_id: str, run_dir: Path, ports: ClusterPorts, config: ClusterConfig
     ) -> ClusterState:
         host = self._config.server.host
-        reachable = "127.0.0.1" if host in {"", "0.0.0.0", "::"} else host  # noqa: S104 - compared
+        reachable = "127.0.0.1" if host in {"", "0.0.0.0"} else host  # noqa: S104 - compared
         return ClusterState(
             cluster_id=cluster_id,
             pid=os.getpid(),
