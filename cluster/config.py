@@ -190,11 +190,6 @@ class ClusterConfig(_Config):
             )
         return self
 
-    @property
-    def served_model_name(self) -> str:
-        """The model id that clients use."""
-        return self.engine.served_model_name or self.engine.model.rstrip("/").rpartition("/")[2]
-
 
 def config_json_schema() -> dict[str, Any]:
     """The JSON schema of ``ClusterConfig``, for editors and for the chart's values."""

@@ -39,6 +39,7 @@ from cluster.state import (
     secret_file,
     write_state,
 )
+from deployments.model_files import served_model_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -251,7 +252,7 @@ class LocalCluster:
             http_url=f"http://{reachable}:{ports.http}",
             grpc_address=f"{reachable}:{ports.grpc}",
             metrics_url=f"http://127.0.0.1:{ports.metrics}/metrics",
-            model=self._config.served_model_name,
+            model=served_model_name(self._config.engine),
             kv_address=hot_tier_address(config),
             ssd_roots=ssd_roots(config),
             started=time.time(),
