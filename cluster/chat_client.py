@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
-from cluster.errors import RequestError
+from cluster.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,10 +40,18 @@ class ChatClient:
         Args:
             url: the server, without ``/v1``.
             api_key: where authentication is on.
+
+        Raises:
+            ConfigError: there is no such URL, or no header can hold the key.
         """
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise ConfigError(("--api-key: visible ASCII characters only",))
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx.Timeout(_EVENT_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout)
+        try:
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout)
+        except httpx.InvalidURL as error:
+            raise ConfigError((f"--url: {error}",)) from error
 
     def __enter__(self) -> Self:
         return self

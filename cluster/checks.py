@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from cluster.errors import ClusterStartError, ConfigError, PortInUseError
+from cluster.errors import ClusterError, ConfigError
 from cluster.hot_tier import valkey_problems
 from cluster.pools import engine_threads, machine_resources, max_replicas
 from cluster.ports import PortLease
@@ -212,7 +212,7 @@ def _ports(config: ClusterConfig) -> Iterator[Finding]:
     try:
         with lease as ports:
             yield Finding("ports", Verdict.OK, f"HTTP {ports.http}, gRPC {ports.grpc}")
-    except (PortInUseError, ClusterStartError) as error:
+    except ClusterError as error:
         yield Finding("ports", Verdict.FAILED, str(error), "see the message")
 
 

@@ -92,7 +92,8 @@ class ServerConfig(_Config):
     """Addresses of a cluster on one machine. On Kubernetes the chart sets them."""
 
     host: str = "127.0.0.1"
-    """Address that HTTP and gRPC bind; ``0.0.0.0`` opens them to the network."""
+    """IPv4 address that HTTP and gRPC bind, or a name of one; ``0.0.0.0`` opens them to the
+    network."""
     http_port: int = Field(default=8000, ge=0, le=65535)
     """Port of the OpenAI-compatible surface; 0 picks a free one."""
     grpc_port: int = Field(default=9000, ge=0, le=65535)
@@ -188,11 +189,6 @@ class ClusterConfig(_Config):
                 "flashinfer; or set kv: null"
             )
         return self
-
-    @property
-    def served_model_name(self) -> str:
-        """The model id that clients use."""
-        return self.engine.served_model_name or self.engine.model.rstrip("/").rpartition("/")[2]
 
 
 def config_json_schema() -> dict[str, Any]:

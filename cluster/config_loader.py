@@ -75,23 +75,25 @@ def _read_yaml(path: Path, sources: dict[_Path, str]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         settings = yaml.safe_load(text)
+        problems: list[str] = []
+        _note_lines(node, (), path, sources, problems)
     except OSError as error:
         raise ConfigError((f"{path}: {error.strerror or error}",)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError((f"{path}: not valid YAML: {error}",)) from error
-    if node is None or settings is None:
+    except RecursionError:
+        raise ConfigError((f"{path}: nested too deeply, or an alias holds itself",)) from None
+    if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError((f"{path}: the file must hold a mapping of settings",))
-    problems: list[str] = []
-    _note_lines(node, (), path, sources, problems)
     if problems:
         raise ConfigError(tuple(problems))
     return settings
 
 
 def _note_lines(
-    node: yaml.Node, at: _Path, path: Path, sources: dict[_Path, str], problems: list[str]
+    node: yaml.Node | None, at: _Path, path: Path, sources: dict[_Path, str], problems: list[str]
 ) -> None:
     """Remember the line of every setting; YAML itself would let a repeated key win in silence."""
     if isinstance(node, yaml.MappingNode):
@@ -130,7 +132,7 @@ def _merge_environment(
 def _parse_variable(name: str, text: str) -> Any:  # noqa: ANN401 - any YAML
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         # Without its text: the value may hold a secret.
         raise ConfigError((f"{name}: not valid YAML",)) from error
 

@@ -19,6 +19,7 @@ from cluster.training_prompts import (
     read_prompts,
 )
 from deployments.engine.errors import UnsupportedModelError, WeightsMismatchError
+from deployments.model_files import served_model_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -130,7 +131,7 @@ def train_draft(
         points_of(report), job.draft_folder / "curve.png", report.best.quality.coverage
     )
     card = DraftCard(
-        target=config.served_model_name,
+        target=served_model_name(engine),
         sources=tuple(sources),
         held_out=tuple(held_out),
         num_training_prompts=len(prompts.training),

@@ -39,6 +39,7 @@ from cluster.state import (
     secret_file,
     write_state,
 )
+from deployments.model_files import served_model_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -242,7 +243,7 @@ class LocalCluster:
         self, cluster_id: str, run_dir: Path, ports: ClusterPorts, config: ClusterConfig
     ) -> ClusterState:
         host = self._config.server.host
-        reachable = "127.0.0.1" if host in {"", "0.0.0.0", "::"} else host  # noqa: S104 - compared
+        reachable = "127.0.0.1" if host in {"", "0.0.0.0"} else host  # noqa: S104 - compared
         return ClusterState(
             cluster_id=cluster_id,
             pid=os.getpid(),
@@ -251,7 +252,7 @@ class LocalCluster:
             http_url=f"http://{reachable}:{ports.http}",
             grpc_address=f"{reachable}:{ports.grpc}",
             metrics_url=f"http://127.0.0.1:{ports.metrics}/metrics",
-            model=self._config.served_model_name,
+            model=served_model_name(self._config.engine),
             kv_address=hot_tier_address(config),
             ssd_roots=ssd_roots(config),
             started=time.time(),

@@ -8,6 +8,7 @@ a lock when its holder dies, however it dies.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -15,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cluster.errors import ClusterStartError, PortInUseError
+from cluster.errors import ClusterStartError, ConfigError, PortInUseError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,6 +82,7 @@ class PortLease:
 
         Raises:
             PortInUseError: a configured port is taken.
+            ConfigError: a configured port cannot be bound at the host.
             ClusterStartError: no block of ports is free.
         """
         self._lock_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -155,6 +157,9 @@ def _is_free(host: str, port: int) -> bool:
             probe.bind((host, port))
             # A listener on the wildcard address shows only when this socket listens as well.
             probe.listen(1)
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            where = f"server.host {host!r}: port {port} cannot be bound"
+            raise ConfigError((f"{where}: {error.strerror}",)) from error
     return True

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import ConfigError
 from deployments.engine.config import DEFAULT_MODEL
+from deployments.engine.errors import UnsupportedModelError, WeightsMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +75,7 @@ def fit_student(
 
     Raises:
         WeightsMissingError: the target is not here.
-        ValueError: the model has too few layers for a student.
+        ConfigError: no student can be made of it.
     """
     import torch
 
@@ -85,13 +86,16 @@ def fit_student(
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     on_progress(f"loading {model}")
-    loaded = load_model(model, dtype="bfloat16", cache_dir=cache_dir)
-    student = student_fitting.fit_student(
-        loaded,
-        bundled_prompts(loaded.folder),
-        tokens_budget=tokens_budget,
-        progress=on_progress,
-    )
+    try:
+        loaded = load_model(model, dtype="bfloat16", cache_dir=cache_dir)
+        student = student_fitting.fit_student(
+            loaded,
+            bundled_prompts(loaded.folder),
+            tokens_budget=tokens_budget,
+            progress=on_progress,
+        )
+    except (UnsupportedModelError, WeightsMismatchError, ValueError) as error:
+        raise ConfigError((f"engine.model: {error}",)) from error
     on_progress(
         f"fitted on {student.num_positions} positions; agrees with the target's next token on "
         f"{student.agreement or 0:.0%} of held-out ones"

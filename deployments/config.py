@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from deployments.engine.config import CanaryConfig
+
+_API_KEY = re.compile(r"[!-~]+")
+_NO_KEY = hashlib.sha256().digest()
 
 
 class _Config(BaseModel):
@@ -20,7 +25,8 @@ class TenantConfig(_Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     """Shown in metrics and logs; KV pages of two names are never shared."""
     api_keys: tuple[SecretStr, ...] = ()
-    """Keys in clear text. Prefer ``api_key_sha256`` in files that others can read."""
+    """Keys in clear text, of visible ASCII characters and without spaces. Prefer ``api_key_sha256``
+    in files that others can read."""
     api_key_sha256: tuple[str, ...] = ()
     """Hex SHA-256 digests of keys, for configs that must not hold the keys themselves."""
     max_concurrent_requests: int = Field(default=64, ge=1)
@@ -28,11 +34,25 @@ class TenantConfig(_Config):
     priority: int = Field(default=0, ge=-100, le=100)
     """Lower runs first when a target replica has to choose."""
 
+    @property
+    def key_digests(self) -> tuple[bytes, ...]:
+        """SHA-256 of every key."""
+        clear = (key.get_secret_value().encode() for key in self.api_keys)
+        return (
+            *(hashlib.sha256(key).digest() for key in clear),
+            *(bytes.fromhex(digest) for digest in self.api_key_sha256),
+        )
+
     @model_validator(mode="after")
-    def _digests_are_hex(self) -> TenantConfig:
+    def _keys_can_be_sent(self) -> TenantConfig:
+        for key in self.api_keys:
+            if not _API_KEY.fullmatch(key.get_secret_value()):
+                raise ValueError("api_keys holds visible ASCII characters, at least one per key")
         for digest in self.api_key_sha256:
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
                 raise ValueError("api_key_sha256 holds 64 lower-case hex digits per key")
+        if _NO_KEY in self.key_digests:
+            raise ValueError("api_key_sha256 holds the digest of an empty key")
         return self
 
 
@@ -50,9 +70,13 @@ class AuthConfig(_Config):
         names = [tenant.name for tenant in self.tenants]
         if len(set(names)) != len(names):
             raise ValueError("tenant names must differ")
+        owners: dict[bytes, str] = {}
         for tenant in self.tenants:
             if not tenant.api_keys and not tenant.api_key_sha256:
                 raise ValueError(f"tenant {tenant.name!r} has no API key")
+            for digest in tenant.key_digests:
+                if (owner := owners.setdefault(digest, tenant.name)) != tenant.name:
+                    raise ValueError(f"tenants {owner!r} and {tenant.name!r} share an API key")
         if self.tenants and len(self.cluster_secret.get_secret_value()) < 16:
             raise ValueError("cluster_secret needs at least 16 characters when tenants are set")
         return self

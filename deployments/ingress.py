@@ -252,10 +252,10 @@ class IngressReplica:
         return await self._health.check(request, grpc_context)
 
     async def Watch(  # noqa: N802
-        self, request: health_pb2.HealthCheckRequest
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """``grpc.health.v1``: every change of the state."""
-        async with aclosing(self._health.watch(request)) as states:
+        async with aclosing(self._health.watch(request, grpc_context)) as states:
             async for state in states:
                 yield state
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
 
 if TYPE_CHECKING:
     from deployments.engine.config import EngineConfig
@@ -37,10 +34,6 @@ def context_length(engine: EngineConfig, folder: Path) -> int:
         WeightsMissingError: the model's folder has no ``config.json``.
         UnsupportedModelError: the model does not say how long its context is.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise WeightsMissingError(f"{folder} has no config.json")
-    max_positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
-    if not isinstance(max_positions, int):
-        raise UnsupportedModelError("config.json has no 'max_position_embeddings'")
-    return engine.context_length(max_positions)
+    from deployments.engine.torch_engine.weights.folders import max_positions
+
+    return engine.context_length(max_positions(folder))

@@ -12,7 +12,7 @@ import blake3
 from deployments.errors import AuthenticationError
 
 if TYPE_CHECKING:
-    from deployments.config import AuthConfig, TenantConfig
+    from deployments.config import AuthConfig
 
 _DEFAULT_TENANT = "default"
 _BEARER = "bearer "
@@ -49,7 +49,7 @@ class TenantDirectory:
         secret = config.cluster_secret.get_secret_value()
         self._tenants: tuple[tuple[tuple[bytes, ...], Tenant], ...] = tuple(
             (
-                _key_digests(tenant),
+                tenant.key_digests,
                 Tenant(
                     name=tenant.name,
                     tenant_key=derive_tenant_key(secret, tenant.name),
@@ -87,11 +87,3 @@ class TenantDirectory:
         if found is None:
             raise AuthenticationError("Incorrect API key provided.")
         return found
-
-
-def _key_digests(tenant: TenantConfig) -> tuple[bytes, ...]:
-    clear = (key.get_secret_value().encode() for key in tenant.api_keys)
-    return (
-        *(hashlib.sha256(key).digest() for key in clear),
-        *(bytes.fromhex(digest) for digest in tenant.api_key_sha256),
-    )

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 _MIB = 1 << 20
 _GIB = 1 << 30
+_VALKEY_OPTION = re.compile(
+    r"(client_name|ssl_(ca_certs|ca_path|cert_reqs|certfile|check_hostname|keyfile|password))=.+"
+    r"|db=\d+"
+)
 
 
 class _Config(BaseModel):
@@ -53,7 +58,10 @@ class ValkeyTierConfig(_ValkeyClientConfig):
     """Which tier this is."""
     url: SecretStr
     """``redis://``, ``rediss://`` or ``unix://``, with user and password if need be. Of a cluster,
-    any nodes, separated by commas: ``redis://10.0.0.1:6379,10.0.0.2:6379``."""
+    any nodes, separated by commas: ``redis://10.0.0.1:6379,10.0.0.2:6379``. Options behind a ``?``
+    are redis-py's ``client_name``, ``db`` and, with ``rediss://``, ``ssl_ca_certs``,
+    ``ssl_ca_path``, ``ssl_cert_reqs``, ``ssl_certfile``, ``ssl_check_hostname``,
+    ``ssl_keyfile`` and ``ssl_password``."""
     is_cluster: bool = False
     """Whether ``url`` names nodes of a Valkey or Redis Cluster; pages spread over its shards."""
     sentinels: SecretStr | None = None
@@ -62,9 +70,9 @@ class ValkeyTierConfig(_ValkeyClientConfig):
 
     @field_validator("url", "sentinels")
     @classmethod
-    def _check_scheme(cls, url: SecretStr | None) -> SecretStr | None:
-        if url and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("a Valkey url starts with redis://, rediss:// or unix://")
+    def _check_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            _check_valkey_url(url.get_secret_value())
         return url
 
     @model_validator(mode="after")
@@ -257,3 +265,26 @@ class KVStoreConfig(_Config):
         if "peers" in kinds and not {"valkey", "embedded_valkey"} & set(kinds):
             raise ValueError("a tier of kind peers finds pages through a Valkey tier: add one")
         return self
+
+
+def _check_valkey_url(url: str) -> None:
+    """Raise ValueError for what redis-py would not take; what it says quotes nothing of the URL."""
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("a Valkey url starts with redis://, rediss:// or unix://")
+    try:
+        parts = urlsplit(url)
+        for host in parts.netloc.rpartition("@")[2].split(","):
+            _ = urlsplit(f"//{host}").port
+    except ValueError:
+        is_whole = False
+    else:
+        is_whole = parts.scheme == "unix" or bool(re.fullmatch(r"/?\d*", parts.path))
+    if not is_whole or parts.fragment:
+        raise ValueError(
+            "a Valkey url is redis://USER:PASSWORD@HOST:PORT/DB; in a password / is %2F, ? is %3F, "
+            "# is %23 and [ is %5B"
+        )
+    for option in filter(None, parts.query.split("&")):
+        is_known = _VALKEY_OPTION.fullmatch(option)
+        if not is_known or (option.startswith("ssl_") and parts.scheme != "rediss"):
+            raise ValueError("a Valkey url has an option that is not known, or not of its scheme")

@@ -17,9 +17,10 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from cluster.chat_client import ChatClient
-from cluster.commands.options import (  # noqa: TC001 - typer reads them at run time
+from cluster.commands.options import (
     ClusterOption,
     JsonOption,
+    check_writable,
 )
 from cluster.console import err, out
 from cluster.errors import ConfigError
@@ -149,6 +150,9 @@ def serve(
         schedule = list(of_questions(times, questions, max_tokens))
     if not schedule:
         raise ConfigError(("no request falls into the time given",))
+    check_writable("--out", path)
+    if requests_path is not None:
+        check_writable("--requests", requests_path)
 
     state = None if url else find_cluster(default_state_dir(), cluster)
     if state is not None:
@@ -184,12 +188,10 @@ def serve(
             "temperature": temperature,
         },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     has_picture = draw(report, path.with_suffix(".png"))
     if requests_path is not None:
         rows = (json.dumps(asdict(outcome)) + "\n" for outcome in outcomes)
-        requests_path.parent.mkdir(parents=True, exist_ok=True)
         requests_path.write_text("".join(rows), encoding="utf-8")
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")

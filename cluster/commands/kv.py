@@ -16,10 +16,11 @@ from cluster.calibration import calibrate as measure
 from cluster.calibration import draw
 from cluster.commands.kv_top import top
 from cluster.commands.kv_warm import warm
-from cluster.commands.options import (  # noqa: TC001 - typer reads them at run time
+from cluster.commands.options import (
     ClusterOption,
     ConfigOption,
     JsonOption,
+    check_writable,
 )
 from cluster.config_loader import load_config
 from cluster.console import out, steps
@@ -172,10 +173,10 @@ def calibrate(
 ) -> None:
     """Measure every codec on the config's model; replicas refuse those over kv.max_kl."""
     settings = load_config(config)
+    check_writable("--report", report)
     with steps() as tell:
         calibration, kept = measure(settings, text or [], tell)
     max_kl = (settings.kv or KVStoreConfig()).max_kl
-    report.parent.mkdir(parents=True, exist_ok=True)
     document = calibration.model_dump() | {"max_kl": max_kl}
     report.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     picture = report.with_suffix(".png")

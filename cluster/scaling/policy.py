@@ -79,10 +79,17 @@ class PoolMemory:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the policy knows of the past; begins empty."""
+    """What the policy knows of the past; begins empty.
+
+    Attributes:
+        loads: (time, requests at the targets), oldest first, each more than at any later time.
+        floors: what targets' loads needed, none of them about the same.
+        unpaid: when drafts last did not pay.
+    """
 
     pools: Mapping[str, PoolMemory] = field(default_factory=dict)
-    floor: LearnedFloor | None = None
+    loads: tuple[tuple[float, float], ...] = ()
+    floors: tuple[LearnedFloor, ...] = ()
     unpaid: LearnedFloor | None = None
 
 
@@ -152,6 +159,8 @@ def _target_needs(
     }
     if signals.prefill_tokens_per_s:
         needs["prefill"] = signals.num_backlog_tokens / (signals.prefill_tokens_per_s * planned_s)
+    loads = _loads(memory, signals.num_requests, now_s, scaling)
+    floors = tuple(each for each in memory.floors if now_s - each.at_s < scaling.slo_memory_s)
     settled_at_s = memory.pools.get(signals.name, PoolMemory()).settled_at_s
     # While replicas start, and as long as waits of that time are told of, the waiting times are
     # those of fewer replicas than there are.
@@ -160,16 +169,14 @@ def _target_needs(
     ttft_s = signals.ttft_p90_s
     if ttft_s is not None and ttft_s > planned_s and is_settled:
         needs["ttft"] = signals.num_running * min(_MOST_BY_SLO, ttft_s / planned_s)
-        if signals.num_reporting:
-            learned = LearnedFloor(signals.num_requests, needs["ttft"], now_s)
-            memory = replace(memory, floor=_higher(memory.floor, learned))
-    floor = memory.floor
-    if floor is not None:
-        if now_s - floor.at_s >= scaling.slo_memory_s:
-            memory = replace(memory, floor=None)
-        elif signals.num_requests >= _SAME_LOAD * floor.load:
-            needs["ttft_before"] = floor.need
-    return needs, memory
+        # Who waited had come before: a load that has fallen since is not what it takes them for.
+        load = next(load for at_s, load in loads if now_s - at_s <= told_s + ttft_s)
+        if load and signals.num_reporting:
+            floors = _learned(floors, LearnedFloor(load, needs["ttft"], now_s))
+    known = [each.need for each in floors if signals.num_requests >= _SAME_LOAD * each.load]
+    if known:
+        needs["ttft_before"] = max(known)
+    return needs, replace(memory, loads=loads, floors=floors)
 
 
 def _prefill_needs(signals: TargetSignals, rules: Rules) -> dict[str, float]:
@@ -182,11 +189,24 @@ def _prefill_needs(signals: TargetSignals, rules: Rules) -> dict[str, float]:
     return needs
 
 
-def _higher(old: LearnedFloor | None, new: LearnedFloor) -> LearnedFloor:
-    """The same load's greater need; a missed SLO at a lower load says more than the older one."""
-    if old is None or new.load < _SAME_LOAD * old.load:
-        return new
-    return replace(new, load=old.load, need=max(old.need, new.need))
+def _loads(
+    memory: Memory, load: float, now_s: float, scaling: ScalingConfig
+) -> tuple[tuple[float, float], ...]:
+    """Of the time that is remembered; whatever window one looks at begins with its largest."""
+    kept = (
+        (at_s, before)
+        for at_s, before in memory.loads
+        if before > load and now_s - at_s < scaling.slo_memory_s
+    )
+    return (*kept, (now_s, load))
+
+
+def _learned(floors: tuple[LearnedFloor, ...], new: LearnedFloor) -> tuple[LearnedFloor, ...]:
+    """The same load's greater need; other loads keep theirs."""
+    same = [each for each in floors if _SAME_LOAD * each.load <= new.load <= each.load / _SAME_LOAD]
+    others = (each for each in floors if each not in same)
+    merged = (replace(new, load=each.load, need=max(each.need, new.need)) for each in same)
+    return (*others, *(merged if same else (new,)))
 
 
 def _draft_needs(

@@ -30,22 +30,25 @@ class JointPolicy:
     Args:
         pools: by name, the fields of their ``AutoscaleConfig``.
         scaling: the fields of the ``ScalingConfig``.
-        clock: seconds since the epoch, as replicas stamp what they say.
+        clock: what the policy goes by; never set back.
+        wall_clock: seconds since the epoch, as replicas stamp what they say.
     """
 
     def __init__(
         self,
         pools: Mapping[str, Mapping[str, Any]],
         scaling: Mapping[str, Any],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._rules = Rules(
             {name: AutoscaleConfig.model_validate(fields) for name, fields in pools.items()},
             ScalingConfig.model_validate(scaling),
         )
         self._clock = clock
+        self._wall_clock = wall_clock
         self._memory = Memory()
-        self._asked_at = 0.0
+        self._asked_at = -_PERIOD_S
         self._explanations = Explanations()
 
     def __call__(self, contexts: Mapping[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:
@@ -74,12 +77,13 @@ class JointPolicy:
         stale_s = self._rules.scaling.stale_after_s
         ingress, target, draft = (states.get(name) for name in ("ingress", "target", "draft"))
         prefill = states.get("prefill")
+        told_at = self._wall_clock()
         signals = Signals(
             now_s=now_s,
             ingress=pool_signals(ingress) if ingress is not None else None,
-            target=target_signals(target, now_s, stale_s) if target is not None else None,
-            draft=draft_signals(draft, now_s, stale_s) if draft is not None else None,
-            prefill=target_signals(prefill, now_s, stale_s) if prefill is not None else None,
+            target=target_signals(target, told_at, stale_s) if target is not None else None,
+            draft=draft_signals(draft, told_at, stale_s) if draft is not None else None,
+            prefill=target_signals(prefill, told_at, stale_s) if prefill is not None else None,
         )
         decisions, self._memory = decide(self._memory, signals, self._rules)
         for decision in decisions:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tests.chart.conftest import PAGE_COMPONENTS, selects
+from tests.chart.conftest import PAGE_COMPONENTS, objects, render, selects
 
 if TYPE_CHECKING:
     from tests.chart.conftest import Rendering
 
 
-def test_budgets_select_exactly_one_kind_of_pod(rendering: Rendering) -> None:
+def test_budgets_select_one_kind_of_pod_and_let_one_of_it_go(rendering: Rendering) -> None:
     budgets = rendering.of_kind("PodDisruptionBudget")
-    assert bool(budgets) == rendering.values["podDisruptionBudget"]["enabled"]
+    assert not budgets or rendering.values["podDisruptionBudget"]["enabled"]
+    groups = rendering.ray_cluster["workerGroupSpecs"]
+    fewest = {group["groupName"]: group["minReplicas"] for group in groups}
     for budget in budgets:
         selected = [
             (component, template)
@@ -24,7 +26,18 @@ def test_budgets_select_exactly_one_kind_of_pod(rendering: Rendering) -> None:
         if selected[0][0] == "valkey":
             assert budget["spec"]["maxUnavailable"] == 1
         else:
-            assert isinstance(budget["spec"]["minAvailable"], int)
+            assert 0 < budget["spec"]["minAvailable"] < fewest[selected[0][0]]
+
+
+def test_pools_that_may_have_no_pod_to_spare_have_no_budget() -> None:
+    values: dict[str, Any] = {"auth": {"existingSecret": "s"}, "pools": {"target": {"minPods": 3}}}
+    budgets = {
+        item["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"]: item["spec"]
+        for item in objects(render(values))
+        if item["kind"] == "PodDisruptionBudget"
+    }
+    # The ingress pool may shrink to one pod.
+    assert {name: spec["minAvailable"] for name, spec in budgets.items()} == {"target": 1}
 
 
 def test_network_policies_cover_every_pod(rendering: Rendering) -> None:

@@ -80,6 +80,7 @@ def _with(path: str, value: Any) -> dict[str, Any]:
         ("auth.pageEncryptionKey", "short", "pageEncryptionKey"),
         ("auth.tenants", [{"name": "acme"}], "tenants"),
         ("auth.tenants", [{**GOOD_TENANT, "name": "Not A Name"}], "name"),
+        ("auth.tenants", [{**GOOD_TENANT, "api_keys": ["a key of acme"]}], "api_keys"),
         ("auth.tenants", [{**GOOD_TENANT, "api_key_sha256": ["abc"]}], "api_key_sha256"),
         ("auth.clusterSecret", "my secret #1 that is really very long", "clusterSecret"),
         ("auth.valkeyPassword", "would break @ the URL", "valkeyPassword"),

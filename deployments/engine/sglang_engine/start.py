@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
+from deployments.engine.errors import WeightsMissingError
 from deployments.engine.sglang_engine.draft_link import DraftLink
 from deployments.engine.sglang_engine.engine import SGLangEngine
 from deployments.engine.sglang_engine.runtime import SGLangRuntime
 from deployments.engine.sglang_engine.self_check import installed_version
 from deployments.engine.sglang_engine.tier_link import TierSettings, check_codec
+from deployments.engine.torch_engine.weights.folders import max_positions
 from deployments.engine.validation import ModelLimits
 
 if TYPE_CHECKING:
@@ -86,15 +87,9 @@ def _tier_settings(
 
 
 def _max_positions(folder: Path) -> int:
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightsMissingError(f"{folder} has no config.json") from error
+    length = max_positions(folder)
     if not any(folder.glob("*.safetensors")):
         raise WeightsMissingError(
             f"{folder} has no *.safetensors; SGLang cannot run the built-in model's GGUF file"
         )
-    length = settings.get("max_position_embeddings")
-    if not isinstance(length, int):
-        raise UnsupportedModelError("config.json has no 'max_position_embeddings'")
     return length

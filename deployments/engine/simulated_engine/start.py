@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deployments.engine.errors import RequestRejectedError, UnsupportedModelError
+from deployments.engine.errors import RequestRejectedError
 from deployments.engine.simulated_engine.core import SimulatedCore
-from deployments.engine.simulated_engine.text import read_settings, read_text
+from deployments.engine.simulated_engine.text import read_text
 from deployments.engine.torch_engine.engine import TorchEngine
 from deployments.engine.torch_engine.kv_transfer import KVTransfer
 from deployments.engine.torch_engine.mailbox import Mailbox
 from deployments.engine.torch_engine.page_pool import PagePool
 from deployments.engine.torch_engine.scheduler import Scheduler
 from deployments.engine.torch_engine.structure.compiler import StructureCompiler
+from deployments.engine.torch_engine.weights.folders import max_positions
 from deployments.engine.validation import ModelLimits
 from kv_store.layout import PageLayout
 
@@ -108,16 +109,14 @@ def start_simulated_engine(
         sleep: lets a step's time pass, on the engine thread.
 
     Raises:
+        WeightsMissingError: there is no ``config.json``.
         UnsupportedModelError: ``config.json`` lacks the vocabulary's or the context's size.
     """
     logger.warning("this engine is simulated: what it writes has no sense")
     text = read_text(folder)
-    max_positions = read_settings(folder).get("max_position_embeddings")
-    if not isinstance(max_positions, int):
-        raise UnsupportedModelError("config.json has no 'max_position_embeddings'")
     limits = ModelLimits(
         vocab_size=text.vocab_size,
-        max_model_len=config.context_length(max_positions),
+        max_model_len=config.context_length(max_positions(folder)),
         eos_token_ids=text.eos_token_ids,
     )
     layout = PageLayout(

@@ -7,12 +7,12 @@ it is meant to be.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deployments.engine.errors import UnsupportedModelError
 from deployments.engine.speculation.noise import row_key
+from deployments.engine.torch_engine.weights.folders import read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +71,7 @@ def read_text(folder: Path) -> SimulatedText:
     """The text of the model whose configuration lies in a folder.
 
     Raises:
+        WeightsMissingError: there is no ``config.json``.
         UnsupportedModelError: it does not say how many tokens it has.
     """
     settings = read_settings(folder)
@@ -80,9 +81,3 @@ def read_text(folder: Path) -> SimulatedText:
     eos = settings.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [eos]
     return SimulatedText(vocab_size, frozenset(each for each in ids if isinstance(each, int)))
-
-
-def read_settings(folder: Path) -> dict[str, object]:
-    """The ``config.json`` of a folder."""
-    settings: dict[str, object] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return settings

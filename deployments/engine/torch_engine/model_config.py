@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
+from deployments.engine.errors import UnsupportedModelError
 from deployments.engine.torch_engine.rotary import RopeConfig
+from deployments.engine.torch_engine.weights.folders import read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,15 +69,9 @@ class ModelConfig:
             WeightsMissingError: there is no ``config.json``.
             UnsupportedModelError: the model cannot be run here.
         """
-        path = folder / "config.json"
-        if not path.is_file():
-            raise WeightsMissingError(f"{folder} has no config.json")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        generation_path = folder / "generation_config.json"
-        generation = {}
-        if generation_path.is_file():
-            generation = json.loads(generation_path.read_text(encoding="utf-8"))
-        return cls.from_hf(raw, generation)
+        name = "generation_config.json"
+        generation = read_settings(folder, name) if (folder / name).is_file() else {}
+        return cls.from_hf(read_settings(folder), generation)
 
     @classmethod
     def from_hf(

@@ -91,6 +91,54 @@ def test_chat_with_a_server_that_is_not_there_is_one_line(paceline):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--url", "http://[::1"], "--url: "),
+        (["--url", "http://127.0.0.1:1", "--api-key", "schlüssel"], "--api-key: "),
+        (["--url", "http://127.0.0.1:1", "--api-key", "a\nschlüssel"], "--api-key: "),
+    ],
+)
+def test_an_address_or_key_that_cannot_be_is_one_line(paceline, arguments, said):
+    code, _, error = paceline("chat", "hi", *arguments)
+    assert code == ConfigError.exit_code
+    assert said in error
+    assert "schlüssel" not in error
+    assert "Traceback" not in error
+
+
+def test_the_report_of_a_load_test_can_be_written_before_it_begins(paceline, tmp_path):
+    (tmp_path / "file").touch()
+    for option in ("--out", "--requests"):
+        # Nobody is asked: there is no server.
+        path = tmp_path / "file" / "report.json"
+        arguments = ["--url", "http://127.0.0.1:1", "--out", str(tmp_path / "r.json")]
+        code, _, error = paceline("bench", "serve", *arguments, option, str(path))
+        assert code == ConfigError.exit_code
+        assert f"{option}: {path}: " in error
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "config.json is not JSON"),
+        ("[]", "config.json holds no settings"),
+        (json.dumps({"hidden_act": "gelu"}), "gelu"),
+    ],
+)
+def test_a_model_that_no_student_can_be_made_of_is_one_line(paceline, tmp_path, content, said):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(content)
+    path = tmp_path / "c.yaml"
+    path.write_text(f"engine: {{model: {model}}}\n")
+    code, _, error = paceline("train", "student", "--config", str(path))
+    assert code == ConfigError.exit_code
+    assert "engine.model: " in error
+    assert said in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
         (["--speed", "2"], "--speed: only with --trace"),
         (["--scale", "1", "--seconds", "5"], "--scale, --seconds: only with --trace"),
         (["--trace", "t.csv", "--rate", "1:1"], "--rate: not with --trace"),

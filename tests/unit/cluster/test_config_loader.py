@@ -105,7 +105,17 @@ def test_all_problems_are_told_at_once(tmp_path):
     )
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [\n", "just words\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a\n- b\n",
+        "a: [\n",
+        "just words\n",
+        "a: 2024-99-99\n",
+        "a: &itself {b: *itself}\n",
+        "[" * 5000,
+    ],
+)
 def test_a_file_that_holds_no_mapping_is_refused(tmp_path, text):
     [problem] = problems_of(tmp_path, text)
     assert problem.startswith("c.yaml: ")

@@ -5,12 +5,12 @@ from contextlib import ExitStack
 
 import pytest
 
-from cluster.errors import PortInUseError
+from cluster.errors import ConfigError, PortInUseError
 from cluster.ports import PortLease
 
 
-def lease(folder, *, http=0, grpc=0, metrics=0) -> PortLease:
-    return PortLease(folder, host="127.0.0.1", http=http, grpc=grpc, metrics=metrics)
+def lease(folder, *, host="127.0.0.1", http=0, grpc=0, metrics=0) -> PortLease:
+    return PortLease(folder, host=host, http=http, grpc=grpc, metrics=metrics)
 
 
 def free_port() -> int:
@@ -64,6 +64,14 @@ def test_a_listener_on_a_configured_port_is_noticed(tmp_path, name, address):
             pass
     assert caught.value.port == port
     assert caught.value.setting == f"server.{name}_port"
+
+
+# No address of this machine, and none of IPv4; a name is not looked up without a network.
+@pytest.mark.parametrize("host", ["192.0.2.1", "::1"])
+def test_a_host_that_cannot_be_bound_is_no_port_in_use(tmp_path, host):
+    with pytest.raises(ConfigError) as caught, lease(tmp_path, host=host, http=free_port()):
+        pass
+    assert f"server.host {host!r}: port " in str(caught.value)
 
 
 def test_a_port_another_cluster_is_about_to_bind_is_taken(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -82,3 +83,31 @@ def test_secrets_never_show() -> None:
 def test_incomplete_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         AuthConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize("key", ["", " ", "a key", "key\n", "\xa0", "schl\xfcssel"])
+def test_keys_that_nobody_can_send_are_refused(key: str) -> None:
+    with pytest.raises(ValidationError, match="visible ASCII"):
+        TenantConfig(name="a", api_keys=(SecretStr(key),))
+
+
+def test_the_digest_of_a_key_that_was_not_set_is_refused() -> None:
+    with pytest.raises(ValidationError, match="empty key"):
+        TenantConfig(name="a", api_key_sha256=(hashlib.sha256(b"").hexdigest(),))
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"api_keys": (SecretStr("key-one"),)},
+        {"api_key_sha256": (hashlib.sha256(b"key-one").hexdigest(),)},
+    ],
+)
+def test_two_tenants_cannot_share_a_key(same: dict[str, Any]) -> None:
+    tenants = (
+        TenantConfig(name="one", api_keys=(SecretStr("key-one"),)),
+        TenantConfig(name="two", **same),
+    )
+    with pytest.raises(ValidationError, match="'one' and 'two' share an API key") as caught:
+        AuthConfig(cluster_secret=SecretStr(SECRET), tenants=tenants)
+    assert "key-one" not in str(caught.value)

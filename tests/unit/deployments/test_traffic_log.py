@@ -98,12 +98,35 @@ def test_files_of_another_process_count_and_go_first(tmp_path: Path) -> None:
 def test_what_is_too_long_or_cannot_be_written_is_dropped_and_counted(tmp_path: Path) -> None:
     log, results = log_to(tmp_path / "t", "a", "b", max_tenant_bytes=64 << 10)
     log.record("a", [ChatTurn("user", "x" * 9000)])
+    # It was not even queued.
+    assert results == {"dropped": 1}
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "b").write_text("a file where the folder should be")
     log.record("b", TURNS)
     log.record("a", TURNS)
     log.close()
     assert results == {"dropped": 2, "kept": 1}
+
+
+def test_a_writer_that_is_held_up_has_no_more_before_it_than_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traffic_log, "_MAX_QUEUED_CHARS", 32 << 10)
+    results: Counter[str] = Counter()
+    may_go_on = threading.Event()
+
+    def note(result: str) -> None:
+        if result == "kept":
+            may_go_on.wait(60)
+        results.update([result])
+
+    log = TrafficLog(TrafficLogConfig(tenants=("a",), folder=tmp_path), note)
+    for _ in range(10):
+        log.record("a", [ChatTurn("user", "x" * 9000)])
+    assert results == {"dropped": 7}
+    may_go_on.set()
+    log.close()
+    assert results == {"dropped": 7, "kept": 3}
 
 
 def test_the_training_reads_the_folder_as_it_is(tmp_path: Path) -> None:

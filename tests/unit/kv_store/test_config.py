@@ -87,8 +87,39 @@ def test_exported_names_exist():
         ({"url": "unix:///run/valkey", "is_cluster": True}, "unix://"),
         ({"url": "redis://a", "is_cluster": True, "sentinels": "redis://b"}, "not both"),
         ({"url": "redis://a", "sentinels": "http://b"}, "redis://"),
+        ({"url": "redis://a", "sentinels": "redis://b:x"}, "HOST:PORT"),
+        ({"url": "redis://a:70000"}, "HOST:PORT"),
+        ({"url": "redis://a/pages"}, "HOST:PORT/DB"),
+        ({"url": "redis://a?db=x"}, "option"),
+        ({"url": "redis://a?foo=bar"}, "option"),
+        ({"url": "redis://a?ssl_ca_certs=/ca.crt"}, "option"),
     ],
 )
 def test_addresses_that_cannot_be_meant_are_refused(fields, problem):
     with pytest.raises(ValidationError, match=problem):
         ValkeyTierConfig(**fields)
+
+
+@pytest.mark.parametrize("mark", ["/", "?", "#", "["])
+@pytest.mark.parametrize("before", ["geheim", "1"])
+def test_a_password_that_breaks_its_url_is_refused_without_a_word_of_it(before, mark):
+    url = f"redis://:{before}{mark}wort@10.0.0.1:6379/0"
+    with pytest.raises(ValidationError) as caught:
+        ValkeyTierConfig(url=url)
+    [problem] = caught.value.errors(include_input=False, include_context=False)
+    assert "geheim" not in str(problem)
+    assert "wort" not in str(problem)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://",
+        "redis://10.0.0.1",
+        "redis://[::1]:6379/2",
+        "rediss://user:a%2F%3F@b,c@valkey:6380/0?ssl_ca_certs=/ca.crt&ssl_cert_reqs=required",
+        "unix:///run/valkey.sock?db=1",
+    ],
+)
+def test_addresses_of_every_kind_are_taken(url):
+    assert ValkeyTierConfig(url=url).url.get_secret_value() == url

@@ -6,7 +6,6 @@ be there and none more.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from deployments.engine.errors import (
 )
 from deployments.engine.torch_engine.eagle3 import Eagle3Config, Eagle3Model
 from deployments.engine.torch_engine.model_config import rope_config
+from deployments.engine.torch_engine.weights.folders import read_settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 WEIGHTS_FILE = "model.safetensors"
-_CONFIG_FILE = "config.json"
 
 
 class HeadFiles(NamedTuple):
@@ -59,10 +58,9 @@ def read_head(folder: Path) -> HeadFiles:
         WeightsMismatchError: a tensor is missing, unknown or of another shape, or the draft
             vocabulary contradicts itself.
     """
-    for name in (_CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise WeightsMissingError(f"{folder} has no {name}")
-    config = _read_config(json.loads((folder / _CONFIG_FILE).read_text("utf-8")))
+    config = _read_config(read_settings(folder))
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise WeightsMissingError(f"{folder} has no {WEIGHTS_FILE}")
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:

@@ -1,11 +1,16 @@
-"""Where a model's files lie. Needs no torch, so that whoever only reads settings starts at once."""
+"""Where a model's files lie, and what they say of it.
+
+Needs no torch, so that whoever only reads settings starts at once.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from deployments.engine.config import DEFAULT_MODEL
-from deployments.engine.errors import WeightsMissingError
+from deployments.engine.errors import UnsupportedModelError, WeightsMissingError
 
 _SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -45,3 +50,35 @@ def find_model_folder(name_or_path: str, cache_dir: Path) -> Path:
             f"{name_or_path!r} is neither a folder nor a Hugging Face model that can be had now "
             f"({type(error).__name__}); get it with: paceline fetch --model {name_or_path}"
         ) from error
+
+
+def read_settings(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """What a file of settings in a model's folder says.
+
+    Raises:
+        WeightsMissingError: it is not there.
+        UnsupportedModelError: it is not JSON, or not of settings.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise WeightsMissingError(f"{folder} has no {name}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UnsupportedModelError(f"{path} holds no settings")
+    return settings
+
+
+def max_positions(folder: Path) -> int:
+    """The context length that the model was trained for.
+
+    Raises:
+        WeightsMissingError: there is no ``config.json``.
+        UnsupportedModelError: it does not say.
+    """
+    length = read_settings(folder).get("max_position_embeddings")
+    if not isinstance(length, int):
+        raise UnsupportedModelError("config.json has no 'max_position_embeddings'")
+    return length

@@ -110,7 +110,7 @@ def test_a_prefill_pool_is_sized_for_its_requests_and_the_tokens_they_wait_for(
         [decision], memory = decide(memory, Signals(now_s=now_s, prefill=signals), rules)
     assert (decision.pool, decision.cause) == ("prefill", cause)
     assert decision.num_replicas == num_replicas
-    assert memory.floor is None
+    assert memory.floors == ()
 
 
 def test_load_moves_the_target_pool_once_it_has_lasted():
@@ -163,6 +163,31 @@ def test_a_missed_slo_adds_replicas_and_is_not_missed_again_for_the_same_load():
     assert set(sizes[80:950]) == {4}
     # The load fell: its replicas may go.
     assert cluster.run(60, load_of(3)).sizes.target == 1
+
+
+def test_waits_that_are_told_of_after_a_burst_keep_no_replicas():
+    cluster = Cluster(2).run(300, load_of(16, ttft_p90_s=3.0))
+    assert cluster.sizes.target > 2
+    # Five seconds of load are averaged; fifteen of waits are told of, and averaged as well.
+    for second in range(20):
+        cluster.run(1, load_of(max(0.0, 16 - 3.2 * second), ttft_p90_s=3.0))
+    assert cluster.run(35, load_of(0)).sizes.target == 1
+
+
+def test_a_wait_is_of_the_load_that_it_began_under():
+    cluster = Cluster(2).run(100, load_of(16))
+    # A standstill ends: those who waited get their tokens, and leave, one by one.
+    for second in range(80):
+        cluster.run(1, load_of(16 - second / 5, ttft_p90_s=90.0))
+    assert cluster.run(100, load_of(1)).sizes.target == 1
+
+
+def test_what_a_larger_load_took_says_nothing_of_a_smaller_one():
+    cluster = Cluster(2).run(200, missed_below(4))
+    cluster.run(100, load_of(60, ttft_p90_s=3.0))
+    assert cluster.sizes.target == 10
+    # The four that it took, and the tolerance.
+    assert cluster.run(100, missed_below(4)).sizes.target == 5
 
 
 def test_waiting_times_of_a_pool_that_still_starts_do_not_count():

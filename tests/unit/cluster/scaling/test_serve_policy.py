@@ -77,10 +77,12 @@ def exporter(monkeypatch):
     return exporter_for(monkeypatch)
 
 
-def joint_policy(clock: Clock) -> JointPolicy:
-    policy = application_policy(CONFIG)
+def joint_policy(
+    clock: Clock, wall_clock: Clock | None = None, config: ClusterConfig = CONFIG
+) -> JointPolicy:
+    policy = application_policy(config)
     assert policy is not None
-    return JointPolicy(**policy["policy_kwargs"], clock=clock)
+    return JointPolicy(**policy["policy_kwargs"], clock=clock, wall_clock=wall_clock or clock)
 
 
 def test_serve_takes_the_policy_from_the_rendered_config():
@@ -95,10 +97,8 @@ def test_serve_takes_the_policy_from_the_rendered_config():
 
 def test_a_prefill_pool_moves_by_what_its_replicas_say(exporter):
     pools = PoolsConfig(prefill=PoolConfig(autoscaling=SCALED))
-    told = application_policy(ClusterConfig(pools=pools))
-    assert told is not None
     clock = Clock()
-    policy = JointPolicy(**told["policy_kwargs"], clock=clock)
+    policy = joint_policy(clock, config=ClusterConfig(pools=pools))
     pool = DeploymentID("prefill", "paceline")
     decided: dict[Any, int] = {}
     for _ in range(5):
@@ -144,6 +144,18 @@ def test_pools_that_keep_their_size_are_left_to_themselves(exporter):
         )
         assert TARGET not in decided
         clock.now_s += 0.5
+
+
+def test_a_wall_clock_that_is_set_back_holds_nothing_up(exporter):
+    clock, wall_clock = Clock(), Clock()
+    policy = joint_policy(clock, wall_clock)
+    decided: dict[Any, int] = {}
+    for _ in range(9):
+        figures = {stats.OPEN: 17.0}
+        decided, _ = policy({TARGET: context(TARGET, 2, wall_clock.now_s, figures)})
+        clock.now_s += 1
+        wall_clock.now_s -= 100
+    assert decided == {TARGET: 5}
 
 
 def test_a_policy_that_fails_holds_all_pools(exporter, caplog):
