@@ -130,17 +130,17 @@ class DraftReplica:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_REPORT_PERIOD_S)
-            self._metrics.server(self._server.stats())
-            await loop.run_in_executor(self._executor, self._poll)
+            try:
+                self._metrics.server(self._server.stats())
+                await loop.run_in_executor(self._executor, self._poll)
+            except Exception:
+                # The task's root: the students' folder may be gone, full or read-only for a while,
+                # and drafts go on as they are.
+                logger.exception("this round of reports is cut short; the next one starts anew")
 
     def _poll(self) -> None:
-        if self._refresh is None:
-            return
-        try:
+        if self._refresh is not None:
             self._refresh.poll()
-        except (EngineError, OSError):
-            # The folder may be gone, full or read-only; drafts go on as they are.
-            logger.exception("the students' folder cannot be followed")
 
     def _replace(self, draft: DraftPoolConfig) -> None:
         successor = build_drafter(draft, self._engine, self._cache_dir)

@@ -121,9 +121,11 @@ class DraftRefresh:
             return
         try:
             self._candidate = self._build(self._shelf.candidate)
-        except EngineError as error:
+        except Exception as error:
+            # Memory may not suffice for two drafters, and a file may hold anything.
             logger.exception("the candidate cannot be loaded")
-            self._end(stamp, Outcome.ROLLED_BACK, f"it cannot be loaded: {error}")
+            reason = f"it cannot be loaded: {str(error) or type(error).__name__}"
+            self._end(stamp, Outcome.ROLLED_BACK, reason)
             return
         self._trial = CanaryDrafter(
             self._stable,

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -172,6 +174,24 @@ async def test_the_server_s_snapshot_is_exported(
         while exporter.scrape().get(("draft_server_tables_total",)) != 1:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     target.close()
+
+
+async def test_a_round_of_reports_that_fails_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(draft_module, "_REPORT_PERIOD_S", 0.001)
+    failures = [RuntimeError("out of memory")] * 3
+    polled = threading.Event()
+
+    def poll() -> None:
+        if failures:
+            raise failures.pop()
+        polled.set()
+
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        monkeypatch.setattr(replica, "_refresh", SimpleNamespace(poll=poll))
+        assert await asyncio.to_thread(polled.wait, 60)
+    assert caplog.text.count("RuntimeError: out of memory") == 3
 
 
 async def test_another_drafter_goes_on_with_the_sessions_of_the_one_before(

@@ -59,6 +59,8 @@ class Replica:
         text = path.read_text()
         if text == "damaged":
             raise WeightsMismatchError("damaged")
+        if text == "huge":
+            raise MemoryError
         self.loaded.append(text)
         return OfFile(text)
 
@@ -152,13 +154,14 @@ def test_a_candidate_that_fails_is_rolled_back_at_once(shelf, offer):
     assert shelf.last_decision().reason == "it failed: OfFile raised ZeroDivisionError"
 
 
-def test_a_candidate_that_does_not_fit_never_drafts(shelf, offer):
+@pytest.mark.parametrize(("text", "reason"), [("damaged", "damaged"), ("huge", "MemoryError")])
+def test_a_candidate_that_does_not_fit_never_drafts(shelf, offer, text, reason):
     replica = Replica(shelf)
-    offer("damaged")
+    offer(text)
     assert replica.poll() == "stable"
     assert replica.drafters == []
     assert not shelf.candidate.exists()
-    assert shelf.last_decision().reason == "it cannot be loaded: damaged"
+    assert shelf.last_decision().reason == f"it cannot be loaded: {reason}"
 
 
 def test_replicas_follow_the_one_that_decided_first(shelf, offer):
