@@ -43,6 +43,7 @@ class DraftMetrics:
         self._events.update("stale_commit", total=stats.num_stale_commits)
         self._events.update("resync", total=stats.num_resyncs)
         self._events.update("drafter_failed", total=stats.num_drafter_failures)
+        self._events.update("bad_row", total=stats.num_bad_rows)
         self._events.update("frame_dropped", total=stats.num_frames_dropped)
         for reason, total in stats.num_dropped_by_reason:
             self._drops.update(reason, total=total)

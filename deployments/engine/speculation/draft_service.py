@@ -299,7 +299,10 @@ class DraftService:
                 self._drop(item.key, item.session.epoch, draft_pb2.Dropped.DRAFTER_FAILED)
             return
         self._on_batch_time(time.monotonic() - started)
-        for (key, session, question), rows in zip(asked, answers, strict=True):
+        if answers.num_bad_rows:
+            self._count(num_bad_rows=answers.num_bad_rows)
+            logger.warning("the drafter made %d rows that answer nothing", answers.num_bad_rows)
+        for (key, session, question), rows in zip(asked, answers.rows, strict=True):
             self._count(num_tables=1, num_rows=len(rows))
             session.on_table(question, rows, self._clock())
             self._streams[key.stream].reply.tables.add(
@@ -380,6 +383,7 @@ class DraftService:
             num_stale_commits=counts["num_stale_commits"],
             num_resyncs=counts["num_resyncs"],
             num_drafter_failures=counts["num_drafter_failures"],
+            num_bad_rows=counts["num_bad_rows"],
             num_frames_dropped=counts["num_frames_dropped"] + living,
             num_dropped_by_reason=tuple(sorted(self._drops.items())),
             num_scored_by_role=tuple(

@@ -12,6 +12,7 @@ class DraftServerStats:
     Attributes:
         num_pending: sessions with a question not yet answered.
         num_superseded: questions replaced by a newer round before a batch took them.
+        num_bad_rows: left out of tables, for they answer nothing.
         num_dropped_by_reason: sessions dropped, by the protocol's reason.
         num_frames_dropped: frames that found no room in a queue, both directions.
         num_scored_by_role: of the drafter at work and of candidates: rounds whose tables were
@@ -29,6 +30,7 @@ class DraftServerStats:
     num_stale_commits: int = 0
     num_resyncs: int = 0
     num_drafter_failures: int = 0
+    num_bad_rows: int = 0
     num_frames_dropped: int = 0
     num_dropped_by_reason: tuple[tuple[str, int], ...] = ()
     num_scored_by_role: tuple[tuple[str, int, int], ...] = ()

@@ -270,6 +270,17 @@ def test_a_failing_local_drafter_is_switched_off_and_costs_nothing(rows):
     assert drafter.num_calls == speculator.stats().num_local_failures == 3
 
 
+def test_a_local_drafter_that_fails_now_and_then_stays_at_work():
+    drafter = BrokenDrafter([])
+    speculator = SplitSpeculator(SpeculationConfig(), vocab_size=VOCAB_SIZE, local_drafter=drafter)
+    speculator.open(spec_of(1, [1, 2, 3]))
+    for number in range(30):
+        drafter.rows = [] if number % 3 == 2 else None
+        speculator.take([request(1, [1, 2, 3])])
+    assert drafter.num_calls == 30
+    assert speculator.stats().num_local_failures == 20
+
+
 def test_a_custom_drafter_works_locally_and_in_the_pool():
     phrase = (1, 2, 3, 4, 5, 6, 7, 8)
     custom = load_drafter("docs.examples.custom_drafter:build")
