@@ -13,10 +13,8 @@ from ray import serve
 from deployments.draft_metrics import DraftMetrics
 from deployments.draft_sessions import ENDPOINT_KEY
 from deployments.drafters import STUDENT, build_drafter
-from deployments.engine.errors import EngineError
 from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.draft_service import DraftLimits
-from deployments.engine.speculation.errors import DrafterLoadError
 from deployments.engine.speculation.handshake import Identity
 from deployments.heap import settle_heap
 from deployments.model_files import model_folder, served_model_name
@@ -93,7 +91,8 @@ class DraftReplica:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._executor, self._replace, draft)
-        except (EngineError, DrafterLoadError):
+        except Exception:
+            # Whatever it cannot be had for, the pool goes on.
             logger.exception("%s stays at work: there is no %s", self._draft.drafter, draft.drafter)
             return
         self._draft = draft
@@ -144,9 +143,9 @@ class DraftReplica:
 
     def _replace(self, draft: DraftPoolConfig) -> None:
         successor = build_drafter(draft, self._engine, self._cache_dir)
+        self._refresh = self._follow(draft, self._server, successor)
         self._server.replace_drafter(successor)
         self._metrics.trial(is_running=False)
-        self._refresh = self._follow(draft, self._server, successor)
 
     def _follow(
         self, draft: DraftPoolConfig, server: DraftServer, drafter: Drafter

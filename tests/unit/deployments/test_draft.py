@@ -61,6 +61,10 @@ class SevenDrafter(Drafter):
         return [[OutcomeRow(-1, 7, (7,) * self._lengths[query.session_id])] for query in queries]
 
 
+def no_drafter() -> Drafter:
+    raise KeyError("no phrases")
+
+
 def tiny_target(folder: Path) -> LoadedModel:
     """A model of six layers in a tokenizer's folder."""
     torch.manual_seed(3)
@@ -219,7 +223,9 @@ async def test_another_drafter_goes_on_with_the_sessions_of_the_one_before(
     target.close()
 
 
-@pytest.mark.parametrize("name", ["nowhere.to:BeFound", "model:/nowhere", "student"])
+@pytest.mark.parametrize(
+    "name", ["nowhere.to:BeFound", f"{__name__}:no_drafter", "model:/nowhere", "student"]
+)
 async def test_a_drafter_that_cannot_be_had_leaves_the_old_one_at_work(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
