@@ -12,7 +12,7 @@ from ray import serve
 
 from deployments.draft_metrics import DraftMetrics
 from deployments.draft_sessions import ENDPOINT_KEY
-from deployments.drafters import STUDENT, build_drafter
+from deployments.drafters import STUDENT, build_drafter, max_text_tokens
 from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.draft_service import DraftLimits
 from deployments.engine.speculation.handshake import Identity
@@ -189,7 +189,7 @@ class DraftReplica:
             identity,
             draft.secret,
             limits=DraftLimits(
-                max_sessions=draft.max_sessions, max_session_tokens=draft.max_session_tokens
+                max_sessions=draft.max_sessions, max_session_tokens=max_text_tokens(draft, engine)
             ),
             tls=engine.speculation.pool_tls,
         )

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from deployments import draft as draft_module
 from deployments.config import DraftPoolConfig, TracingConfig
 from deployments.draft import DraftReplica
-from deployments.engine.config import TorchEngineConfig
+from deployments.drafters import max_text_tokens
+from deployments.engine.config import EngineConfig, TorchEngineConfig
 from deployments.engine.speculation import draft_session
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.errors import DrafterDeadError
@@ -46,6 +47,23 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @pytest.fixture(autouse=True)
 def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("engine", "drafter", "num_tokens"),
+    [
+        (EngineConfig(), "student", 640),
+        (EngineConfig(), "model:/some/where", 640),
+        (EngineConfig(), "suffix", 1000),
+        (EngineConfig(), f"{__name__}:SevenDrafter", 1000),
+        (EngineConfig(kind="simulated"), "student", 1000),
+    ],
+)
+def test_a_text_is_not_too_long_for_the_pages_of_a_language_model(
+    engine: EngineConfig, drafter: str, num_tokens: int
+) -> None:
+    draft = DraftPoolConfig(drafter=drafter, num_pages=10, max_session_tokens=1000)
+    assert max_text_tokens(draft, engine) == num_tokens
 
 
 class SevenDrafter(Drafter):
@@ -271,7 +289,10 @@ async def test_a_student_that_is_put_on_the_shelf_is_tried_while_the_replica_ser
     async with draft_replica(tmp_path, monkeypatch, drafter="student") as replica:
         shelf.offer(write_student(student_of(target, seed=2), tmp_path / "new.safetensors"))
         await running(1)
-        open_session(replica).close()
+        dialled = open_session(replica)
+        assert dialled.welcome is not None
+        assert dialled.welcome.max_session_tokens == 256 * 64
+        dialled.close()
         shelf.offer(
             write_student(replace(student_of(target, seed=2), target_digest="f00d"), tmp_path / "x")
         )

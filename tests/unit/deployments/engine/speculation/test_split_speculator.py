@@ -321,6 +321,24 @@ def over_fake_network(drafter: Drafter) -> tuple[SplitSpeculator, DraftService]:
     return speculator, service
 
 
+def test_a_pool_that_never_has_a_row_is_asked_seldom():
+    speculator, service = over_fake_network(BrokenDrafter([]))
+    text = random_text(1, 10)
+    try:
+        speculator.open(spec_of(1, text))
+        speculator.attach("r1", "pool:1")
+        wait_until(lambda: service.step() or service.stats().num_tables == 1, "the prompt's table")
+        for token in random_text(2, 48):
+            asked = request(1, text)
+            [taken] = speculator.take([asked])
+            speculator.verifying([(asked, taken.tree)])
+            service.step()
+            text.append(token)
+    finally:
+        speculator.shutdown()
+    assert service.stats().num_tables == 1 + 3 + 3
+
+
 def test_a_long_prompt_is_sent_in_parts_before_the_first_round():
     speculator, service = over_fake_network(ModelDrafter(ToyModel(1)))
     prompt = random_text(1, 100)
