@@ -65,6 +65,8 @@ class CanaryDrafter(Drafter):
             self._candidate.open(session)
             if self.failure is None:
                 self._drawn[session.session_id] = session
+                # It may have drafted for the session before the trial.
+                self._stable.close(session.session_id)
                 return
         self._stable.open(session)
 

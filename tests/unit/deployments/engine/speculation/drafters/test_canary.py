@@ -140,11 +140,20 @@ def test_a_candidate_that_cannot_open_a_session_leaves_it_to_the_other(pair):
 def test_sessions_are_closed_where_they_were_opened(pair):
     stable, candidate = pair
     canary = canary_of(pair)
+    stable.closed.clear()
     for number in range(20):
         canary.close(number)
     canary.close(404)
     assert set(candidate.closed) == set(candidate.opened)
     assert set(stable.closed) == {*stable.opened, 404}
+
+
+def test_what_the_stable_drafter_held_of_a_drawn_session_is_freed(pair):
+    stable, candidate = pair
+    for number in range(20):
+        stable.open(spec(number))
+    canary_of(pair)
+    assert stable.closed == list(candidate.opened)
 
 
 def test_a_failing_stable_drafter_is_not_hidden(pair):
