@@ -125,7 +125,8 @@ class DraftPoolConfig(_Config):
     num_pages: int = Field(default=256, ge=2)
     """Pages of 64 tokens for the texts that a language-model drafter continues, all together."""
     max_sessions: int = Field(default=256, ge=1)
-    """Sequences served at once; beyond it the one unused for longest is dropped."""
+    """Sequences served at once; beyond it the one unused for longest is dropped. As many target
+    replicas are served, and 64 at least."""
     max_session_tokens: int = Field(default=32_768, ge=64)
     """Longest text that is drafted for; never above what ``num_pages`` hold where a language model
     drafts."""

@@ -15,6 +15,7 @@ from deployments.draft_sessions import ENDPOINT_KEY
 from deployments.drafters import STUDENT, build_drafter, max_text_tokens
 from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.draft_service import DraftLimits
+from deployments.engine.speculation.grpc_transport import GrpcLimits
 from deployments.engine.speculation.handshake import Identity
 from deployments.heap import settle_heap
 from deployments.model_files import model_folder, served_model_name
@@ -191,6 +192,8 @@ class DraftReplica:
             limits=DraftLimits(
                 max_sessions=draft.max_sessions, max_session_tokens=max_text_tokens(draft, engine)
             ),
+            # A target has a stream while it has sessions, and a little longer.
+            grpc_limits=GrpcLimits(max_streams=max(GrpcLimits().max_streams, draft.max_sessions)),
             tls=engine.speculation.pool_tls,
         )
         self._refresh = self._follow(draft, server, drafter)

@@ -172,6 +172,17 @@ def open_session(replica: DraftReplica) -> GrpcTransport:
     return target
 
 
+async def test_as_many_targets_are_served_as_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        endpoint, hello = await replica(), replica._identity.hello("t")
+        targets = [GrpcTransport(endpoint, hello, SECRET) for _ in range(70)]
+        wait_until(lambda: all(target.is_alive for target in targets), "a welcome for each")
+        for target in targets:
+            target.close()
+
+
 async def test_spans_of_sessions_that_the_shutdown_ends_are_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
