@@ -116,6 +116,18 @@ def test_a_gap_is_reported_and_repaired_by_an_overlap():
     assert (table.round, table.base_len) == (3, 5)
 
 
+def test_a_snapshot_is_of_one_moment():
+    bench = Bench(max_session_tokens=3)
+    bench.send(opens=[opened(1)], commits=[commit(1, 1, 3)])
+    bench.answers()
+    before = bench.service.stats()
+    assert type(before.num_superseded) is int
+    bench.send(commits=[commit(1, 2, 4, [4])])
+    bench.answers()
+    assert before.num_dropped_by_reason == {}
+    assert bench.service.stats().num_dropped_by_reason == {"too_long": 1}
+
+
 def test_old_rounds_and_old_epochs_are_ignored():
     bench = Bench()
     bench.send(opens=[opened(1, epoch=2)], commits=[commit(1, 5, 4, [4], epoch=2)])
@@ -407,9 +419,10 @@ class FarSighted(CountingDrafter):
 
 
 def scored(bench) -> dict[str, tuple[int, int]]:
+    stats = bench.service.stats()
     return {
-        role.value: (rounds, right)
-        for role, rounds, right in bench.service.stats().num_scored_by_role
+        role.value: (stats.num_scored_by_role[role], stats.num_confirmed_by_role[role])
+        for role in DrafterRole
     }
 
 
