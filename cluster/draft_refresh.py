@@ -55,7 +55,7 @@ def offer(config: ClusterConfig, source: Path) -> StudentShelf:
 
     Raises:
         WeightsMissingError: the model is not here.
-        ConfigError: there is no student, or it does not fit the config's model.
+        ConfigError: there is no student that can be read, or it does not fit the config's model.
     """
     from deployments.engine.errors import WeightsMismatchError
     from deployments.engine.torch_engine.student import load_student
@@ -74,7 +74,7 @@ def offer(config: ClusterConfig, source: Path) -> StudentShelf:
             cache_dir=config.cache_dir,
             student_file=file,
         )
-    except WeightsMismatchError as error:
+    except (OSError, WeightsMismatchError) as error:
         raise ConfigError((f"{file}: {error}",)) from error
     shelf.offer(file)
     return shelf

@@ -147,11 +147,13 @@ class DraftPoolConfig(_Config):
     num_threads: int = Field(default=1, ge=1)
     """CPU threads of one draft replica."""
     num_pages: int = Field(default=256, ge=2)
-    """Pages of 64 tokens for the texts that a language-model drafter continues."""
+    """Pages of 64 tokens for the texts that a language-model drafter continues, all together."""
     max_sessions: int = Field(default=256, ge=1)
-    """Sequences served at once; beyond it the one unused for longest is dropped."""
+    """Sequences served at once; beyond it the one unused for longest is dropped. As many target
+    replicas are served, and 64 at least."""
     max_session_tokens: int = Field(default=32_768, ge=64)
-    """Longest text that is drafted for."""
+    """Longest text that is drafted for; never above what ``num_pages`` hold where a language model
+    drafts."""
     canary: CanaryConfig = CanaryConfig()
     """How a new student is tried before it drafts for all; only for ``student``."""
     secret: SecretStr = SecretStr("")

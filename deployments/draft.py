@@ -12,11 +12,10 @@ from ray import serve
 
 from deployments.draft_metrics import DraftMetrics
 from deployments.draft_sessions import ENDPOINT_KEY
-from deployments.drafters import STUDENT, build_drafter
-from deployments.engine.errors import EngineError
+from deployments.drafters import STUDENT, build_drafter, max_text_tokens
 from deployments.engine.speculation.draft_server import DraftServer
 from deployments.engine.speculation.draft_service import DraftLimits
-from deployments.engine.speculation.errors import DrafterLoadError
+from deployments.engine.speculation.grpc_transport import GrpcLimits
 from deployments.engine.speculation.handshake import Identity
 from deployments.heap import settle_heap
 from deployments.model_files import model_folder, served_model_name
@@ -93,7 +92,8 @@ class DraftReplica:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._executor, self._replace, draft)
-        except (EngineError, DrafterLoadError):
+        except Exception:
+            # Whatever it cannot be had for, the pool goes on.
             logger.exception("%s stays at work: there is no %s", self._draft.drafter, draft.drafter)
             return
         self._draft = draft
@@ -130,23 +130,23 @@ class DraftReplica:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_REPORT_PERIOD_S)
-            self._metrics.server(self._server.stats())
-            await loop.run_in_executor(self._executor, self._poll)
+            try:
+                self._metrics.server(self._server.stats())
+                await loop.run_in_executor(self._executor, self._poll)
+            except Exception:
+                # The task's root: the students' folder may be gone, full or read-only for a while,
+                # and drafts go on as they are.
+                logger.exception("this round of reports is cut short; the next one starts anew")
 
     def _poll(self) -> None:
-        if self._refresh is None:
-            return
-        try:
+        if self._refresh is not None:
             self._refresh.poll()
-        except (EngineError, OSError):
-            # The folder may be gone, full or read-only; drafts go on as they are.
-            logger.exception("the students' folder cannot be followed")
 
     def _replace(self, draft: DraftPoolConfig) -> None:
         successor = build_drafter(draft, self._engine, self._cache_dir)
+        self._refresh = self._follow(draft, self._server, successor)
         self._server.replace_drafter(successor)
         self._metrics.trial(is_running=False)
-        self._refresh = self._follow(draft, self._server, successor)
 
     def _follow(
         self, draft: DraftPoolConfig, server: DraftServer, drafter: Drafter
@@ -190,8 +190,10 @@ class DraftReplica:
             identity,
             draft.secret,
             limits=DraftLimits(
-                max_sessions=draft.max_sessions, max_session_tokens=draft.max_session_tokens
+                max_sessions=draft.max_sessions, max_session_tokens=max_text_tokens(draft, engine)
             ),
+            # A target has a stream while it has sessions, and a little longer.
+            grpc_limits=GrpcLimits(max_streams=max(GrpcLimits().max_streams, draft.max_sessions)),
             tls=engine.speculation.pool_tls,
         )
         self._refresh = self._follow(draft, server, drafter)

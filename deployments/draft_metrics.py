@@ -43,12 +43,14 @@ class DraftMetrics:
         self._events.update("stale_commit", total=stats.num_stale_commits)
         self._events.update("resync", total=stats.num_resyncs)
         self._events.update("drafter_failed", total=stats.num_drafter_failures)
+        self._events.update("bad_row", total=stats.num_bad_rows)
         self._events.update("frame_dropped", total=stats.num_frames_dropped)
-        for reason, total in stats.num_dropped_by_reason:
+        for reason, total in stats.num_dropped_by_reason.items():
             self._drops.update(reason, total=total)
-        for role, num_rounds, num_confirmed in stats.num_scored_by_role:
-            self._scored.update(role, total=num_rounds)
-            self._confirmed.update(role, total=num_confirmed)
+        for role, total in stats.num_scored_by_role.items():
+            self._scored.update(role, total=total)
+        for role, total in stats.num_confirmed_by_role.items():
+            self._confirmed.update(role, total=total)
 
     def trial(self, *, is_running: bool) -> None:
         """Report whether a candidate is on trial."""

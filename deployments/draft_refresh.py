@@ -11,7 +11,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from deployments.engine.errors import EngineError
+from deployments.engine.errors import WeightsMismatchError, WeightsMissingError
 from deployments.engine.speculation.canary import DrafterRole, Outcome, judge
 from deployments.engine.speculation.drafters.canary import CanaryDrafter
 from deployments.engine.torch_engine.student_shelf import Decision, stamp_of
@@ -74,10 +74,16 @@ class DraftRefresh:
         self._metrics = metrics
         self._candidate: Drafter | None = None
         self._candidate_stamp: FileStamp | None = None
+        self._begun_stamp: FileStamp | None = None
         self._trial: CanaryDrafter | None = None
 
     def poll(self) -> None:
-        """Follow the shelf, and judge the candidate on trial; called every few seconds."""
+        """Follow the shelf, and judge the candidate on trial; called every few seconds.
+
+        Raises:
+            OSError: a file cannot be read or written now; the next call tries again.
+            WeightsMissingError: nor can the target's, or there is no student any more.
+        """
         self._follow_stable()
         self._follow_candidate()
         if self._trial is not None and self._decide(self._trial):
@@ -90,16 +96,16 @@ class DraftRefresh:
         stamp = stamp_of(path)
         if stamp == self._stable_stamp:
             return
-        self._stable_stamp = stamp
         if self._candidate is not None and stamp == self._candidate_stamp:
             successor = self._candidate
         else:
             try:
                 successor = self._build(path)
-            except EngineError:
+            except WeightsMismatchError:
                 logger.exception("the drafter at work stays: %s cannot be loaded", path)
+                self._stable_stamp = stamp
                 return
-        self._stable = successor
+        self._stable, self._stable_stamp = successor, stamp
         # A trial that goes on is one against the new drafter.
         self._candidate = self._candidate_stamp = self._trial = None
         self._server.replace_drafter(successor)
@@ -112,18 +118,27 @@ class DraftRefresh:
         if self._trial is not None:
             self._server.replace_drafter(self._stable)
             logger.info("the trial is over; the drafter at work stays")
-        self._candidate = self._trial = None
-        self._candidate_stamp = stamp
-        if stamp is None:
-            return
-        if (num_begun := self._shelf.begin()) > _MAX_BEGUN:
-            self._end(stamp, Outcome.ROLLED_BACK, f"begun {num_begun - 1} times, never ended")
-            return
+        self._candidate = self._candidate_stamp = self._trial = None
+        if stamp is not None:
+            self._try(stamp)
+            self._candidate_stamp = stamp
+
+    def _try(self, stamp: FileStamp) -> None:
+        if stamp != self._begun_stamp:
+            if (num_begun := self._shelf.begin()) > _MAX_BEGUN:
+                self._end(stamp, Outcome.ROLLED_BACK, f"begun {num_begun - 1} times, never ended")
+                return
+            self._begun_stamp = stamp
         try:
             self._candidate = self._build(self._shelf.candidate)
-        except EngineError as error:
+        except (OSError, WeightsMissingError):
+            # This says nothing of the candidate, which other replicas may be able to read.
+            raise
+        except Exception as error:
+            # Memory may not suffice for two drafters, and a file may hold anything.
             logger.exception("the candidate cannot be loaded")
-            self._end(stamp, Outcome.ROLLED_BACK, f"it cannot be loaded: {error}")
+            reason = f"it cannot be loaded: {str(error) or type(error).__name__}"
+            self._end(stamp, Outcome.ROLLED_BACK, reason)
             return
         self._trial = CanaryDrafter(
             self._stable,

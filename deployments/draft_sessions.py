@@ -11,6 +11,7 @@ import asyncio
 import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +45,8 @@ class DraftSessions:
     def __init__(self, pool: Handle, links: PoolLinks) -> None:
         self._pool = pool
         self._links = links
-        self._lost: dict[str, asyncio.Event] = {}
+        # Sessions hold the event of their endpoint; with the last of them it goes.
+        self._lost: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self.num_attached = 0

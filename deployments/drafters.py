@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from deployments.engine.speculation.drafters.load import load_drafter
 from deployments.engine.speculation.errors import DrafterLoadError
 from deployments.model_files import model_folder
+from kv_store.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
 
 STUDENT = "student"
 """The ``draft.drafter`` that was cut out of its target."""
+
+
+def max_text_tokens(draft: DraftPoolConfig, engine: EngineConfig) -> int:
+    """Tokens of the longest text that the configured drafter reads; a language model's has pages.
+
+    Args:
+        draft: which one.
+        engine: the targets' engine.
+    """
+    is_named = draft.drafter != STUDENT and draft.language_model is None
+    if is_named or engine.kind == "simulated":
+        return draft.max_session_tokens
+    return min(draft.max_session_tokens, draft.num_pages * PAGE_TOKENS)
 
 
 def build_drafter(

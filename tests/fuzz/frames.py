@@ -348,7 +348,7 @@ def _value(field: FieldDescriptor, rng: random.Random) -> object:
 
 
 def _num_refused(service: DraftService, target: _Target) -> int:
-    return target.counters.num_malformed + service._drops.get("malformed", 0)
+    return target.counters.num_malformed + service.stats().num_dropped_by_reason["malformed"]
 
 
 def _check(service: DraftService, drafter: CheckedDrafter) -> None:

@@ -99,10 +99,8 @@ class DraftService:
         self._batches: FairBatches[_Key] = FairBatches(self._limits.max_batch_sessions)
         self._num_opened = 0
         self._num_accepted_streams = 0
-        self._drops: dict[str, int] = {}
-        self._counts: Counter[str] = Counter()
-        self._batch_time_ewma_s = 0.0
-        self._snapshot = DraftServerStats()
+        self._stats = DraftServerStats()
+        self._snapshot = self._stats.snapshot()
 
     @property
     def limits(self) -> DraftLimits:
@@ -167,7 +165,7 @@ class DraftService:
         for key in [key for key in self._sessions if key.stream in ended]:
             self._forget(key, "stream_ended")
         for number in ended:
-            self._count(num_frames_dropped=self._streams.pop(number).transport.num_dropped)
+            self._stats.num_frames_dropped += self._streams.pop(number).transport.num_dropped
 
     def _hand_over(self) -> None:
         with self._lock:
@@ -182,7 +180,7 @@ class DraftService:
                 with calling(successor):
                     successor.open(replace(session.spec, token_ids=tuple(session.token_ids)))
             except DrafterFailedError:
-                self._count(num_drafter_failures=1)
+                self._stats.num_drafter_failures += 1
                 logger.warning("the new drafter failed to open a session", exc_info=True)
                 self._drop(key, session.epoch, draft_pb2.Dropped.DRAFTER_FAILED)
 
@@ -218,7 +216,7 @@ class DraftService:
             self._drop(key, message.epoch, draft_pb2.Dropped.MALFORMED)
             return
         except DrafterFailedError:
-            self._count(num_drafter_failures=1)
+            self._stats.num_drafter_failures += 1
             logger.warning("the drafter failed to open a session", exc_info=True)
             self._drop(key, message.epoch, draft_pb2.Dropped.DRAFTER_FAILED)
             return
@@ -241,7 +239,7 @@ class DraftService:
             self._drop(key, message.epoch, draft_pb2.Dropped.UNKNOWN)
             return
         if message.epoch < session.epoch:
-            self._count(num_stale_commits=1)
+            self._stats.num_stale_commits += 1
             return
         if message.base_len > self._limits.max_session_tokens:
             self._drop(key, message.epoch, draft_pb2.Dropped.TOO_LONG)
@@ -255,9 +253,9 @@ class DraftService:
             return
         self._sessions.move_to_end(key)
         if outcome is CommitOutcome.STALE:
-            self._count(num_stale_commits=1)
+            self._stats.num_stale_commits += 1
         elif outcome is CommitOutcome.GAP:
-            self._count(num_resyncs=1)
+            self._stats.num_resyncs += 1
             self._streams[key.stream].reply.resyncs.add(
                 session=key.session,
                 epoch=session.epoch,
@@ -265,7 +263,7 @@ class DraftService:
                 have_len=len(session.token_ids),
             )
         elif session.question is not asked_before:
-            self._count(num_superseded=asked_before is not None)
+            self._stats.num_superseded += asked_before is not None
             self._pending[key] = None
 
     def _expire(self, now: float) -> None:
@@ -294,13 +292,17 @@ class DraftService:
             answers = ask(self._drafter, queries, self._vocab_size)
         except DrafterFailedError:
             logger.warning("the drafter failed; its batch is dropped", exc_info=True)
-            self._count(num_drafter_failures=1)
+            self._stats.num_drafter_failures += 1
             for item in asked:
                 self._drop(item.key, item.session.epoch, draft_pb2.Dropped.DRAFTER_FAILED)
             return
         self._on_batch_time(time.monotonic() - started)
-        for (key, session, question), rows in zip(asked, answers, strict=True):
-            self._count(num_tables=1, num_rows=len(rows))
+        if answers.num_bad_rows:
+            self._stats.num_bad_rows += answers.num_bad_rows
+            logger.warning("the drafter made %d rows that answer nothing", answers.num_bad_rows)
+        for (key, session, question), rows in zip(asked, answers.rows, strict=True):
+            self._stats.num_tables += 1
+            self._stats.num_rows += len(rows)
             session.on_table(question, rows, self._clock())
             self._streams[key.stream].reply.tables.add(
                 session=key.session,
@@ -322,9 +324,9 @@ class DraftService:
         return _Asked(key, session, replace(question, query=query))
 
     def _on_batch_time(self, seconds: float) -> None:
-        old = self._batch_time_ewma_s
-        self._batch_time_ewma_s = old + _SMOOTHING * (seconds - old) if old else seconds
-        self._count(num_batches=1)
+        old = self._stats.batch_time_ewma_s
+        self._stats.batch_time_ewma_s = old + _SMOOTHING * (seconds - old) if old else seconds
+        self._stats.num_batches += 1
 
     def _flush(self) -> None:
         for stream in self._streams.values():
@@ -332,14 +334,14 @@ class DraftService:
                 continue
             stream.reply.load.num_pending = len(self._pending)
             stream.reply.load.num_sessions = len(self._sessions)
-            stream.reply.load.batch_us = int(self._batch_time_ewma_s * 1e6)
+            stream.reply.load.batch_us = int(self._stats.batch_time_ewma_s * 1e6)
             stream.transport.send(stream.reply)
             stream.reply = draft_pb2.DraftFrame()
 
     def _drop(self, key: _Key, epoch: int, reason: draft_pb2.Dropped.Reason.ValueType) -> None:
         name = draft_pb2.Dropped.Reason.Name(reason).lower()
         self._forget(key, name)
-        self._drops[name] = self._drops.get(name, 0) + 1
+        self._stats.num_dropped_by_reason[name] += 1
         self._streams[key.stream].reply.drops.add(session=key.session, epoch=epoch, reason=reason)
 
     def _forget(self, key: _Key, reason: str) -> None:
@@ -353,7 +355,7 @@ class DraftService:
             with calling(self._drafter):
                 self._drafter.close(session.spec.session_id)
         except DrafterFailedError:
-            self._count(num_drafter_failures=1)
+            self._stats.num_drafter_failures += 1
             logger.warning("the drafter failed to close a session", exc_info=True)
 
     def _learn_score(self, session: DraftSession) -> None:
@@ -361,29 +363,14 @@ class DraftService:
         role = DrafterRole.STABLE
         if isinstance(drafter, CanaryDrafter):
             role = drafter.learn(session.spec.session_id, score)
-        self._count(**{f"{role}_rounds": score.num_rounds, f"{role}_right": score.num_confirmed})
-
-    def _count(self, **increments: int) -> None:
-        self._counts.update(increments)
+        self._stats.num_scored_by_role[role] += score.num_rounds
+        self._stats.num_confirmed_by_role[role] += score.num_confirmed
 
     def _publish(self) -> None:
-        counts = self._counts
-        living = sum(stream.transport.num_dropped for stream in self._streams.values())
-        self._snapshot = DraftServerStats(
-            num_streams=len(self._streams),
-            num_sessions=len(self._sessions),
-            num_pending=len(self._pending),
-            num_tables=counts["num_tables"],
-            num_rows=counts["num_rows"],
-            num_batches=counts["num_batches"],
-            num_superseded=counts["num_superseded"],
-            num_stale_commits=counts["num_stale_commits"],
-            num_resyncs=counts["num_resyncs"],
-            num_drafter_failures=counts["num_drafter_failures"],
-            num_frames_dropped=counts["num_frames_dropped"] + living,
-            num_dropped_by_reason=tuple(sorted(self._drops.items())),
-            num_scored_by_role=tuple(
-                (role, counts[f"{role}_rounds"], counts[f"{role}_right"]) for role in DrafterRole
-            ),
-            batch_time_ewma_s=self._batch_time_ewma_s,
-        )
+        snapshot = self._stats.snapshot()
+        snapshot.num_streams = len(self._streams)
+        snapshot.num_sessions = len(self._sessions)
+        snapshot.num_pending = len(self._pending)
+        for stream in self._streams.values():
+            snapshot.num_frames_dropped += stream.transport.num_dropped
+        self._snapshot = snapshot

@@ -35,10 +35,12 @@ class PoolDraft(NamedTuple):
     Attributes:
         ahead: a chain; empty if no row fits.
         was_asked: the pool serves this sequence and was asked for a table.
+        is_silent: its newest table holds no row.
     """
 
     ahead: Continuation
     was_asked: bool
+    is_silent: bool = False
 
 
 class _Command(NamedTuple):
@@ -247,4 +249,5 @@ class PoolClient:
         session = self._sessions.get(request.session_id)
         if session is None:
             return PoolDraft(NOTHING, was_asked=False)
-        return PoolDraft(session.draft_after(request.token_ids), was_asked=session.has_asked)
+        ahead = session.draft_after(request.token_ids)
+        return PoolDraft(ahead, was_asked=session.has_asked, is_silent=session.is_silent)

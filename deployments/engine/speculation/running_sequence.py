@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 _TRIAL_INTERVAL_ROUNDS = 16
 """Rounds without a draft after which a token is worth a trial."""
 _POOL_PATIENCE_ROUNDS = 4
-"""Rounds in which the pool's tokens fit and none was verified, after which it is asked no more."""
+"""Rounds in which the pool's tokens fit and none was verified, or it had none at all, after which
+it is asked no more."""
 
 
 class RunningSequence:
@@ -22,6 +23,7 @@ class RunningSequence:
     Attributes:
         guesses: that were at hand last.
         merged: the tree of them.
+        is_pool_silent: its newest table holds no row, whatever the text may be.
     """
 
     __slots__ = (
@@ -29,6 +31,7 @@ class RunningSequence:
         "_num_unused_rounds",
         "_num_withheld_rounds",
         "guesses",
+        "is_pool_silent",
         "merged",
         "spec",
         "trust",
@@ -39,6 +42,7 @@ class RunningSequence:
         self.trust = Trust(priors, takes_trees=takes_trees)
         self.guesses: tuple[Guess, ...] = ()
         self.merged: Merged = NOTHING
+        self.is_pool_silent = False
         self._num_withheld_rounds = 0
         self._num_unused_rounds = 0
         self._is_resting = False
@@ -59,7 +63,7 @@ class RunningSequence:
             self._num_withheld_rounds += 1
         if DraftOrigin.POOL in verified.origins:
             self._num_unused_rounds = 0
-        elif had_pool_row or self._is_resting:
+        elif had_pool_row or self.is_pool_silent or self._is_resting:
             self._num_unused_rounds += 1
 
     def asks_pool(self) -> bool:

@@ -55,6 +55,7 @@ class PoolSession:
         is_live: the drafter is taken to hold the session.
         given_up: the drafter will never hold it (the text is too long).
         has_asked: a table was asked for when the round began.
+        is_silent: the drafter's newest table holds no row.
         num_sent: tokens of the text sent in this epoch.
     """
 
@@ -64,6 +65,7 @@ class PoolSession:
         self.is_live = False
         self.given_up = False
         self.has_asked = False
+        self.is_silent = False
         self.num_sent = 0
         self._vocab_size = vocab_size
         self._round = 0
@@ -128,6 +130,7 @@ class PoolSession:
         """The stream is gone. Tables stay: they are tied to the text, not to the stream."""
         self.is_live = False
         self.has_asked = False
+        self.is_silent = False
         self._asked.clear()
 
     def moved(self) -> None:
@@ -153,6 +156,7 @@ class PoolSession:
             raise MalformedMessageError("a table with another base than its round")
         rows = wire.rows_from_wire(table.rows, asked.in_flight, self._vocab_size)
         del self._asked[table.round]
+        self.is_silent = not rows
         self._tables.put(OutcomeTable.build(asked.base_len, asked.in_flight, rows))
         self._num_drops = 0
         return TableReceipt(received_at - asked.sent_at, table.round < self._round)

@@ -178,6 +178,7 @@ class SplitSpeculator(Speculator):
             running = self._running.get(request.session_id)
             tree = _EMPTY
             if running is not None:
+                running.is_pool_silent = draft.is_silent
                 from_table = (Guess.of(DraftOrigin.POOL, *draft.ahead),) if hit else ()
                 running.guesses = seconded((*from_table, *guesses))
                 running.merged = running.trust.merge(running.guesses, self._most(request))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deployments.engine.errors import InvalidLogitsError
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.types import OutcomeRow
 from deployments.engine.torch_engine.connected import DraftHead
@@ -109,7 +110,11 @@ class CausalLMDrafter(Drafter):
         self._caches.drop(session_id)
 
     def propose(self, queries: Sequence[DraftQuery]) -> list[list[OutcomeRow]]:
-        """Answer the queries, as many together as fit into the pool."""
+        """Answer the queries, as many together as fit into the pool.
+
+        Raises:
+            InvalidLogitsError: the model gave NaN.
+        """
         answers: list[list[OutcomeRow]] = [[] for _ in queries]
         group: list[Round] = []
         for index, query in enumerate(queries):
@@ -135,7 +140,7 @@ class CausalLMDrafter(Drafter):
                     branch.node,
                     branch.token_ids[0],
                     tuple(branch.token_ids[1:]),
-                    tuple(min(1.0, math.exp(chance)) for chance in branch.log_chances),
+                    tuple(map(_chance, branch.log_chances)),
                 )
                 for branch in work.branches
             ]
@@ -305,3 +310,10 @@ class CausalLMDrafter(Drafter):
                 logit_rows=torch.tensor(rows, dtype=torch.int64),
             )
         )
+
+
+def _chance(log_chance: float) -> float:
+    # NaN is not less than anything, so it would pass for certainty.
+    if math.isnan(log_chance):
+        raise InvalidLogitsError("The draft model gave logits that are not numbers.")
+    return min(1.0, math.exp(log_chance))

@@ -159,8 +159,9 @@ def read_student(path: Path) -> StudentWeights:
     """Read a student's file.
 
     Raises:
-        WeightsMismatchError: it is missing, damaged, or of another format, or lacks a tensor that
-            the target could stand in for; what else is missing or unknown a loader finds.
+        OSError: it is missing or cannot be read now, which says nothing of what it holds.
+        WeightsMismatchError: it is damaged, or of another format, or lacks a tensor that the target
+            could stand in for; what else is missing or unknown a loader finds.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -186,7 +187,7 @@ def read_student(path: Path) -> StudentWeights:
             agreement=card["agreement"],
             trained=trained,
         )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise WeightsMismatchError(f"{path} cannot be read: {error!r}") from error
 
 
@@ -211,6 +212,7 @@ def load_student(
 
     Raises:
         WeightsMissingError: the target is not here, or has no student yet.
+        OSError: the student's file cannot be read now.
         WeightsMismatchError: the student's file is damaged or belongs to another target, or to
             another vocabulary.
     """

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from deployments import draft as draft_module
 from deployments.config import DraftPoolConfig, TracingConfig
 from deployments.draft import DraftReplica
-from deployments.engine.config import TorchEngineConfig
+from deployments.drafters import max_text_tokens
+from deployments.engine.config import EngineConfig, TorchEngineConfig
 from deployments.engine.speculation import draft_session
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.errors import DrafterDeadError
@@ -46,6 +49,23 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
 
 
+@pytest.mark.parametrize(
+    ("engine", "drafter", "num_tokens"),
+    [
+        (EngineConfig(), "student", 640),
+        (EngineConfig(), "model:/some/where", 640),
+        (EngineConfig(), "suffix", 1000),
+        (EngineConfig(), f"{__name__}:SevenDrafter", 1000),
+        (EngineConfig(kind="simulated"), "student", 1000),
+    ],
+)
+def test_a_text_is_not_too_long_for_the_pages_of_a_language_model(
+    engine: EngineConfig, drafter: str, num_tokens: int
+) -> None:
+    draft = DraftPoolConfig(drafter=drafter, num_pages=10, max_session_tokens=1000)
+    assert max_text_tokens(draft, engine) == num_tokens
+
+
 class SevenDrafter(Drafter):
     """Proposes sevens behind a text it has seen open."""
 
@@ -57,6 +77,10 @@ class SevenDrafter(Drafter):
 
     def propose(self, queries: Sequence[DraftQuery]) -> list[list[OutcomeRow]]:
         return [[OutcomeRow(-1, 7, (7,) * self._lengths[query.session_id])] for query in queries]
+
+
+def no_drafter() -> Drafter:
+    raise KeyError("no phrases")
 
 
 def tiny_target(folder: Path) -> LoadedModel:
@@ -148,6 +172,17 @@ def open_session(replica: DraftReplica) -> GrpcTransport:
     return target
 
 
+async def test_as_many_targets_are_served_as_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        endpoint, hello = await replica(), replica._identity.hello("t")
+        targets = [GrpcTransport(endpoint, hello, SECRET) for _ in range(70)]
+        wait_until(lambda: all(target.is_alive for target in targets), "a welcome for each")
+        for target in targets:
+            target.close()
+
+
 async def test_spans_of_sessions_that_the_shutdown_ends_are_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +207,24 @@ async def test_the_server_s_snapshot_is_exported(
         while exporter.scrape().get(("draft_server_tables_total",)) != 1:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     target.close()
+
+
+async def test_a_round_of_reports_that_fails_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(draft_module, "_REPORT_PERIOD_S", 0.001)
+    failures = [RuntimeError("out of memory")] * 3
+    polled = threading.Event()
+
+    def poll() -> None:
+        if failures:
+            raise failures.pop()
+        polled.set()
+
+    async with draft_replica(tmp_path, monkeypatch) as replica:
+        monkeypatch.setattr(replica, "_refresh", SimpleNamespace(poll=poll))
+        assert await asyncio.to_thread(polled.wait, 60)
+    assert caplog.text.count("RuntimeError: out of memory") == 3
 
 
 async def test_another_drafter_goes_on_with_the_sessions_of_the_one_before(
@@ -199,7 +252,9 @@ async def test_another_drafter_goes_on_with_the_sessions_of_the_one_before(
     target.close()
 
 
-@pytest.mark.parametrize("name", ["nowhere.to:BeFound", "model:/nowhere", "student"])
+@pytest.mark.parametrize(
+    "name", ["nowhere.to:BeFound", f"{__name__}:no_drafter", "model:/nowhere", "student"]
+)
 async def test_a_drafter_that_cannot_be_had_leaves_the_old_one_at_work(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -245,7 +300,10 @@ async def test_a_student_that_is_put_on_the_shelf_is_tried_while_the_replica_ser
     async with draft_replica(tmp_path, monkeypatch, drafter="student") as replica:
         shelf.offer(write_student(student_of(target, seed=2), tmp_path / "new.safetensors"))
         await running(1)
-        open_session(replica).close()
+        dialled = open_session(replica)
+        assert dialled.welcome is not None
+        assert dialled.welcome.max_session_tokens == 256 * 64
+        dialled.close()
         shelf.offer(
             write_student(replace(student_of(target, seed=2), target_digest="f00d"), tmp_path / "x")
         )

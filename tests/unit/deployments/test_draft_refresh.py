@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import pytest
 
 from deployments.draft_refresh import DraftRefresh
 from deployments.engine.config import CanaryConfig
-from deployments.engine.errors import WeightsMismatchError
+from deployments.engine.errors import WeightsMismatchError, WeightsMissingError
 from deployments.engine.speculation.canary import DrafterRole, Tally
 from deployments.engine.speculation.drafters.base import Drafter
 from deployments.engine.speculation.drafters.canary import CanaryDrafter
@@ -46,6 +47,7 @@ class Replica:
         self.drafters: list[Drafter] = []
         self.outcomes: list[str] = []
         self.is_on_trial = False
+        self.failures: list[Exception] = []
         self.refresh = DraftRefresh(
             self,
             shelf,
@@ -56,9 +58,13 @@ class Replica:
         )
 
     def build(self, path: Path) -> Drafter:
+        if self.failures:
+            raise self.failures.pop()
         text = path.read_text()
         if text == "damaged":
             raise WeightsMismatchError("damaged")
+        if text == "huge":
+            raise MemoryError
         self.loaded.append(text)
         return OfFile(text)
 
@@ -100,6 +106,13 @@ def offer(shelf, tmp_path):
         shelf.offer(source)
 
     return offer
+
+
+def raiser(failure: Exception):
+    def fail(*_):
+        raise failure
+
+    return fail
 
 
 def test_without_a_candidate_nothing_happens(shelf):
@@ -152,13 +165,14 @@ def test_a_candidate_that_fails_is_rolled_back_at_once(shelf, offer):
     assert shelf.last_decision().reason == "it failed: OfFile raised ZeroDivisionError"
 
 
-def test_a_candidate_that_does_not_fit_never_drafts(shelf, offer):
+@pytest.mark.parametrize(("text", "reason"), [("damaged", "damaged"), ("huge", "MemoryError")])
+def test_a_candidate_that_does_not_fit_never_drafts(shelf, offer, text, reason):
     replica = Replica(shelf)
-    offer("damaged")
+    offer(text)
     assert replica.poll() == "stable"
     assert replica.drafters == []
     assert not shelf.candidate.exists()
-    assert shelf.last_decision().reason == "it cannot be loaded: damaged"
+    assert shelf.last_decision().reason == f"it cannot be loaded: {reason}"
 
 
 def test_replicas_follow_the_one_that_decided_first(shelf, offer):
@@ -214,6 +228,43 @@ def test_a_candidate_whose_replicas_die_is_not_tried_for_ever(shelf, offer):
     assert shelf.last_decision().reason == "begun 20 times, never ended"
     offer("newer")
     assert last.poll() is None
+
+
+NOT_NOW = [OSError(errno.EMFILE, "too many open files"), WeightsMissingError("no target")]
+
+
+@pytest.mark.parametrize("failure", NOT_NOW)
+def test_a_candidate_that_cannot_be_read_now_is_begun_once_and_tried_again(shelf, offer, failure):
+    replica, other = Replica(shelf), Replica(shelf)
+    offer("new")
+    replica.failures = [failure] * 30
+    for _ in range(30):
+        with pytest.raises(type(failure)):
+            replica.poll()
+    assert shelf.candidate.exists()
+    assert replica.poll() is other.poll() is None
+    assert shelf.begin() == 3
+
+
+def test_a_begin_that_cannot_be_written_down_is_tried_again(shelf, offer, monkeypatch):
+    replica = Replica(shelf)
+    offer("new")
+    with monkeypatch.context() as patched:
+        patched.setattr(shelf, "begin", raiser(OSError(errno.ENOSPC, "no space")))
+        with pytest.raises(OSError, match="no space"):
+            replica.poll()
+    assert replica.poll() is None
+
+
+@pytest.mark.parametrize("failure", [*NOT_NOW, MemoryError()])
+def test_a_stable_student_that_cannot_be_read_now_is_taken_up_later(shelf, failure):
+    replica = Replica(shelf)
+    shelf.stable.unlink()
+    shelf.stable.write_text("newer")
+    replica.failures = [failure]
+    with pytest.raises(type(failure)):
+        replica.poll()
+    assert replica.poll() == "newer"
 
 
 def test_a_stable_student_that_cannot_be_loaded_is_not_taken_up(shelf, offer):

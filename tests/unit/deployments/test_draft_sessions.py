@@ -75,6 +75,17 @@ async def test_a_session_holds_a_replica_for_its_life() -> None:
     assert sessions.num_attached == 0
 
 
+async def test_an_endpoint_is_forgotten_with_its_last_session() -> None:
+    pool, links = Pool("h:1", "h:1", "h:2"), Links()
+    sessions = DraftSessions(pool, links)
+    with sessions.session("a"):
+        await until(lambda: "a" in links.attached)
+        with sessions.session("b"), sessions.session("c"):
+            await until(lambda: len(links.attached) == 3)
+        await until(lambda: dict(sessions._lost).keys() == {"h:1"})
+    await until(lambda: not sessions._lost)
+
+
 async def test_a_lost_link_is_replaced_for_its_sequences_only() -> None:
     pool, links = Pool("h:1", "h:2", "h:3"), Links()
     sessions = DraftSessions(pool, links)

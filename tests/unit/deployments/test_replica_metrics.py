@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -122,13 +123,14 @@ def test_a_draft_replica_reports_its_sessions(exporter: Exporter) -> None:
         num_rows=120,
         num_batches=20,
         num_drafter_failures=1,
-        num_dropped_by_reason=(("evicted", 3), ("too_long", 1)),
-        num_scored_by_role=(("stable", 30, 12), ("candidate", 5, 4)),
+        num_dropped_by_reason=Counter(evicted=3, too_long=1),
+        num_scored_by_role=Counter(stable=30, candidate=5),
+        num_confirmed_by_role=Counter(stable=12, candidate=4),
         batch_time_ewma_s=0.5,
     )
     for _ in range(2):
         draft.server(stats)
-    draft.server(replace(stats, num_tables=41, num_dropped_by_reason=(("evicted", 4),)))
+    draft.server(replace(stats, num_tables=41, num_dropped_by_reason=Counter(evicted=4)))
     assert exporter.scrape() == {
         ("draft_server_streams",): 2,
         ("draft_server_sessions",): 5,
@@ -148,8 +150,9 @@ def test_a_draft_replica_reports_its_sessions(exporter: Exporter) -> None:
 
 
 _LABELLED: dict[str, Any] = {
-    "num_dropped_by_reason": (("evicted", 7),),
-    "num_scored_by_role": (("candidate", 7, 7),),
+    "num_dropped_by_reason": Counter(evicted=7),
+    "num_scored_by_role": Counter(candidate=7),
+    "num_confirmed_by_role": Counter(candidate=7),
 }
 
 REPORTED_ELSEWHERE = {

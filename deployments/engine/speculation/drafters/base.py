@@ -40,5 +40,6 @@ class Drafter(ABC):
                 bonus tokens behind the committed text (node -1).
 
         Returns:
-            One list per query, in order; an empty list where there is nothing to say.
+            One list per query, in order; an empty list where there is nothing to say. Token ids
+            are plain ``int``; rows with anything else are left out.
         """

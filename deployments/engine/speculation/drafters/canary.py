@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deployments.engine.speculation.canary import DrafterRole, Tally
-from deployments.engine.speculation.drafters.ask import ask, calling
 from deployments.engine.speculation.drafters.base import Drafter
-from deployments.engine.speculation.errors import DrafterFailedError
+from deployments.engine.speculation.drafters.guarded import GuardedDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from deployments.engine.speculation.table_score import TableScore
     from deployments.engine.speculation.types import DraftQuery, OutcomeRow, SessionSpec
-
-logger = logging.getLogger(__name__)
 
 
 class CanaryDrafter(Drafter):
@@ -29,23 +25,25 @@ class CanaryDrafter(Drafter):
 
     Args:
         share: of the sessions that the candidate drafts for, 0 to 1.
-        vocab_size: ids outside it count as a failure.
+        vocab_size: a candidate's ids outside it count as a failure.
 
     Attributes:
-        failure: what the candidate did wrong, once it has.
         tallies: of the sessions that ended; may be read from any thread.
     """
 
     def __init__(
         self, stable: Drafter, candidate: Drafter, *, share: float, vocab_size: int
     ) -> None:
-        self.failure: str | None = None
         self.tallies = dict.fromkeys(DrafterRole, Tally())
         self._stable = stable
-        self._candidate = candidate
+        self._candidate = GuardedDrafter(candidate, vocab_size, patience=1)
         self._share = share
-        self._vocab_size = vocab_size
         self._drawn: dict[int, SessionSpec] = {}
+
+    @property
+    def failure(self) -> str | None:
+        """What the candidate did wrong, once it has."""
+        return self._candidate.failure
 
     def learn(self, session_id: int, score: TableScore) -> DrafterRole:
         """A session is about to close.
@@ -64,44 +62,31 @@ class CanaryDrafter(Drafter):
     def open(self, session: SessionSpec) -> None:
         """A session begins, with one of the two."""
         if self.failure is None and draw(session.request_id) < self._share:
-            try:
-                with calling(self._candidate):
-                    self._candidate.open(session)
-            except DrafterFailedError as error:
-                self._give_up(error)
-            else:
+            self._candidate.open(session)
+            if self.failure is None:
                 self._drawn[session.session_id] = session
+                # It may have drafted for the session before the trial.
+                self._stable.close(session.session_id)
                 return
         self._stable.open(session)
 
     def append(self, session_id: int, token_ids: Sequence[int]) -> None:
         """For drafters that learn from output."""
-        drafter = self._candidate if session_id in self._drawn else self._stable
-        drafter.append(session_id, token_ids)
+        self._drafter_of(session_id).append(session_id, token_ids)
 
     def close(self, session_id: int) -> None:
         """A session ended or was evicted; unknown ids are ignored."""
-        if self._drawn.pop(session_id, None) is None:
-            self._stable.close(session_id)
-            return
-        try:
-            with calling(self._candidate):
-                self._candidate.close(session_id)
-        except DrafterFailedError as error:
-            self._give_up(error)
+        self._drafter_of(session_id).close(session_id)
+        self._drawn.pop(session_id, None)
 
     def propose(self, queries: Sequence[DraftQuery]) -> list[list[OutcomeRow]]:
         """Rows of either drafter, in the order of the queries."""
         answers: dict[int, list[OutcomeRow]] = {}
         drawn = [query for query in queries if query.session_id in self._drawn]
-        if drawn and self.failure is None:
-            try:
-                rows = ask(self._candidate, drawn, self._vocab_size)
-            except DrafterFailedError as error:
-                self._give_up(error)
-            else:
-                answers = dict(zip((query.session_id for query in drawn), rows, strict=True))
-        if self.failure is not None:
+        rows = self._candidate.ask(drawn)
+        if self.failure is None:
+            answers = dict(zip((query.session_id for query in drawn), rows, strict=True))
+        else:
             for query in drawn:
                 spec = self._drawn.pop(query.session_id)
                 self._stable.open(replace(spec, token_ids=tuple(query.token_ids)))
@@ -111,9 +96,8 @@ class CanaryDrafter(Drafter):
             answers |= dict(zip((query.session_id for query in others), rows, strict=True))
         return [answers[query.session_id] for query in queries]
 
-    def _give_up(self, error: DrafterFailedError) -> None:
-        self.failure = str(error)
-        logger.warning("the candidate failed and drafts no more", exc_info=error)
+    def _drafter_of(self, session_id: int) -> Drafter | GuardedDrafter:
+        return self._candidate if session_id in self._drawn else self._stable
 
 
 def draw(request_id: str) -> float:

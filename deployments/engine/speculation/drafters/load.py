@@ -20,9 +20,13 @@ def load_drafter(spec: str) -> Drafter:
             a ``Drafter``. The module runs with the rights of the replica: name only what you trust.
 
     Raises:
-        DrafterLoadError: it cannot be imported, or what it builds is not a ``Drafter``.
+        DrafterLoadError: it cannot be imported or built, or is not a ``Drafter``.
     """
-    drafter = find_factory(spec)()
+    factory = find_factory(spec)
+    try:
+        drafter = factory()
+    except Exception as error:
+        raise DrafterLoadError(f"drafter {spec!r} cannot be built: {error!r}") from error
     if not isinstance(drafter, Drafter):
         raise DrafterLoadError(f"drafter {spec!r} built a {type(drafter).__name__}, not a Drafter")
     return drafter
@@ -47,8 +51,8 @@ def find_factory(spec: str) -> Callable[[], object]:
         raise DrafterLoadError(f'drafter {spec!r} is neither "suffix" nor "module:name"')
     try:
         factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise DrafterLoadError(f"drafter {spec!r} cannot be imported: {error}") from error
+    except Exception as error:
+        raise DrafterLoadError(f"drafter {spec!r} cannot be imported: {error!r}") from error
     if not callable(factory):
         raise DrafterLoadError(f"drafter {spec!r} is not a class or a function")
     return cast("Callable[[], object]", factory)

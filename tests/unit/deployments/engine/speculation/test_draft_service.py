@@ -116,6 +116,18 @@ def test_a_gap_is_reported_and_repaired_by_an_overlap():
     assert (table.round, table.base_len) == (3, 5)
 
 
+def test_a_snapshot_is_of_one_moment():
+    bench = Bench(max_session_tokens=3)
+    bench.send(opens=[opened(1)], commits=[commit(1, 1, 3)])
+    bench.answers()
+    before = bench.service.stats()
+    assert type(before.num_superseded) is int
+    bench.send(commits=[commit(1, 2, 4, [4])])
+    bench.answers()
+    assert before.num_dropped_by_reason == {}
+    assert bench.service.stats().num_dropped_by_reason == {"too_long": 1}
+
+
 def test_old_rounds_and_old_epochs_are_ignored():
     bench = Bench()
     bench.send(opens=[opened(1, epoch=2)], commits=[commit(1, 5, 4, [4], epoch=2)])
@@ -177,17 +189,36 @@ def test_a_failing_drafter_costs_its_batch_only():
     [
         OutcomeRow(0, 1, ()),
         OutcomeRow(-2, 1, ()),
+        OutcomeRow(None, 1, ()),
         OutcomeRow(-1, VOCAB_SIZE, ()),
+        OutcomeRow(-1, 1, (-1,)),
+        OutcomeRow(-1, 1.0, ()),
+        OutcomeRow(-1, 1, ("1",)),
         OutcomeRow(-1, 1, (), (0.5, 0.5)),
         OutcomeRow(-1, 1, (), (1.5,)),
         OutcomeRow(-1, 1, (), (float("nan"),)),
     ],
 )
-def test_a_drafter_that_answers_nonsense_counts_as_failing(row):
+def test_a_row_that_answers_nothing_is_left_out_and_counted(row):
     bench = Bench()
-    bench.drafter.rows = [row]
+    bench.drafter.rows = [row, OutcomeRow(-1, 2, ())]
+    bench.send(opens=[opened(1), opened(2)], commits=[commit(1, 1, 3), commit(2, 1, 3)])
+    answer = bench.answers()
+    assert [[row.bonus_token_id for row in table.rows] for table in answer.tables] == [[2], [2]]
+    assert not answer.drops
+    stats = bench.service.stats()
+    assert (stats.num_bad_rows, stats.num_rows, stats.num_drafter_failures) == (2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    "answer", [None, [], [None], [[]] * 2, [["row"]], [[OutcomeRow(-1, 1, None)]]]
+)
+def test_a_drafter_that_answers_nonsense_counts_as_failing(answer):
+    bench = Bench()
+    bench.drafter.propose = lambda queries: answer
     bench.send(opens=[opened(1)], commits=[commit(1, 1, 3)])
     assert bench.drops() == [(1, Dropped.DRAFTER_FAILED)]
+    assert bench.service.stats().num_drafter_failures == 1
 
 
 def test_a_table_holds_no_more_than_was_asked_and_the_chances_of_that():
@@ -388,9 +419,10 @@ class FarSighted(CountingDrafter):
 
 
 def scored(bench) -> dict[str, tuple[int, int]]:
+    stats = bench.service.stats()
     return {
-        role.value: (rounds, right)
-        for role, rounds, right in bench.service.stats().num_scored_by_role
+        role.value: (stats.num_scored_by_role[role], stats.num_confirmed_by_role[role])
+        for role in DrafterRole
     }
 
 

@@ -72,6 +72,17 @@ def test_rounds_without_a_row_that_fits_say_nothing_of_the_pool() -> None:
     assert not running.is_due()
 
 
+def test_a_pool_without_a_row_is_asked_once_in_sixteen_rounds() -> None:
+    running = sequence()
+    running.is_pool_silent = True
+    asked = []
+    for number in range(40):
+        running.on_round(NOTHING, had_draft=False, had_pool_row=False)
+        if running.asks_pool():
+            asked.append(number)
+    assert asked == [0, 1, 2, 14, 30]
+
+
 def test_copies_that_are_left_out_become_due() -> None:
     running = sequence()
     for number in range(16):

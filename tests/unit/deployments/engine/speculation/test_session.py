@@ -69,6 +69,17 @@ def test_tables_serve_once_and_know_their_delay():
     assert session.draft_after([*TEXT, 20, 21, 5]).token_ids == (1, 2)
 
 
+def test_a_drafter_is_silent_while_its_newest_table_is_empty():
+    session = live_session()
+    said = []
+    for rows in ([], [draft_pb2.Row(bonus_token_id=5)], []):
+        session.on_table(answer(announce(session, TEXT), 5, rows=rows), 1.0)
+        said.append(session.is_silent)
+    assert said == [True, False, True]
+    session.moved()
+    assert not session.is_silent
+
+
 def test_rounds_long_ago_are_forgotten():
     session = live_session()
     commits = [announce(session, [*TEXT, *[1] * extra]) for extra in range(6)]

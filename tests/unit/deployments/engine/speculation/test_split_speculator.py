@@ -270,6 +270,17 @@ def test_a_failing_local_drafter_is_switched_off_and_costs_nothing(rows):
     assert drafter.num_calls == speculator.stats().num_local_failures == 3
 
 
+def test_a_local_drafter_that_fails_now_and_then_stays_at_work():
+    drafter = BrokenDrafter([])
+    speculator = SplitSpeculator(SpeculationConfig(), vocab_size=VOCAB_SIZE, local_drafter=drafter)
+    speculator.open(spec_of(1, [1, 2, 3]))
+    for number in range(30):
+        drafter.rows = [] if number % 3 == 2 else None
+        speculator.take([request(1, [1, 2, 3])])
+    assert drafter.num_calls == 30
+    assert speculator.stats().num_local_failures == 20
+
+
 def test_a_custom_drafter_works_locally_and_in_the_pool():
     phrase = (1, 2, 3, 4, 5, 6, 7, 8)
     custom = load_drafter("docs.examples.custom_drafter:build")
@@ -308,6 +319,24 @@ def over_fake_network(drafter: Drafter) -> tuple[SplitSpeculator, DraftService]:
         limits=LinkLimits(max_frame_tokens=16),
     )
     return speculator, service
+
+
+def test_a_pool_that_never_has_a_row_is_asked_seldom():
+    speculator, service = over_fake_network(BrokenDrafter([]))
+    text = random_text(1, 10)
+    try:
+        speculator.open(spec_of(1, text))
+        speculator.attach("r1", "pool:1")
+        wait_until(lambda: service.step() or service.stats().num_tables == 1, "the prompt's table")
+        for token in random_text(2, 48):
+            asked = request(1, text)
+            [taken] = speculator.take([asked])
+            speculator.verifying([(asked, taken.tree)])
+            service.step()
+            text.append(token)
+    finally:
+        speculator.shutdown()
+    assert service.stats().num_tables == 1 + 3 + 3
 
 
 def test_a_long_prompt_is_sent_in_parts_before_the_first_round():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from deployments.engine.errors import InvalidLogitsError
 from deployments.engine.speculation.noise import gumbel, row_key
 from deployments.engine.speculation.types import (
     DraftOrigin,
@@ -256,6 +257,14 @@ def test_tokens_outside_the_vocabulary_get_no_rows(target):
     answers = drafter.propose([foreign, fine])
     assert answers[0] == []
     assert as_table(answers[1]) == target.expected_rows(fine)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, FILTERED])
+def test_a_model_that_gives_no_numbers_is_sure_of_nothing(sampling):
+    loaded = loaded_model()
+    loaded.model.norm.weight.fill_(math.nan)
+    with pytest.raises(InvalidLogitsError):
+        drafter_of(loaded, num_pages=4).propose([query(10, CHAIN, sampling)])
 
 
 def test_bonus_tokens_give_way_before_draft_length(target):

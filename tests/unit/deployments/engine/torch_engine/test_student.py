@@ -172,6 +172,8 @@ def test_files_that_are_missing_damaged_or_foreign_are_refused(target, tmp_path)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(WeightsMismatchError, match="cannot be read"):
         read_student(path)
+    with pytest.raises(FileNotFoundError):
+        read_student(tmp_path / "nowhere")
     other = save_student(a_student(target, target_digest="f00d"), tmp_path)
     other.replace(path)
     with pytest.raises(WeightsMismatchError, match="f00d"):

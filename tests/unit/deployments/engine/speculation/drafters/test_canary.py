@@ -103,9 +103,30 @@ def test_a_candidate_that_fails_is_replaced_in_the_same_call_and_for_good(pair):
     assert 99 in stable.opened
 
 
-def test_an_answer_outside_the_vocabulary_is_a_failure(pair):
-    pair[1].number = VOCAB_SIZE
-    assert guesses(canary_of(pair, share=0.99), range(5)) == [1] * 5
+@pytest.mark.parametrize("number", [VOCAB_SIZE, 1.0, "1", None])
+def test_a_row_that_answers_nothing_is_a_failure(pair, number):
+    pair[1].number = number
+    canary = canary_of(pair, share=0.99)
+    assert guesses(canary, range(5)) == [1] * 5
+    assert canary.failure == "5 rows answer nothing"
+
+
+@pytest.mark.parametrize("answer", [None, [None] * 5])
+def test_an_answer_that_is_none_is_a_failure(pair, answer):
+    canary = canary_of(pair, share=0.99)
+    pair[1].propose = lambda queries: answer
+    assert guesses(canary, range(5)) == [1] * 5
+    assert canary.failure == "Named raised TypeError"
+
+
+@pytest.mark.parametrize("method", ["append", "close"])
+def test_a_candidate_that_fails_at_what_it_is_told_fails_alone(pair, method):
+    canary = canary_of(pair, share=0.99)
+    setattr(pair[1], method, lambda *_: 1 / 0)
+    canary.append(1, [3])
+    canary.close(2)
+    assert canary.failure == "Named raised ZeroDivisionError"
+    assert guesses(canary, [1]) == [1]
 
 
 def test_a_candidate_that_cannot_open_a_session_leaves_it_to_the_other(pair):
@@ -119,11 +140,20 @@ def test_a_candidate_that_cannot_open_a_session_leaves_it_to_the_other(pair):
 def test_sessions_are_closed_where_they_were_opened(pair):
     stable, candidate = pair
     canary = canary_of(pair)
+    stable.closed.clear()
     for number in range(20):
         canary.close(number)
     canary.close(404)
     assert set(candidate.closed) == set(candidate.opened)
     assert set(stable.closed) == {*stable.opened, 404}
+
+
+def test_what_the_stable_drafter_held_of_a_drawn_session_is_freed(pair):
+    stable, candidate = pair
+    for number in range(20):
+        stable.open(spec(number))
+    canary_of(pair)
+    assert stable.closed == list(candidate.opened)
 
 
 def test_a_failing_stable_drafter_is_not_hidden(pair):
