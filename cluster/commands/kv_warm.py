@@ -25,9 +25,7 @@ from cluster.state import default_state_dir, find_cluster
 def warm(
     files: Annotated[
         list[Path],
-        typer.Argument(
-            help="Each a system message; as .json, a chat's messages in OpenAI's form."
-        ),
+        typer.Argument(help="Each a system message; as .json, a chat's messages in OpenAI's form."),
     ],
     raw: Annotated[
         bool, typer.Option("--raw", help="Texts are prompts as they are, without a chat template.")
