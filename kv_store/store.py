@@ -286,6 +286,8 @@ class TieredPageStore(PageStore):
                     await tier.aclose()
             except TimeoutError:
                 logger.warning("KV tier %s did not close within %s s", tier.name, _SHUTDOWN_S)
+            except Exception:
+                logger.exception("KV tier %s did not close", tier.name)
 
     def _start_load(
         self,
