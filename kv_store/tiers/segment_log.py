@@ -23,11 +23,13 @@ from kv_store.tiers.reclaim import Queue, ReclaimPolicy
 from kv_store.tiers.segment_records import (
     ALIGNMENT,
     RECORD_HEADER_BYTES,
+    SegmentName,
     pack_deleted,
     pack_record,
     parse_header,
     read_records,
     record_bytes,
+    segment_files,
 )
 
 if TYPE_CHECKING:
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kv_store.keys import PageKey
-
-_SUFFIXES = {Queue.PROBATION: "", Queue.MAIN: "-main"}
 
 
 class _Location(NamedTuple):
@@ -75,8 +75,8 @@ class SegmentLog:
         self._paths: dict[int, Path] = {}
         self._active: dict[Queue, _ActiveFile] = {}
         self._next_segment = 0
-        for path in sorted(folder.glob("segment-*.log")):
-            self._load_segment(path)
+        for name, path in segment_files(folder):
+            self._load_segment(name, path)
         self._reclaim(0)
 
     def contains(self, key: PageKey) -> bool:
@@ -214,7 +214,7 @@ class SegmentLog:
         """Begin a new segment file of a queue."""
         self._close_active(queue)
         number = self._next_segment
-        path = self._folder / f"segment-{number:010}{_SUFFIXES[queue]}.log"
+        path = self._folder / SegmentName(number, queue is Queue.MAIN).file_name
         fd = self._io.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         self._next_segment += 1
         active = self._active[queue] = _ActiveFile(number, fd)
@@ -263,14 +263,12 @@ class SegmentLog:
                 del self._index[key]
                 self._policy.deleted(key)
 
-    def _load_segment(self, path: Path) -> None:
+    def _load_segment(self, name: SegmentName, path: Path) -> None:
         """Read one file's headers; cut off its torn tail."""
-        name = path.stem.removeprefix("segment-")
-        queue = Queue.MAIN if name.endswith(_SUFFIXES[Queue.MAIN]) else Queue.PROBATION
-        number = int(name.removesuffix(_SUFFIXES[Queue.MAIN]))
+        number = name.number
         file_bytes = path.stat().st_size
         self._next_segment = number + 1
-        self._policy.begin(number, queue)
+        self._policy.begin(number, Queue.MAIN if name.is_main else Queue.PROBATION)
         for record in read_records(path):
             self._policy.wrote(number, record.key, record_bytes(record.length))
             if record.is_deleted:

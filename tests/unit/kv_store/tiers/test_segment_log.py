@@ -101,6 +101,23 @@ def test_deleted_pages_stay_deleted_and_can_be_written_again(tmp_path):
     assert held(open_log(tmp_path)) == [0, 1, 2]
 
 
+def test_files_that_are_not_the_log_s_are_left_alone(tmp_path):
+    log = open_log(tmp_path)
+    fill(log, KEYS[:3])
+    log.close()
+    [segment] = segments(tmp_path)
+    strange = [tmp_path / f"segment-{name}.log" for name in ("0000000000-copy", "", "7", "main")]
+    for path in strange:
+        path.write_bytes(segment.read_bytes())
+    again = open_log(tmp_path)
+    fill(again, KEYS[3:6])
+    assert held(again) == list(range(6))
+    records = read_pages(tmp_path)
+    assert len(records) == 6
+    assert not {record.path for record in records.values()} & {*strange}
+    assert all(path.exists() for path in strange)
+
+
 def test_a_file_that_somebody_removed_is_misses_and_no_error(tmp_path):
     log = open_log(tmp_path)
     fill(log, KEYS[:8])
