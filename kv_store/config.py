@@ -120,7 +120,11 @@ class PeersTierConfig(_TierConfig):
 
     kind: Literal["peers"] = "peers"
     """Which tier this is."""
-    host: str = Field(default="", pattern=r"^[0-9A-Za-z.:_-]*$")
+    host: str = Field(
+        default="",
+        max_length=253,
+        pattern=r"^([0-9A-Za-z:_-]{1,63}(\.[0-9A-Za-z:_-]{1,63})*\.?)?$",
+    )
     """This node's address for other nodes; by default that of the route to the Valkey server."""
     port: int = Field(default=0, ge=0, le=65535)
     """Where this replica's page server listens; 0 takes any free port, as more than one replica of

@@ -4,8 +4,9 @@ import socket
 import time
 
 import pytest
+from pydantic import ValidationError
 
-from kv_store import TierUnavailableError
+from kv_store import PeersTierConfig, TierUnavailableError
 from kv_store.tiers.breaker import CircuitBreaker
 from kv_store.tiers.buffers import BufferPool
 from kv_store.tiers.page_directory import ServerAddress, own_address, read_record
@@ -149,12 +150,20 @@ def test_bad_pages_cost_trust_for_a_while(reader):
 
 
 def test_records_are_read_as_written_and_nothing_else_is():
-    for host in ("10.0.0.7", "fe80::1", "node-3.example.org"):
+    for host in ("10.0.0.7", "fe80::1", "node-3.example.org", "node-3.example.org."):
         address = ServerAddress(host, 4711, TOKEN)
         assert read_record(address.pack()) == address
         assert TOKEN not in repr(address)
     for record in (b"", b"2 x", b"1 %b 0 host" % TOKEN.encode(), b"1 %b 70000 h" % TOKEN.encode()):
         assert read_record(record) is None
+
+
+@pytest.mark.parametrize("host", ["", ".", "a..b", ".a", "a..", "a" * 64, "a.b" * 100, "a b", "\n"])
+def test_a_host_that_no_resolver_takes_is_in_no_record(host):
+    assert read_record(ServerAddress(host, 4711, TOKEN).pack()) is None
+    if host:
+        with pytest.raises(ValidationError):
+            PeersTierConfig(host=host)
 
 
 def test_the_way_to_the_hot_tier_leads_over_this_node():
