@@ -45,7 +45,7 @@ class ReclaimPolicy:
     """Counts what a log holds and decides what goes. Not thread-safe.
 
     The log tells what it wrote and what was read; whenever ``num_bytes`` would exceed the budget it
-    takes the ``victim`` out (``detach``), writes its ``survivors`` anew, and then ``forget``s it.
+    writes the ``survivors`` of the ``victim`` anew, removes its file, and then ``forget``s it.
     """
 
     def __init__(self, *, budget_bytes: int, segment_bytes: int) -> None:
@@ -118,10 +118,6 @@ class ReclaimPolicy:
             first, second = second, first
         return oldest.get(first, oldest.get(second))
 
-    def detach(self, segment: int) -> None:
-        """Take a segment out of the count, so that its survivors have room."""
-        self.num_bytes -= self._segments[segment].num_bytes
-
     def survivors(self, segment: int) -> list[PageKey]:
         """Pages of a segment that shall be written to ``Queue.MAIN`` before it goes."""
         oldest = self._num_written - self._recent_bytes
@@ -141,8 +137,9 @@ class ReclaimPolicy:
         return chosen
 
     def forget(self, segment: int) -> list[PageKey]:
-        """A detached segment is gone; the pages that went with it."""
+        """A segment is gone; the pages that went with it."""
         place = self._segments.pop(segment)
+        self.num_bytes -= place.num_bytes
         lost = [key for key in place.sizes if self._where.get(key) == segment]
         for key in lost:
             self.deleted(key)

@@ -238,7 +238,6 @@ class SegmentLog:
                 if active.segment == number:
                     self._close_active(queue)
             with self._lock:
-                self._policy.detach(number)
                 survivors = [(key, self._index[key]) for key in self._policy.survivors(number)]
             self._move(self._paths[number], survivors)
             self._paths[number].unlink(missing_ok=True)  # a reader that comes late finds a miss

@@ -108,7 +108,6 @@ class SimulatedLog:
         number = self._policy.victim()
         assert number is not None
         self._active = {queue: active for queue, active in self._active.items() if active != number}
-        self._policy.detach(number)
         for key in self._policy.survivors(number):
             self._append(key, Queue.MAIN)
         self._names.difference_update(self._policy.forget(number))

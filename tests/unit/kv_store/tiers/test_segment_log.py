@@ -246,6 +246,24 @@ def test_a_full_disk_while_pages_move_loses_them_and_nothing_else(tmp_path, monk
     assert held(log) == [4, 5, 6, 7, 8, 9]
 
 
+def test_a_file_that_cannot_be_removed_stays_counted(tmp_path, monkeypatch):
+    log = open_log(tmp_path, budget_bytes=8 * ALIGNMENT)
+    fill(log, KEYS[:8])
+
+    def refuse(path, **_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        for _ in range(3):
+            with pytest.raises(OSError, match="not permitted"):
+                log.append(KEYS[8], blob_of(KEYS[8]))
+    assert held(log) == list(range(8))
+    assert log.usage() == TierUsage(8, 8 * ALIGNMENT)
+    fill(log, KEYS[8:9])
+    assert log.usage() == TierUsage(7, 7 * ALIGNMENT), "half of the first file was moved"
+
+
 def test_reads_and_writes_pass_the_page_cache_by_where_the_file_system_allows(tmp_path):
     log = open_log(tmp_path)
     fill(log, KEYS[:1])
