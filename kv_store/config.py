@@ -98,7 +98,7 @@ class SsdTierConfig(_TierConfig):
     root: Path
     """Each process that uses it at once claims a sub-folder of its own."""
     budget_bytes: int = Field(default=8 * _GIB, gt=0)
-    """Of one process's sub-folder; beyond it pages leave that were not read lately."""
+    """Of one process's sub-folder; beyond it, or a full disk, what was not read lately leaves."""
     segment_bytes: int = Field(default=256 * _MIB, ge=_MIB)
     """Size of one file, the unit of reclaim; no page may be larger."""
     num_read_threads: int = Field(default=2, ge=1, le=64)

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from kv_store.keys import PageKey
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 class _Location(NamedTuple):
     segment: int
     offset: int
@@ -65,7 +68,6 @@ class SegmentLog:
             OSError: the file system refuses.
         """
         self._folder = folder
-        self._budget_bytes = budget_bytes
         self._segment_bytes = segment_bytes
         self._io = DirectIO()
         self._buffers = BufferPool()
@@ -107,14 +109,26 @@ class SegmentLog:
         """Write a blob and then publish it. False if it can never fit.
 
         Raises:
-            OSError: the file system refuses; the log is as it was.
+            OSError: the file system refuses; of what was held nothing is lost, unless it is full.
         """
         if self.contains(key):
             return True
-        if record_bytes(len(blob)) > self._segment_bytes:
+        size = record_bytes(len(blob))
+        if size > self._segment_bytes:
             return False
-        self._reclaim(record_bytes(len(blob)))
-        self._write(key, blob, self._policy.queue_for(key))
+        if self._policy.is_cramped:
+            disk = os.statvfs(self._folder)
+            self._policy.grow(disk.f_bavail * disk.f_frsize)
+        self._reclaim(size)
+        try:
+            self._write(key, blob, self._policy.queue_for(key))
+        except OSError as exc:
+            # A full disk holds less than the budget: it is used as if that were the budget.
+            if exc.errno not in _FULL or not self._policy.num_bytes:
+                raise
+            self._policy.shrink()
+            self._reclaim(size)
+            self._write(key, blob, self._policy.queue_for(key))
         return True
 
     def delete(self, key: PageKey) -> bool:
@@ -177,12 +191,15 @@ class SegmentLog:
     def _write(self, key: PageKey, blob: Blob, queue: Queue) -> None:
         """Append a page to a queue, and then publish it."""
         size = record_bytes(len(blob))
-        number, fd = self._active.get(queue) or self._roll(queue)
-        if self._policy.segment_bytes(number) + size > self._segment_bytes:
-            number, fd = self._roll(queue)
+        active = self._active.get(queue)
+        if active is None or (
+            self._policy.written_bytes(active.segment) + size > self._policy.segment_bytes
+        ):
+            active = self._roll(queue)
+        number, fd = active
         record = self._buffers.take(size)
         pack_record(record, key, blob)
-        offset = self._policy.segment_bytes(number)
+        offset = self._policy.written_bytes(number)
         try:
             num_written = self._io.write(fd, record, offset)
         except OSError:
@@ -230,7 +247,7 @@ class SegmentLog:
 
     def _reclaim(self, num_wanted: int) -> None:
         """Remove files until the budget has room."""
-        while self._policy.num_bytes + num_wanted > self._budget_bytes:
+        while self._policy.num_bytes + num_wanted > self._policy.budget_bytes:
             number = self._policy.victim()
             if number is None:
                 return
@@ -275,7 +292,7 @@ class SegmentLog:
                 self._index.pop(record.key, None)
             else:
                 self._index[record.key] = _Location(number, record.offset, record.length)
-        num_bytes = self._policy.segment_bytes(number)
+        num_bytes = self._policy.written_bytes(number)
         if num_bytes == 0:
             self._policy.forget(number)
             path.unlink()

@@ -96,7 +96,7 @@ class SimulatedLog:
 
     def _append(self, key: PageKey, queue: Queue) -> None:
         number = self._active.get(queue)
-        if number is None or self._policy.segment_bytes(number) >= self._segment:
+        if number is None or self._policy.written_bytes(number) >= self._segment:
             number = self._active[queue] = self._next
             self._next += 1
             self._policy.begin(number, queue)

@@ -637,16 +637,16 @@ def test_a_byte_flipped_on_disk_is_a_counted_miss_and_refilled(tmp_path):
         assert load(store) == ["ssd"] * 3
 
 
-def test_a_full_disk_stops_writes_only_and_is_found_free_again(tmp_path, monkeypatch):
+def test_a_disk_that_refuses_stops_writes_only_and_is_found_well_again(tmp_path, monkeypatch):
     config = KVStoreConfig(tiers=(ssd(tmp_path),), breaker={"open_s": 0.01, "max_open_s": 0.01})
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
 
     with opened(config) as store:
         save(store, range(2))
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwritev", full)
+            patch.setattr(os, "pwritev", refuse)
             for index in range(2, 8):
                 save(store, [index])
             stats = store.stats()

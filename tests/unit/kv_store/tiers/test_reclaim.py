@@ -100,6 +100,24 @@ def test_no_more_is_remembered_than_the_budget_could_hold():
     assert policy.queue_for(KEYS[4]) is Queue.PROBATION
 
 
+def test_a_disk_that_is_full_is_the_budget_until_it_has_room_again():
+    policy = filled(budget=1000, segment=100, num_pages=0)
+    policy.begin(0, Queue.PROBATION)
+    policy.wrote(0, KEYS[0], 50)
+    policy.shrink()
+    assert policy.is_cramped
+    assert (policy.budget_bytes, policy.segment_bytes) == (40, 20), "a fifth is for what moves"
+    policy.grow(0)
+    assert policy.budget_bytes == 40
+    policy.grow(550)
+    assert (policy.budget_bytes, policy.segment_bytes) == (550, 100), "half a segment is enough"
+    policy.grow(5)
+    assert policy.budget_bytes == 550, "what is freed may take a while to be free"
+    policy.grow(5000)
+    assert policy.budget_bytes == 1000
+    assert not policy.is_cramped
+
+
 def test_lru_forgets_what_was_used_least_lately():
     cache = LeastRecentlyUsed(2)
     cache.write(1)
