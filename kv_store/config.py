@@ -106,7 +106,7 @@ class SsdTierConfig(_TierConfig):
     root: Path
     """Each process that uses it at once claims a sub-folder of its own."""
     budget_bytes: int = Field(default=8 * _GIB, gt=0)
-    """Of one process's sub-folder; beyond it pages leave that were not read lately."""
+    """Of one process's sub-folder; beyond it, or a full disk, what was not read lately leaves."""
     segment_bytes: int = Field(default=256 * _MIB, ge=_MIB)
     """Size of one file, the unit of reclaim; no page may be larger."""
     num_read_threads: int = Field(default=2, ge=1, le=64)
@@ -128,7 +128,11 @@ class PeersTierConfig(_TierConfig):
 
     kind: Literal["peers"] = "peers"
     """Which tier this is."""
-    host: str = Field(default="", pattern=r"^[0-9A-Za-z.:_-]*$")
+    host: str = Field(
+        default="",
+        max_length=253,
+        pattern=r"^([0-9A-Za-z:_-]{1,63}(\.[0-9A-Za-z:_-]{1,63})*\.?)?$",
+    )
     """This node's address for other nodes; by default that of the route to the Valkey server."""
     port: int = Field(default=0, ge=0, le=65535)
     """Where this replica's page server listens; 0 takes any free port, as more than one replica of

@@ -77,13 +77,12 @@ class ExpiringPages:
         if key not in self._due:
             if len(self._due) >= self._max_pages:
                 return
-            heapq.heappush(self._heap, (due, key))
+            self._push(due, key)
         self._due[key] = due
 
     def forget(self, key: PageKey) -> None:
         """Another tier has it."""
-        if key in self._due:
-            self._due[key] = float("inf")
+        self._due.pop(key, None)
 
     @property
     def next_due(self) -> float | None:
@@ -95,12 +94,18 @@ class ExpiringPages:
         taken: list[PageKey] = []
         while self._heap and self._heap[0][0] <= now and len(taken) < max_pages:
             _, key = heapq.heappop(self._heap)
-            due = self._due[key]
-            if due == float("inf"):
-                del self._due[key]
-            elif due > now:  # it was read meanwhile
-                heapq.heappush(self._heap, (due, key))
+            due = self._due.get(key)
+            if due is None:  # forgotten
+                continue
+            if due > now:  # it was read meanwhile
+                self._push(due, key)
             else:
                 del self._due[key]
                 taken.append(key)
         return taken
+
+    def _push(self, due: float, key: PageKey) -> None:
+        if len(self._heap) >= 2 * self._max_pages:  # most of it was forgotten
+            self._heap = [(known, page) for page, known in self._due.items()]
+            heapq.heapify(self._heap)
+        heapq.heappush(self._heap, (due, key))

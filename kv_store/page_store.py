@@ -146,6 +146,14 @@ class PageStore(ABC):
         """A snapshot."""
 
     @abstractmethod
+    def wait_until_written(self, timeout_s: float) -> bool:
+        """Wait until every queued page was written or given up: the queue has all its room.
+
+        Returns:
+            False on time-out.
+        """
+
+    @abstractmethod
     def flush(self, timeout_s: float) -> bool:
         """Wait until every queued page was written or dropped, and those served were looked after.
 

@@ -191,10 +191,14 @@ class TieredPageStore(PageStore):
 
         return self._ask(drop, time.monotonic() + timeout_s)
 
+    def wait_until_written(self, timeout_s: float) -> bool:
+        """See ``PageStore``."""
+        return self._queue.wait_until_empty(timeout_s)
+
     def flush(self, timeout_s: float) -> bool:
         """See ``PageStore``."""
         ends_at = time.monotonic() + timeout_s
-        if not self._queue.wait_until_empty(timeout_s):
+        if not self.wait_until_written(timeout_s):
             return False
         return self._mover is None or self._mover.wait_until_idle(ends_at - time.monotonic())
 
@@ -286,6 +290,8 @@ class TieredPageStore(PageStore):
                     await tier.aclose()
             except TimeoutError:
                 logger.warning("KV tier %s did not close within %s s", tier.name, _SHUTDOWN_S)
+            except Exception:
+                logger.exception("KV tier %s did not close", tier.name)
 
     def _start_load(
         self,

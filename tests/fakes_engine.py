@@ -413,6 +413,9 @@ class FakePageStore(PageStore):
     def clear(self, namespace_id, *, timeout_s):
         raise NotImplementedError
 
+    def wait_until_written(self, timeout_s):
+        return True
+
     def flush(self, timeout_s):
         return True
 

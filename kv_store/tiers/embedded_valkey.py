@@ -9,8 +9,10 @@ removes its folder.
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -36,6 +38,7 @@ exit "$status"
 """
 _START_ATTEMPTS = 5
 _POLL_S = 0.02
+_STOP_S = 5.0
 
 
 class EmbeddedValkey:
@@ -51,6 +54,7 @@ class EmbeddedValkey:
         self._password = secrets.token_urlsafe(24)
         self._port: int | None = None
         self._guard: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
 
     @property
     def url(self) -> str:
@@ -92,11 +96,17 @@ class EmbeddedValkey:
             return
         if guard.stdin is not None:
             guard.stdin.close()
-        guard.wait()
+        try:
+            guard.wait(_STOP_S)
+        except subprocess.TimeoutExpired:  # a child that we forked holds the pipe open too
+            os.killpg(guard.pid, signal.SIGKILL)
+            guard.wait()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start_on(self, port: int, deadline: float) -> bool:
         """Whether a server with our password answers on the port; False if another was faster."""
-        folder = Path(tempfile.mkdtemp(prefix="paceline-valkey-"))
+        folder = self._folder = Path(tempfile.mkdtemp(prefix="paceline-valkey-"))
         (folder / "valkey.conf").write_text(self._render_config(folder, port))
         try:
             self._guard = subprocess.Popen(  # noqa: S603

@@ -54,6 +54,7 @@ class GuardedTier:
         self._writes = make_breaker()
         self._slots = asyncio.Semaphore(max_inflight)
         self._tasks: set[asyncio.Task[object]] = set()
+        self._known_bugs: set[type[Exception]] = set()
         self._num_hits = self._num_misses = self._num_puts = self._num_refused = 0
         self._num_corrupt = self._num_errors = self._num_promoted = self._num_demoted = 0
 
@@ -113,9 +114,9 @@ class GuardedTier:
         """How many pages of a namespace were forgotten; none if the tier fails."""
         try:
             return await self._tier.delete_namespace(namespace_id)
-        except TierUnavailableError as exc:
+        except Exception:
             self._num_errors += 1
-            logger.warning("KV tier %s was not cleared: %s", self.name, exc)
+            logger.warning("KV tier %s was not cleared", self.name, exc_info=True)
             return 0
 
     def count_hit(self) -> None:
@@ -190,11 +191,13 @@ class GuardedTier:
             async with asyncio.timeout(self._timeout_s):
                 result = await operation()
         except (TierUnavailableError, TimeoutError) as exc:
-            was_closed = breaker.is_closed
-            breaker.record_failure()
-            self._num_errors += 1
-            if was_closed and not breaker.is_closed:
-                logger.warning("KV tier %s is out of service: %s", self.name, exc or "timed out")
+            self._failed(breaker, exc)
+            return None
+        except Exception as exc:
+            if type(exc) not in self._known_bugs:  # once, as it may come with every request
+                self._known_bugs.add(type(exc))
+                logger.exception("KV tier %s broke its promise", self.name)
+            self._failed(breaker, exc)
             return None
         except BaseException:
             breaker.record_failure()  # an allowed probe must always be answered for
@@ -203,3 +206,11 @@ class GuardedTier:
             logger.info("KV tier %s is back", self.name)
         breaker.record_success()
         return result
+
+    def _failed(self, breaker: CircuitBreaker, exc: Exception) -> None:
+        was_closed = breaker.is_closed
+        breaker.record_failure()
+        self._num_errors += 1
+        if was_closed and not breaker.is_closed:
+            reason = str(exc) or type(exc).__name__
+            logger.warning("KV tier %s is out of service: %s", self.name, reason)

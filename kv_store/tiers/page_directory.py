@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from kv_store.keys import PageKey
     from kv_store.tiers.valkey_topology import ValkeyAddress
 
-_RECORD = re.compile(rb"1 ([0-9a-f]{32}) ([0-9]{1,5}) ([0-9A-Za-z.:_-]{1,253})")
+# No label of a host may be empty or longer: resolvers raise what is no OSError.
+_RECORD = re.compile(
+    rb"1 ([0-9a-f]{32}) ([0-9]{1,5}) "
+    rb"(?=.{1,253}$)([0-9A-Za-z:_-]{1,63}(?:\.[0-9A-Za-z:_-]{1,63})*\.?)"
+)
 _LOOPBACK = "127.0.0.1"
 
 

@@ -2,7 +2,8 @@
 
 Whoever connects must first send the server's token, which is found where pages are found: in the
 hot tier. So those who may read the hot tier may read these pages, and nobody else. Clients are
-bounded, and so is the time each may take for a command, for an answer, or for nothing at all.
+bounded, and so is the time each may take for its token, for each command after the one before, and
+for an answer; bytes that trickle in do not lengthen it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from kv_store.tiers.page_session import PageSession
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _AUTH_S = 5.0
-_IDLE_S = 120.0
+_COMMAND_S = 120.0
 _ANSWER_S = 10.0
 _JOIN_S = 5.0
 _SCARCE_S = 0.1
@@ -107,20 +109,27 @@ class PageServer:
                 thread = threading.Thread(
                     target=self._serve, args=(client,), name="kv-page-client", daemon=True
                 )
+                try:
+                    thread.start()
+                except RuntimeError as exc:  # threads are scarce
+                    logger.warning("a client of the page server is sent away: %s", exc)
+                    client.close()
+                    continue
                 self._clients[client] = thread
-            thread.start()
 
     def _serve(self, client: socket.socket) -> None:
         """A client's thread."""
         session = PageSession(self._source, self._token)
         try:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while True:
-                client.settimeout(_IDLE_S if session.is_authenticated else _AUTH_S)
+            deadline = time.monotonic() + _AUTH_S
+            while (left_s := deadline - time.monotonic()) > 0:
+                client.settimeout(left_s)
                 data = client.recv(_RECEIVE_BYTES)
                 if not data:
                     return
-                self._answer(client, session, data)
+                if self._answer(client, session, data):
+                    deadline = time.monotonic() + _COMMAND_S
         except ProtocolError as exc:
             logger.info("hung up on a client of the page server: %s", exc)
         except OSError as exc:
@@ -130,12 +139,18 @@ class PageServer:
                 self._clients.pop(client, None)
             client.close()
 
-    def _answer(self, client: socket.socket, session: PageSession, data: bytes) -> None:
-        """Send what small replies there are together, and pages from where they lie."""
+    def _answer(self, client: socket.socket, session: PageSession, data: bytes) -> bool:
+        """Send what small replies there are together, and pages from where they lie.
+
+        Returns:
+            Whether there was a whole command.
+        """
         client.settimeout(_ANSWER_S)
         small = bytearray()
+        has_answered = False
         try:
             for reply in session.receive(data):
+                has_answered = True
                 if len(reply) < _FLUSH_BYTES:
                     small += reply
                 if len(small) >= _FLUSH_BYTES or len(reply) >= _FLUSH_BYTES:
@@ -143,11 +158,15 @@ class PageServer:
                     small.clear()
                 if len(reply) >= _FLUSH_BYTES:
                     client.sendall(reply)
+        except ProtocolError:
+            client.sendall(small)  # what was asked before is still answered
+            raise
         finally:
             with self._lock:
                 self._num_served += session.num_served
             session.num_served = 0
-            client.sendall(small)
+        client.sendall(small)
+        return has_answered
 
 
 class _BoundedSource:

@@ -6,10 +6,14 @@ The blob's name then holds a manifest, and each part a name of its own:
                || first bytes of the blob
 
 The first bytes are those before the first part: a page's header and section table, so that whoever
-reads the manifest knows what the parts hold. Parts are cut where the blob's owner says (a page's
-layer groups), and only a longer stretch is cut elsewhere. The digest is the xxh3-64 of all that
-follows it. Names of parts contain it, so that two writers of one page never mix their parts; and a
-manifest it does not fit is no manifest but a damaged blob, which its reader will find out.
+reads the manifest knows what the parts hold. Of a blob that nobody can look into, such as a sealed
+page, they are its first 128. Parts are cut where the blob's owner says (a page's layer groups), and
+only a longer stretch is cut elsewhere.
+
+The digest is the xxh3-64 of all that follows it. Names of parts contain it, so that two blobs of
+one name never mix their parts, were they written at once or one after the other: the first bytes
+tell them apart, by a page's checksum or a seal's nonce. A manifest that the digest does not fit is
+no manifest but a damaged blob, which its reader will find out.
 """
 
 from __future__ import annotations
@@ -30,13 +34,14 @@ _HEADER = struct.Struct("<4sIQ")
 _LENGTH = struct.Struct("<I")
 _MAX_PARTS = 4096
 _MAX_BLOB_BYTES = 1 << 30
+_HEAD_BYTES = 128
 
 
 class Manifest(NamedTuple):
     """What is written under the blob's own name.
 
     Attributes:
-        head: the blob's first bytes.
+        head: the blob's first bytes, by which blobs of one name differ.
         lengths: bytes of each part that follows.
     """
 
@@ -77,12 +82,13 @@ def split(blob: Blob, cuts: Sequence[int], max_bytes: int) -> tuple[Manifest, li
 
     Args:
         blob: what to store.
-        cuts: offsets where a part may begin, ascending; the first ends the manifest's share.
+        cuts: offsets where a part may begin, ascending; the first ends the manifest's share, which
+            without cuts is 128 bytes.
         max_bytes: of one part.
     """
     view = memoryview(blob)
     inner = sorted({cut for cut in cuts if 0 < cut < len(view)})
-    first = inner[0] if inner and inner[0] <= max_bytes else 0
+    first = inner[0] if inner and inner[0] <= max_bytes else min(_HEAD_BYTES, len(view))
     ends: list[int] = []
     start = first
     for stretch_start, stretch_end in pairwise(
@@ -94,7 +100,8 @@ def split(blob: Blob, cuts: Sequence[int], max_bytes: int) -> tuple[Manifest, li
         while stretch_end - start > max_bytes:
             start += max_bytes
             ends.append(start)
-    ends.append(len(view))
+    if start < len(view):
+        ends.append(len(view))
     parts = [view[start:end] for start, end in pairwise([first, *ends])]
     return Manifest(bytes(view[:first]), tuple(map(len, parts))), parts
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from kv_store.errors import TierUnavailableError
 from kv_store.tiers.page_session import served_name
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from kv_store.tiers.breaker import CircuitBreaker
     from kv_store.tiers.buffers import BufferPool
     from kv_store.tiers.page_directory import ServerAddress
+    from kv_store.tiers.valkey_exchange import Exchange
+
+T = TypeVar("T")
 
 _MAX_BAD_PAGES = 3
 _DISTRUST_S = 60.0
@@ -54,23 +58,31 @@ class Peer:
         self._clock = clock
         self._num_bad_pages = 0
         self._distrusted_until = 0.0
-        self._server = ValkeyServer(
+        self._num_under_way = 0
+        self._make_server = partial(
+            ValkeyServer,
             lambda: _Greeted(address, connect_timeout_s),
             num_connections=max_connections,
             buffers=buffers,
             breaker=breaker,
         )
+        self._server = self._make_server()
 
     @property
     def is_trusted(self) -> bool:
         """Whether it may be asked: not if it gave bad pages lately."""
         return self._clock() >= self._distrusted_until
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no operation is under way."""
+        return self._num_under_way == 0
+
     async def contains(self, keys: Sequence[PageKey], deadline: float) -> list[bool]:
         """Whether it holds each page; all False if it does not answer."""
         names = [served_name(key) for key in keys]
         try:
-            held = await self._server.run(lambda exchange: exchange.contains(names), deadline)
+            held = await self._run(lambda exchange: exchange.contains(names), deadline)
         except TierUnavailableError:
             return [False] * len(keys)
         return [answer is True for answer in held]
@@ -79,7 +91,7 @@ class Peer:
         """Each page's bytes, unverified; all None if it does not answer."""
         names = [served_name(key) for key in keys]
         try:
-            return await self._server.run(
+            return await self._run(
                 lambda exchange: exchange.fetch(names, self._max_page_bytes), deadline
             )
         except TierUnavailableError:
@@ -91,9 +103,21 @@ class Peer:
         if self._num_bad_pages % _MAX_BAD_PAGES == 0:
             self._distrusted_until = self._clock() + _DISTRUST_S
 
+    def hang_up(self) -> None:
+        """Close the connections until the next operation; what is known of the server stays."""
+        self._server.close()
+        self._server = self._make_server()
+
     def close(self) -> None:
         """Close the connections; operations under way fail. Idempotent."""
         self._server.close()
+
+    async def _run(self, operation: Callable[[Exchange], T], deadline: float) -> T:
+        self._num_under_way += 1
+        try:
+            return await self._server.run(operation, deadline)
+        finally:
+            self._num_under_way -= 1
 
 
 class _Greeted:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_PEERS = 64
+_MAX_CONNECTED = 64
+_MAX_PEERS = 1024
 _MAX_KNOWN_PAGES = 1 << 16
 _MAX_NEW_PAGES = 1 << 16
 _PUBLISH_BATCH = 512
@@ -75,6 +76,7 @@ class PeerTier(KVTier):
         self._publisher = publisher
         self._buffers = BufferPool()
         self._peers: OrderedDict[ServerAddress, Peer] = OrderedDict()
+        self._connected: OrderedDict[ServerAddress, Peer] = OrderedDict()  # some of them
         self._where: OrderedDict[PageKey, ServerAddress] = OrderedDict()
         self._is_closed = False
 
@@ -90,7 +92,7 @@ class PeerTier(KVTier):
         held = [False] * len(keys)
 
         async def ask(address: ServerAddress, indices: Sequence[int]) -> None:
-            answers = await self._peer(address).contains([keys[i] for i in indices], deadline)
+            answers = await self._connect(address).contains([keys[i] for i in indices], deadline)
             for index, answer in zip(indices, answers, strict=True):
                 held[index] = answer
 
@@ -104,7 +106,7 @@ class PeerTier(KVTier):
         blobs: list[Blob | None] = [None] * len(keys)
 
         async def fetch(address: ServerAddress, indices: Sequence[int]) -> None:
-            answers = await self._peer(address).get([keys[i] for i in indices], deadline)
+            answers = await self._connect(address).get([keys[i] for i in indices], deadline)
             for index, blob in zip(indices, answers, strict=True):
                 blobs[index] = blob
 
@@ -141,6 +143,7 @@ class PeerTier(KVTier):
         for peer in self._peers.values():
             peer.close()
         self._peers.clear()
+        self._connected.clear()
         self._directory.close()
 
     def life_s(self, key: PageKey) -> float:
@@ -175,10 +178,12 @@ class PeerTier(KVTier):
         return {address: shares[address] for address in shares if self._peer(address).is_trusted}
 
     def _peer(self, address: ServerAddress) -> Peer:
+        """What is known of a server; forgets those not used for longest."""
         peer = self._peers.pop(address, None)
         if peer is None:
-            if len(self._peers) >= _MAX_PEERS:
-                self._peers.popitem(last=False)[1].close()
+            others = (old for old in self._peers if old not in self._connected)
+            if len(self._peers) >= _MAX_PEERS and (oldest := next(others, None)) is not None:
+                del self._peers[oldest]
             peer = Peer(
                 address,
                 connect_timeout_s=self._config.connect_timeout_s,
@@ -188,6 +193,17 @@ class PeerTier(KVTier):
                 breaker=self._make_breaker(),
             )
         self._peers[address] = peer
+        return peer
+
+    def _connect(self, address: ServerAddress) -> Peer:
+        """A server that is about to be asked; hangs up on idle ones not asked for longest."""
+        num_more = len(self._connected.keys() | {address}) - _MAX_CONNECTED
+        if num_more > 0:
+            idle = [old for old, peer in self._connected.items() if peer.is_idle and old != address]
+            for old in idle[:num_more]:
+                self._connected.pop(old).hang_up()
+        peer = self._connected[address] = self._peer(address)
+        self._connected.move_to_end(address)
         return peer
 
     def _deadline(self) -> float:

@@ -6,6 +6,9 @@ after they had left are written there at once (their names are remembered). So w
 passes through half of the budget at most, and what is used stays; nothing has to be kept in order
 of use, and space is freed a whole file at a time (after Yang et al., S3-FIFO, SOSP 2023).
 
+A disk may have less room than the budget says, or others may fill it: then the budget is what fits,
+for as long as that is so.
+
 Two things differ from the paper, since reading a page renews all of its chain at once, and since a
 move writes megabytes: a page stays only if it was read within the last three quarters of a budget
 of writes, however often before; and of one file at most half moves, the last read first.
@@ -45,7 +48,12 @@ class ReclaimPolicy:
     """Counts what a log holds and decides what goes. Not thread-safe.
 
     The log tells what it wrote and what was read; whenever ``num_bytes`` would exceed the budget it
-    takes the ``victim`` out (``detach``), writes its ``survivors`` anew, and then ``forget``s it.
+    writes the ``survivors`` of the ``victim`` anew, removes its file, and then ``forget``s it.
+
+    Attributes:
+        num_bytes: of all segments together.
+        budget_bytes: their bound for now.
+        segment_bytes: of one segment, for now; only a larger page has one of its own.
     """
 
     def __init__(self, *, budget_bytes: int, segment_bytes: int) -> None:
@@ -55,10 +63,9 @@ class ReclaimPolicy:
             budget_bytes: of all segments together.
             segment_bytes: of one.
         """
-        self._probation_bytes = int(budget_bytes * _PROBATION_SHARE)
-        self._recent_bytes = int(budget_bytes * _RECENT_SHARE)
-        self._moved_bytes = int(segment_bytes * _MOVED_SHARE)
-        self._remembered_bytes = budget_bytes
+        self._max_budget_bytes = budget_bytes
+        self._max_segment_bytes = segment_bytes
+        self._resize(budget_bytes)
         self._segments: dict[int, _Segment] = {}  # in order of age
         self._where: dict[PageKey, int] = {}
         self._read_at: dict[PageKey, int] = {}
@@ -66,6 +73,19 @@ class ReclaimPolicy:
         self._num_remembered_bytes = 0
         self._num_written = 0  # bytes ever: the clock
         self.num_bytes = 0
+
+    @property
+    def is_cramped(self) -> bool:
+        """Whether the disk, and not the configured budget, is the bound."""
+        return self.budget_bytes < self._max_budget_bytes
+
+    def shrink(self) -> None:
+        """The disk takes no more than it has."""
+        self._resize(self._fitting(self.num_bytes))
+
+    def grow(self, num_free: int) -> None:
+        """The disk has so many bytes free, which may have been others' before."""
+        self._resize(max(self.budget_bytes, self._fitting(self.num_bytes + num_free)))
 
     def queue_for(self, key: PageKey) -> Queue:
         """Where a new page belongs."""
@@ -75,7 +95,7 @@ class ReclaimPolicy:
         """A segment was opened; the youngest of its queue."""
         self._segments[segment] = _Segment(queue)
 
-    def segment_bytes(self, segment: int) -> int:
+    def written_bytes(self, segment: int) -> int:
         """Written to a segment so far."""
         return self._segments[segment].num_bytes
 
@@ -114,17 +134,13 @@ class ReclaimPolicy:
             if segment.queue is Queue.PROBATION:
                 num_on_probation += segment.num_bytes
         first, second = Queue.PROBATION, Queue.MAIN
-        if num_on_probation < self._probation_bytes:
+        if num_on_probation < int(self.budget_bytes * _PROBATION_SHARE):
             first, second = second, first
         return oldest.get(first, oldest.get(second))
 
-    def detach(self, segment: int) -> None:
-        """Take a segment out of the count, so that its survivors have room."""
-        self.num_bytes -= self._segments[segment].num_bytes
-
     def survivors(self, segment: int) -> list[PageKey]:
         """Pages of a segment that shall be written to ``Queue.MAIN`` before it goes."""
-        oldest = self._num_written - self._recent_bytes
+        oldest = self._num_written - int(self.budget_bytes * _RECENT_SHARE)
         place = self._segments[segment]
         recent = [
             (self._read_at[key], key)
@@ -132,7 +148,7 @@ class ReclaimPolicy:
             if self._where.get(key) == segment and self._read_at.get(key, -1) >= oldest
         ]
         recent.sort(key=lambda item: -item[0])
-        room = self._moved_bytes
+        room = int(self.segment_bytes * _MOVED_SHARE)
         chosen: list[PageKey] = []
         for _, key in recent:
             if place.sizes[key] <= room:
@@ -141,8 +157,9 @@ class ReclaimPolicy:
         return chosen
 
     def forget(self, segment: int) -> list[PageKey]:
-        """A detached segment is gone; the pages that went with it."""
+        """A segment is gone; the pages that went with it."""
         place = self._segments.pop(segment)
+        self.num_bytes -= place.num_bytes
         lost = [key for key in place.sizes if self._where.get(key) == segment]
         for key in lost:
             self.deleted(key)
@@ -150,11 +167,20 @@ class ReclaimPolicy:
                 self._remember(key, place.sizes[key])
         return lost
 
+    def _fitting(self, disk_bytes: int) -> int:
+        """The budget on such a disk, which must also hold what moves before its old place goes."""
+        moving_bytes = min(self._max_segment_bytes // 2, disk_bytes // 5)
+        return min(self._max_budget_bytes, disk_bytes - moving_bytes)
+
+    def _resize(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.segment_bytes = min(self._max_segment_bytes, budget_bytes // 2)
+
     def _remember(self, key: PageKey, num_bytes: int) -> None:
         self._remembered[key] = num_bytes
         self._num_remembered_bytes += num_bytes
         while (
-            self._num_remembered_bytes > self._remembered_bytes
+            self._num_remembered_bytes > self.budget_bytes
             or len(self._remembered) > _MAX_REMEMBERED
         ):
             self._num_remembered_bytes -= self._remembered.popitem(last=False)[1]

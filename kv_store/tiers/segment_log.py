@@ -23,11 +23,13 @@ from kv_store.tiers.reclaim import Queue, ReclaimPolicy
 from kv_store.tiers.segment_records import (
     ALIGNMENT,
     RECORD_HEADER_BYTES,
+    SegmentName,
     pack_deleted,
     pack_record,
     parse_header,
     read_records,
     record_bytes,
+    segment_files,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 
     from kv_store.keys import PageKey
 
-_SUFFIXES = {Queue.PROBATION: "", Queue.MAIN: "-main"}
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Location(NamedTuple):
@@ -65,7 +68,6 @@ class SegmentLog:
             OSError: the file system refuses.
         """
         self._folder = folder
-        self._budget_bytes = budget_bytes
         self._segment_bytes = segment_bytes
         self._io = DirectIO()
         self._buffers = BufferPool()
@@ -75,8 +77,8 @@ class SegmentLog:
         self._paths: dict[int, Path] = {}
         self._active: dict[Queue, _ActiveFile] = {}
         self._next_segment = 0
-        for path in sorted(folder.glob("segment-*.log")):
-            self._load_segment(path)
+        for name, path in segment_files(folder):
+            self._load_segment(name, path)
         self._reclaim(0)
 
     def contains(self, key: PageKey) -> bool:
@@ -107,14 +109,26 @@ class SegmentLog:
         """Write a blob and then publish it. False if it can never fit.
 
         Raises:
-            OSError: the file system refuses; the log is as it was.
+            OSError: the file system refuses; of what was held nothing is lost, unless it is full.
         """
         if self.contains(key):
             return True
-        if record_bytes(len(blob)) > self._segment_bytes:
+        size = record_bytes(len(blob))
+        if size > self._segment_bytes:
             return False
-        self._reclaim(record_bytes(len(blob)))
-        self._write(key, blob, self._policy.queue_for(key))
+        if self._policy.is_cramped:
+            disk = os.statvfs(self._folder)
+            self._policy.grow(disk.f_bavail * disk.f_frsize)
+        self._reclaim(size)
+        try:
+            self._write(key, blob, self._policy.queue_for(key))
+        except OSError as exc:
+            # A full disk holds less than the budget: it is used as if that were the budget.
+            if exc.errno not in _FULL or not self._policy.num_bytes:
+                raise
+            self._policy.shrink()
+            self._reclaim(size)
+            self._write(key, blob, self._policy.queue_for(key))
         return True
 
     def delete(self, key: PageKey) -> bool:
@@ -177,12 +191,15 @@ class SegmentLog:
     def _write(self, key: PageKey, blob: Blob, queue: Queue) -> None:
         """Append a page to a queue, and then publish it."""
         size = record_bytes(len(blob))
-        number, fd = self._active.get(queue) or self._roll(queue)
-        if self._policy.segment_bytes(number) + size > self._segment_bytes:
-            number, fd = self._roll(queue)
+        active = self._active.get(queue)
+        if active is None or (
+            self._policy.written_bytes(active.segment) + size > self._policy.segment_bytes
+        ):
+            active = self._roll(queue)
+        number, fd = active
         record = self._buffers.take(size)
         pack_record(record, key, blob)
-        offset = self._policy.segment_bytes(number)
+        offset = self._policy.written_bytes(number)
         try:
             num_written = self._io.write(fd, record, offset)
         except OSError:
@@ -214,7 +231,7 @@ class SegmentLog:
         """Begin a new segment file of a queue."""
         self._close_active(queue)
         number = self._next_segment
-        path = self._folder / f"segment-{number:010}{_SUFFIXES[queue]}.log"
+        path = self._folder / SegmentName(number, queue is Queue.MAIN).file_name
         fd = self._io.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         self._next_segment += 1
         active = self._active[queue] = _ActiveFile(number, fd)
@@ -230,7 +247,7 @@ class SegmentLog:
 
     def _reclaim(self, num_wanted: int) -> None:
         """Remove files until the budget has room."""
-        while self._policy.num_bytes + num_wanted > self._budget_bytes:
+        while self._policy.num_bytes + num_wanted > self._policy.budget_bytes:
             number = self._policy.victim()
             if number is None:
                 return
@@ -238,7 +255,6 @@ class SegmentLog:
                 if active.segment == number:
                     self._close_active(queue)
             with self._lock:
-                self._policy.detach(number)
                 survivors = [(key, self._index[key]) for key in self._policy.survivors(number)]
             self._move(self._paths[number], survivors)
             self._paths[number].unlink(missing_ok=True)  # a reader that comes late finds a miss
@@ -263,14 +279,12 @@ class SegmentLog:
                 del self._index[key]
                 self._policy.deleted(key)
 
-    def _load_segment(self, path: Path) -> None:
+    def _load_segment(self, name: SegmentName, path: Path) -> None:
         """Read one file's headers; cut off its torn tail."""
-        name = path.stem.removeprefix("segment-")
-        queue = Queue.MAIN if name.endswith(_SUFFIXES[Queue.MAIN]) else Queue.PROBATION
-        number = int(name.removesuffix(_SUFFIXES[Queue.MAIN]))
+        number = name.number
         file_bytes = path.stat().st_size
         self._next_segment = number + 1
-        self._policy.begin(number, queue)
+        self._policy.begin(number, Queue.MAIN if name.is_main else Queue.PROBATION)
         for record in read_records(path):
             self._policy.wrote(number, record.key, record_bytes(record.length))
             if record.is_deleted:
@@ -278,7 +292,7 @@ class SegmentLog:
                 self._index.pop(record.key, None)
             else:
                 self._index[record.key] = _Location(number, record.offset, record.length)
-        num_bytes = self._policy.segment_bytes(number)
+        num_bytes = self._policy.written_bytes(number)
         if num_bytes == 0:
             self._policy.forget(number)
             path.unlink()

@@ -17,6 +17,7 @@ offset  size  type     header field
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,6 +37,19 @@ _DELETED = 1
 _MAGIC = b"KVR1"
 _HEADER = struct.Struct("<4sHHII16s32s60x")
 _CRC = struct.Struct("<I")
+_FILE_NAME = re.compile(r"segment-([0-9]{10})(-main)?\.log")
+
+
+class SegmentName(NamedTuple):
+    """What the name of a segment file says."""
+
+    number: int
+    is_main: bool
+
+    @property
+    def file_name(self) -> str:
+        """As on disk."""
+        return f"segment-{self.number:010}{'-main' if self.is_main else ''}.log"
 
 
 class RecordHeader(NamedTuple):
@@ -64,6 +78,16 @@ class Record(NamedTuple):
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + RECORD_HEADER_BYTES)
             return file.read(self.length)
+
+
+def segment_files(folder: Path) -> list[tuple[SegmentName, Path]]:
+    """The segment files of a folder by number; what else lies there is somebody else's."""
+    found = ((_FILE_NAME.fullmatch(path.name), path) for path in folder.glob("segment-*.log"))
+    return sorted(
+        (SegmentName(int(match[1]), match[2] is not None), path)
+        for match, path in found
+        if match is not None
+    )
 
 
 def record_bytes(blob_bytes: int) -> int:
@@ -164,7 +188,7 @@ def read_pages(folder: Path) -> dict[PageKey, Record]:
         OSError: the file system refuses.
     """
     pages: dict[PageKey, Record] = {}
-    for path in sorted(folder.glob("segment-*.log")):
+    for _, path in segment_files(folder):
         try:
             for record in read_records(path):
                 pages[record.key] = record

@@ -52,6 +52,9 @@ class SsdTier(KVTier):
         self._segment_bytes = segment_bytes
         self._num_read_threads = num_read_threads
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-ssd-write")
+        # Held while the thread works. Turns are waited for on the event loop, where those who give
+        # up leave nothing behind: a disk that hangs does not fill the memory with pages.
+        self._writing = asyncio.Lock()
         self._readers = ThreadPoolExecutor(num_read_threads, thread_name_prefix="kv-ssd-read")
         self._log: SegmentLog | None = None
         self._folder: ClaimedFolder | None = None
@@ -70,11 +73,10 @@ class SsdTier(KVTier):
         Raises:
             TierUnavailableError: the file system refuses, or the tier is closed.
         """
-        if self._is_closed:
-            raise TierUnavailableError(f"tier {self.name} is closed")
+        self._check_open()
         if self._log is not None:
             return self._log
-        return await self._in_thread(self._writer, self._open_log)
+        return await self._write(self._open_log)
 
     async def contains_many(self, keys: Sequence[PageKey]) -> list[bool]:
         """See ``KVTier``; answered from memory."""
@@ -96,9 +98,7 @@ class SsdTier(KVTier):
     async def put_many(self, items: Sequence[tuple[PageKey, Blob]]) -> list[bool]:
         """See ``KVTier``; refuses a blob larger than a segment."""
         log = await self.opened()
-        held = await self._in_thread(
-            self._writer, lambda: [log.append(key, blob) for key, blob in items]
-        )
+        held = await self._write(lambda: [log.append(key, blob) for key, blob in items])
         held = [ok and log.contains(key) for ok, (key, _) in zip(held, items, strict=True)]
         if self.on_put is not None:
             self.on_put([key for ok, (key, _) in zip(held, items, strict=True) if ok])
@@ -107,14 +107,12 @@ class SsdTier(KVTier):
     async def delete_many(self, keys: Sequence[PageKey]) -> int:
         """See ``KVTier``; also forgotten after a restart."""
         log = await self.opened()
-        return await self._in_thread(self._writer, lambda: sum(log.delete(key) for key in keys))
+        return await self._write(lambda: sum(log.delete(key) for key in keys))
 
     async def delete_namespace(self, namespace_id: bytes) -> int:
         """See ``KVTier``; this process's sub-folder alone."""
         log = await self.opened()
-        return await self._in_thread(
-            self._writer, lambda: sum(log.delete(key) for key in log.keys_of(namespace_id))
-        )
+        return await self._write(lambda: sum(log.delete(key) for key in log.keys_of(namespace_id)))
 
     async def aclose(self) -> None:
         """Close the files and let another process claim the folder."""
@@ -146,6 +144,30 @@ class SsdTier(KVTier):
             self._log.close()
         if self._folder is not None:
             self._folder.release()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise TierUnavailableError(f"tier {self.name} is closed")
+
+    async def _write(self, operation: Callable[[], T]) -> T:
+        """On the writer's thread, after those who asked before."""
+        await self._writing.acquire()
+        try:
+            self._check_open()
+            job = asyncio.get_running_loop().run_in_executor(self._writer, operation)
+        except BaseException:
+            self._writing.release()
+            raise
+        job.add_done_callback(self._written)
+        try:
+            return await asyncio.shield(job)
+        except OSError as exc:
+            raise TierUnavailableError(f"{type(exc).__name__}: {exc}") from exc
+
+    def _written(self, job: asyncio.Future[T]) -> None:
+        self._writing.release()
+        if not job.cancelled():
+            job.exception()  # seen, though nobody may be waiting any more
 
     async def _in_thread(self, threads: ThreadPoolExecutor, operation: Callable[[], T]) -> T:
         try:

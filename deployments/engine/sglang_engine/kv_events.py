@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -89,24 +90,25 @@ class EventReader:
         self._thread.join(_CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
-        source = self._connect()
-        quiet_s = 0.0
         try:
-            while not self._is_closing.is_set():
-                batch = source.receive(_WAIT_S)
-                quiet_s = 0.0 if batch is not None else quiet_s + _WAIT_S
-                if quiet_s >= _QUIET_S or (batch is not None and batch.number > self._next):
-                    quiet_s = 0.0
-                    for missed in source.replay(self._next) or ():
-                        self._take(missed)
-                if batch is not None:
-                    self._take(batch)
+            with closing(self._connect()) as source:
+                self._read(source)
         except Exception:
             # Whatever it was, what the replica holds is not known any more; it serves on.
             logger.exception("KV events are not read any more")
             self._held.lost()
-        finally:
-            source.close()
+
+    def _read(self, source: EventSource) -> None:
+        quiet_s = 0.0
+        while not self._is_closing.is_set():
+            batch = source.receive(_WAIT_S)
+            quiet_s = 0.0 if batch is not None else quiet_s + _WAIT_S
+            if quiet_s >= _QUIET_S or (batch is not None and batch.number > self._next):
+                quiet_s = 0.0
+                for missed in source.replay(self._next) or ():
+                    self._take(missed)
+            if batch is not None:
+                self._take(batch)
 
     def _take(self, batch: Batch) -> None:
         if batch.number < self._next:

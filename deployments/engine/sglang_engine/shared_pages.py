@@ -152,7 +152,7 @@ class SharedPages:
         deadline = self._clock() + _SAVE_TIMEOUT_S
         taken = [False] * len(names)
         for batch in _batches(len(names), self._pages_per_save):
-            if not self._store.flush(max(0.0, deadline - self._clock())):
+            if not self._store.wait_until_written(max(0.0, deadline - self._clock())):
                 break
             for number in batch:
                 raw = np.empty(self._layout.nbytes, dtype=np.uint8)

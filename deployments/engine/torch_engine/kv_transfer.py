@@ -162,7 +162,6 @@ class KVTransfer:
         """Stop waiting for a sequence that has ended."""
         for load in self._loads:
             if load.sequence is sequence:
-                load.future.cancel()
                 for follower in load.followers:
                     follower.is_loading = False
         self._loads = [load for load in self._loads if load.sequence is not sequence]
@@ -197,8 +196,8 @@ class KVTransfer:
 
     def _take_in(self, load: _Load) -> int:
         """Write arrived pages into the pool as idle cached pages; returns how many."""
-        if load.future.cancelled() or load.future.exception() is not None:
-            logger.warning("a KV load failed: %s", _reason(load.future))
+        if (error := load.future.exception()) is not None:
+            logger.warning("a KV load failed: %r", error)
             return 0
         # What was found in the pool may be needed to reach what arrived: keep it for now.
         owned = self._pool.acquire_prefix(load.sequence.reusable_keys[: load.num_local_pages])
@@ -226,7 +225,3 @@ class KVTransfer:
             self._memory.write_page(page, data)
             self._pool.publish(page, key)
         return page
-
-
-def _reason(future: Future[LoadedPages]) -> str:
-    return "cancelled" if future.cancelled() else repr(future.exception())

@@ -96,7 +96,7 @@ class SimulatedLog:
 
     def _append(self, key: PageKey, queue: Queue) -> None:
         number = self._active.get(queue)
-        if number is None or self._policy.segment_bytes(number) >= self._segment:
+        if number is None or self._policy.written_bytes(number) >= self._segment:
             number = self._active[queue] = self._next
             self._next += 1
             self._policy.begin(number, queue)
@@ -108,7 +108,6 @@ class SimulatedLog:
         number = self._policy.victim()
         assert number is not None
         self._active = {queue: active for queue, active in self._active.items() if active != number}
-        self._policy.detach(number)
         for key in self._policy.survivors(number):
             self._append(key, Queue.MAIN)
         self._names.difference_update(self._policy.forget(number))

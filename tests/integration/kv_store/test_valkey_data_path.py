@@ -25,6 +25,7 @@ from kv_store import PageCorruptError, TierUnavailableError
 from kv_store.codecs.raw import RawCodec
 from kv_store.page_format import check_page, encode_page, section_offsets
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
+from kv_store.tiers.sealed import SealedTier
 from kv_store.tiers.valkey import ValkeyTier
 from kv_store.tiers.valkey_admin import admin_clients, read_page, stored_pages
 from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES
@@ -104,6 +105,20 @@ async def test_a_page_that_lost_a_part_is_a_miss_and_can_be_written_again(tier, 
     assert admin.keys("kv:*") == [], "the other parts are of no use"
     await tier.put_many([(KEYS[0], BLOBS[0])])
     assert await tier.get_many(KEYS[:1]) == BLOBS[:1]
+
+
+@pytest.mark.parametrize("evicted", ["kv:*:0", "kv:*:[12]", "kv:*}"])
+async def test_a_page_sealed_anew_does_not_mix_with_what_is_left_of_its_last_seal(
+    server, admin, evicted
+):
+    tier = SealedTier(make_tier(server.url), bytes(32))
+    await tier.put_many([(KEYS[0], BLOBS[0])])
+    assert len(admin.keys("kv:*")) == 1 + 3
+    admin.delete(*admin.keys(evicted))
+    assert await tier.get_many(KEYS[:1]) == [None]
+    await tier.put_many([(KEYS[0], BLOBS[0])])
+    assert await tier.get_many(KEYS[:1]) == BLOBS[:1]
+    await tier.aclose()
 
 
 @pytest.mark.parametrize("value", [b"", b"short", b"x" * (3 << 20)])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from kv_store import (
     ValkeyTierConfig,
     build_page_store,
 )
+from kv_store.tiers import embedded_valkey
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.parts import split
 from kv_store.tiers.valkey_batches import page_name
@@ -312,6 +314,24 @@ def test_a_stopped_server_is_gone_with_its_folder_and_restarts_under_the_same_ur
         admin.ping()
     server.start()
     assert server.url == url
+    assert admin.ping()
+
+
+def test_a_server_is_stopped_though_a_forked_child_holds_its_pipe(server, admin, monkeypatch):
+    monkeypatch.setattr(embedded_valkey, "_STOP_S", 0.2)
+    folder = Path(admin.config_get("dir")["dir"])
+    childs = os.dup(server._guard.stdin.fileno())  # what a child has that runs no other program
+    stopping = threading.Thread(target=server.stop, daemon=True)
+    try:
+        stopping.start()
+        stopping.join(PATIENT_S)
+        assert not stopping.is_alive()
+    finally:
+        os.close(childs)
+    assert not folder.exists()
+    with pytest.raises(redis.ConnectionError):
+        admin.ping()
+    server.start()
     assert admin.ping()
 
 

@@ -53,7 +53,7 @@ def test_a_draft_model_that_is_here_is_found(config, tmp_path):
         ("no.such:thing", "No module named 'no'"),
         ("mine:Missing", "has no attribute 'Missing'"),
         ("mine:NUMBER", "is not a class or a function"),
-        ("raising:Drafter", "ValueError: not today"),
+        ("raising:Drafter", "ValueError('not today')"),
         ("model:", 'is neither "suffix" nor "module:name"'),
         ("studnt", 'is neither "suffix" nor "module:name"'),
     ],

@@ -57,6 +57,22 @@ def test_a_page_that_is_read_is_due_later_and_one_that_is_kept_never():
     assert pages.take(60.0, 5) == [KEYS[1]]
 
 
+def test_forgotten_pages_leave_their_places_to_others():
+    pages = ExpiringPages(2)
+    for _ in range(1000):
+        for key in KEYS[:2]:
+            pages.note(key, 10.0)
+        for key in KEYS[:2]:
+            pages.forget(key)
+    assert len(pages._heap) <= 4
+    for key in KEYS[2:4]:
+        pages.note(key, 20.0)
+    pages.note(KEYS[2], 30.0)
+    assert pages.take(25.0, 9) == [KEYS[3]]
+    assert pages.take(35.0, 9) == [KEYS[2]]
+    assert pages.next_due is None
+
+
 def test_no_more_is_noted_than_the_bound():
     pages = ExpiringPages(2)
     for index in range(4):

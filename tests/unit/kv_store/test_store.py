@@ -568,6 +568,29 @@ def test_a_bug_in_a_tier_does_not_reach_the_caller():
         assert load(store) == []
 
 
+def test_a_bug_in_one_tier_is_no_affair_of_the_others():
+    class Buggy(MemoryTier):
+        async def contains_many(self, keys):
+            raise KeyError("a bug")
+
+        put_many = contains_many
+
+        async def aclose(self):
+            raise KeyError("a bug")
+
+    warm = MemoryTier(1 << 20, name="warm")
+
+    def wrap(tier):
+        return Buggy(1 << 20, name=tier.name) if tier.name == "hot" else warm
+
+    with opened(tiers=(memory("hot"), memory("warm")), wrap_tier=wrap) as store:
+        save(store, range(12))
+        assert load(store) == ["warm"] * 12
+        assert store.stats().num_failed == 0
+        assert store.stats().tiers["hot"].num_errors > 0
+    assert warm._is_closed
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_misbehaving_tiers_lose_pages_but_never_lie(seed):
     plan = FaultPlan(
@@ -614,16 +637,16 @@ def test_a_byte_flipped_on_disk_is_a_counted_miss_and_refilled(tmp_path):
         assert load(store) == ["ssd"] * 3
 
 
-def test_a_full_disk_stops_writes_only_and_is_found_free_again(tmp_path, monkeypatch):
+def test_a_disk_that_refuses_stops_writes_only_and_is_found_well_again(tmp_path, monkeypatch):
     config = KVStoreConfig(tiers=(ssd(tmp_path),), breaker={"open_s": 0.01, "max_open_s": 0.01})
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
 
     with opened(config) as store:
         save(store, range(2))
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwritev", full)
+            patch.setattr(os, "pwritev", refuse)
             for index in range(2, 8):
                 save(store, [index])
             stats = store.stats()

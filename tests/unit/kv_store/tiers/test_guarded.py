@@ -1,7 +1,5 @@
 import asyncio
 
-import pytest
-
 from kv_store import TierUnavailableError
 from kv_store.faults import FaultPlan, FaultyTier
 from kv_store.tiers.breaker import CircuitBreaker
@@ -115,14 +113,27 @@ async def test_refused_operations_take_no_place():
             assert await guarded.get(KEYS) == [None] * 3
 
 
-async def test_a_bug_in_a_tier_is_raised_and_answered_for():
+async def test_a_bug_in_a_tier_is_a_counted_miss_and_told_once(caplog):
     tier = GatedTier()
     tier.gate.set()
     tier.error = KeyError("a bug")
-    guarded = guard(tier, max_failures=1)
-    with pytest.raises(KeyError):
-        await guarded.get(KEYS)
-    assert not guarded.stats().is_open
+    guarded = guard(tier)
+    for _ in range(2):
+        assert await guarded.get(KEYS) == [None] * 3
+    stats = guarded.stats()
+    assert stats.num_errors == 2
+    assert not stats.is_open
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+
+
+async def test_a_bug_while_a_namespace_is_dropped_is_none_dropped():
+    class Buggy(MemoryTier):
+        async def delete_namespace(self, namespace_id):
+            raise KeyError("a bug")
+
+    guarded = guard(Buggy(1 << 20))
+    assert await guarded.drop_namespace(KEYS[0].namespace_id) == 0
+    assert guarded.stats().num_errors == 1
 
 
 async def test_corrupt_pages_are_counted_as_misses_and_deleted():

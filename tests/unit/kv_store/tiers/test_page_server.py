@@ -1,16 +1,19 @@
 """A real page server on loopback, and its readers."""
 
 import socket
+import threading
 import time
 
 import pytest
+from pydantic import ValidationError
 
-from kv_store import TierUnavailableError
+from kv_store import PeersTierConfig, TierUnavailableError
+from kv_store.tiers import page_server
 from kv_store.tiers.breaker import CircuitBreaker
 from kv_store.tiers.buffers import BufferPool
 from kv_store.tiers.page_directory import ServerAddress, own_address, read_record
 from kv_store.tiers.page_server import PageServer
-from kv_store.tiers.page_session import served_name
+from kv_store.tiers.page_session import PageSession, served_name
 from kv_store.tiers.peer import Peer
 from kv_store.tiers.resp import command
 from kv_store.tiers.valkey_topology import ValkeyAddress
@@ -129,6 +132,76 @@ async def test_one_client_too_many_is_sent_away(start):
         assert first.recv(7) == b"+PONG\r\n"
 
 
+def trickles(client, request):
+    """Whether the server listens to a request that comes byte by byte."""
+    try:
+        for position in range(len(request)):
+            client.sendall(request[position : position + 1])
+            time.sleep(0.02)
+    except OSError:
+        return False
+    return True
+
+
+def test_nobody_has_longer_for_a_token_by_sending_it_slowly(start, monkeypatch):
+    monkeypatch.setattr(page_server, "_AUTH_S", 0.2)
+    _, port = start()
+    with socket.create_connection(("127.0.0.1", port), PATIENT_S) as client:
+        assert not trickles(client, command(b"AUTH", b"x" * 400))
+
+
+def test_nobody_has_longer_for_a_command_by_sending_it_slowly(start, monkeypatch):
+    monkeypatch.setattr(page_server, "_COMMAND_S", 0.2)
+    _, port = start()
+    with socket.create_connection(("127.0.0.1", port), PATIENT_S) as client:
+        client.sendall(command(b"AUTH", TOKEN.encode()))
+        assert client.recv(5) == b"+OK\r\n"
+        assert not trickles(client, command(b"GET", b"x" * 400))
+
+
+async def test_a_client_for_whom_there_is_no_thread_is_sent_away(start, reader, monkeypatch):
+    _, port = start()
+    start_thread = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "kv-page-client":
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with socket.create_connection(("127.0.0.1", port), PATIENT_S) as client:
+            assert client.recv(1) == b""
+    assert await reader(port).get(KEYS[:1], deadline()) == [b"zero"]
+
+
+def test_an_answer_that_was_not_taken_is_not_sent_again(start, pages):
+    class Slow:
+        num_sent = 0
+
+        def settimeout(self, seconds):
+            pass
+
+        def sendall(self, data):
+            self.num_sent += 1
+            raise TimeoutError
+
+    server, _ = start()
+    client, session = Slow(), PageSession(pages, TOKEN.encode())
+    asked = command(b"AUTH", TOKEN.encode()) + command(b"GET", served_name(KEYS[1]))
+    with pytest.raises(TimeoutError):
+        server._answer(client, session, asked)
+    assert client.num_sent == 1
+
+
+def test_what_was_asked_before_nonsense_is_answered(start):
+    _, port = start()
+    with socket.create_connection(("127.0.0.1", port), PATIENT_S) as client:
+        client.sendall(command(b"AUTH", TOKEN.encode()) + command(b"PING") + b"nonsense")
+        with client.makefile("rb") as answers:
+            assert answers.read() == b"+OK\r\n+PONG\r\n"
+
+
 async def test_a_page_larger_than_any_is_not_read(start, reader):
     _, port = start()
     peer = reader(port, max_page_bytes=1000)
@@ -149,12 +222,20 @@ def test_bad_pages_cost_trust_for_a_while(reader):
 
 
 def test_records_are_read_as_written_and_nothing_else_is():
-    for host in ("10.0.0.7", "fe80::1", "node-3.example.org"):
+    for host in ("10.0.0.7", "fe80::1", "node-3.example.org", "node-3.example.org."):
         address = ServerAddress(host, 4711, TOKEN)
         assert read_record(address.pack()) == address
         assert TOKEN not in repr(address)
     for record in (b"", b"2 x", b"1 %b 0 host" % TOKEN.encode(), b"1 %b 70000 h" % TOKEN.encode()):
         assert read_record(record) is None
+
+
+@pytest.mark.parametrize("host", ["", ".", "a..b", ".a", "a..", "a" * 64, "a.b" * 100, "a b", "\n"])
+def test_a_host_that_no_resolver_takes_is_in_no_record(host):
+    assert read_record(ServerAddress(host, 4711, TOKEN).pack()) is None
+    if host:
+        with pytest.raises(ValidationError):
+            PeersTierConfig(host=host)
 
 
 def test_the_way_to_the_hot_tier_leads_over_this_node():

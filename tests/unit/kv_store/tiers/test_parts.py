@@ -56,6 +56,21 @@ def test_two_blobs_of_one_name_have_parts_of_different_names():
     assert not set(names[0]) & set(names[1])
 
 
+def test_two_seals_of_one_page_have_parts_of_different_names():
+    names = [
+        split(nonce + bytes(500), [], 200)[0].part_names(b"kv:{a:b}")
+        for nonce in (b"nonce one...", b"nonce two...")
+    ]
+    assert len(names[0]) == 2
+    assert not set(names[0]) & set(names[1])
+
+
+def test_a_blob_within_its_head_has_no_parts():
+    manifest, parts = split(b"KVM1", [], 100)
+    assert (manifest, parts) == (Manifest(b"KVM1", ()), [])
+    assert read_manifest(manifest.pack()) == manifest
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -25,10 +25,9 @@ def test_an_empty_log_has_no_victim():
 def test_what_was_not_read_leaves_with_its_segment_and_is_remembered():
     policy = filled()
     assert (policy.num_bytes, policy.victim()) == (8, 0)
-    policy.detach(0)
-    assert policy.num_bytes == 6
     assert policy.survivors(0) == []
     assert policy.forget(0) == KEYS[:2]
+    assert policy.num_bytes == 6
     assert [policy.queue_for(key) for key in KEYS[:3]] == [Queue.MAIN] * 2 + [Queue.PROBATION]
 
 
@@ -56,7 +55,6 @@ def test_a_use_counts_for_three_quarters_of_a_budget_of_writes():
 def test_a_page_that_moved_does_not_leave_with_its_old_segment():
     policy = filled()
     policy.read(KEYS[1])
-    policy.detach(0)
     policy.begin(9, Queue.MAIN)
     for key in policy.survivors(0):
         policy.wrote(9, key, 1)
@@ -73,10 +71,8 @@ def test_the_main_queue_gives_way_where_probation_has_less_than_its_share():
     policy.wrote(1, KEYS[3], 1)
     assert policy.victim() == 0
     for segment in (0, 1):
-        policy.detach(segment)
         policy.forget(segment)
     assert policy.victim() == 8
-    policy.detach(8)
     policy.forget(8)
     assert policy.queue_for(KEYS[10]) is Queue.PROBATION, "only probation is remembered"
 
@@ -86,7 +82,6 @@ def test_deleted_pages_are_neither_moved_nor_remembered_and_keep_their_room():
     policy.read(KEYS[0])
     policy.deleted(KEYS[0])
     assert policy.num_bytes == 8
-    policy.detach(0)
     assert policy.survivors(0) == []
     assert policy.forget(0) == [KEYS[1]]
     assert policy.queue_for(KEYS[0]) is Queue.PROBATION
@@ -97,13 +92,30 @@ def test_no_more_is_remembered_than_the_budget_could_hold():
     for index in range(5):
         policy.begin(index, Queue.PROBATION)
         policy.wrote(index, KEYS[index], 1)
-        policy.detach(index)
         policy.forget(index)
     remembered = [policy.queue_for(key) is Queue.MAIN for key in KEYS[:6]]
     assert remembered == [False, False, True, True, True, False]
     policy.begin(7, Queue.MAIN)
     policy.wrote(7, KEYS[4], 1)
     assert policy.queue_for(KEYS[4]) is Queue.PROBATION
+
+
+def test_a_disk_that_is_full_is_the_budget_until_it_has_room_again():
+    policy = filled(budget=1000, segment=100, num_pages=0)
+    policy.begin(0, Queue.PROBATION)
+    policy.wrote(0, KEYS[0], 50)
+    policy.shrink()
+    assert policy.is_cramped
+    assert (policy.budget_bytes, policy.segment_bytes) == (40, 20), "a fifth is for what moves"
+    policy.grow(0)
+    assert policy.budget_bytes == 40
+    policy.grow(550)
+    assert (policy.budget_bytes, policy.segment_bytes) == (550, 100), "half a segment is enough"
+    policy.grow(5)
+    assert policy.budget_bytes == 550, "what is freed may take a while to be free"
+    policy.grow(5000)
+    assert policy.budget_bytes == 1000
+    assert not policy.is_cramped
 
 
 def test_lru_forgets_what_was_used_least_lately():

@@ -4,6 +4,7 @@ import os
 import random
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,6 +100,23 @@ def test_deleted_pages_stay_deleted_and_can_be_written_again(tmp_path):
     fill(log, [KEYS[1]])
     log.close()
     assert held(open_log(tmp_path)) == [0, 1, 2]
+
+
+def test_files_that_are_not_the_log_s_are_left_alone(tmp_path):
+    log = open_log(tmp_path)
+    fill(log, KEYS[:3])
+    log.close()
+    [segment] = segments(tmp_path)
+    strange = [tmp_path / f"segment-{name}.log" for name in ("0000000000-copy", "", "7", "main")]
+    for path in strange:
+        path.write_bytes(segment.read_bytes())
+    again = open_log(tmp_path)
+    fill(again, KEYS[3:6])
+    assert held(again) == list(range(6))
+    records = read_pages(tmp_path)
+    assert len(records) == 6
+    assert not {record.path for record in records.values()} & {*strange}
+    assert all(path.exists() for path in strange)
 
 
 def test_a_file_that_somebody_removed_is_misses_and_no_error(tmp_path):
@@ -213,20 +231,38 @@ def test_an_erased_page_is_a_miss_at_once_and_after_a_restart(tmp_path):
     assert not erase(records[KEYS[0]])
 
 
-def test_a_full_disk_while_pages_move_loses_them_and_nothing_else(tmp_path, monkeypatch):
+def test_a_disk_that_refuses_pages_that_move_loses_them_and_nothing_else(tmp_path, monkeypatch):
     log = open_log(tmp_path, budget_bytes=8 * ALIGNMENT)
     fill(log, KEYS[:8])
     log.read(KEYS[0])
 
-    def full(fd, buffers, offset):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def refuse(fd, buffers, offset):
+        raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "pwritev", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "pwritev", refuse)
+    with pytest.raises(OSError, match="Input/output"):
         log.append(KEYS[8], blob_of(KEYS[8]))
     monkeypatch.undo()
     fill(log, KEYS[8:10])
     assert held(log) == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_file_that_cannot_be_removed_stays_counted(tmp_path, monkeypatch):
+    log = open_log(tmp_path, budget_bytes=8 * ALIGNMENT)
+    fill(log, KEYS[:8])
+
+    def refuse(path, **_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        for _ in range(3):
+            with pytest.raises(OSError, match="not permitted"):
+                log.append(KEYS[8], blob_of(KEYS[8]))
+    assert held(log) == list(range(8))
+    assert log.usage() == TierUsage(8, 8 * ALIGNMENT)
+    fill(log, KEYS[8:9])
+    assert log.usage() == TierUsage(7, 7 * ALIGNMENT), "half of the first file was moved"
 
 
 def test_reads_and_writes_pass_the_page_cache_by_where_the_file_system_allows(tmp_path):
@@ -304,34 +340,99 @@ def test_a_page_is_written_once(tmp_path):
     assert held(log) == [0]
 
 
+class SmallDisk:
+    """Has room for so many bytes in a folder."""
+
+    def __init__(self, folder, num_bytes, monkeypatch):
+        self.num_bytes = num_bytes
+        self._folder = folder
+        self._pwritev = os.pwritev
+        monkeypatch.setattr(os, "pwritev", self._write)
+        monkeypatch.setattr(
+            os, "statvfs", lambda _: SimpleNamespace(f_bavail=self.free, f_frsize=1)
+        )
+
+    @property
+    def free(self):
+        return self.num_bytes - sum(path.stat().st_size for path in segments(self._folder))
+
+    def _write(self, fd, buffers, offset):
+        if offset + len(buffers[0]) - os.fstat(fd).st_size > self.free:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._pwritev(fd, buffers, offset)
+
+
+@pytest.mark.parametrize("disk_blocks", [2, 11, 20])
+def test_a_disk_smaller_than_the_budget_is_used_as_far_as_it_goes(
+    tmp_path, monkeypatch, disk_blocks
+):
+    SmallDisk(tmp_path, disk_blocks * ALIGNMENT, monkeypatch)
+    log = open_log(tmp_path)
+    fewest = disk_blocks
+    for count, key in enumerate(KEYS, start=1):
+        fill(log, [key])
+        if count >= disk_blocks:
+            fewest = min(fewest, log.usage().num_pages)
+    assert fewest >= disk_blocks // 2
+    assert held(log)[-1] == 39
+    log.close()
+    assert held(open_log(tmp_path)) == held(log)
+
+
+def test_what_is_read_stays_on_a_small_disk_too(tmp_path, monkeypatch):
+    SmallDisk(tmp_path, 24 * ALIGNMENT, monkeypatch)
+    log = open_log(tmp_path)
+    fill(log, KEYS[:25])  # from here on the log knows how small it is
+    for key in KEYS[25:]:
+        log.read(KEYS[20])
+        fill(log, [key])
+    for key in KEYS[:12]:
+        log.delete(key)
+        log.read(KEYS[20])
+        fill(log, [key])
+    assert log.contains(KEYS[20])
+    assert not log.contains(KEYS[21])
+
+
+def test_room_that_others_give_back_is_used(tmp_path, monkeypatch):
+    disk = SmallDisk(tmp_path, 4 * ALIGNMENT, monkeypatch)
+    log = open_log(tmp_path)
+    fill(log, KEYS[:8])
+    assert log.usage().num_pages <= 4
+    disk.num_bytes = 1 << 30
+    fill(log, KEYS[8:])
+    assert held(log)[-32:] == list(range(8, 40))
+
+
 @pytest.mark.parametrize("num_before", [0, 2])
 @pytest.mark.parametrize(("is_torn", "is_raised"), [(False, True), (True, False), (True, True)])
-def test_a_full_disk_leaves_the_log_as_it_was(
+def test_a_disk_that_refuses_leaves_the_log_as_it_was_and_a_full_one_makes_room(
     tmp_path, monkeypatch, num_before, is_torn, is_raised
 ):
     log = open_log(tmp_path)
     fill(log, KEYS[:num_before])
 
-    def full(fd, buffers, offset):
+    def refuse(fd, buffers, offset):
         num_written = 0
         if is_torn:  # through the cache, since direct writes are whole blocks
             with Path(f"/proc/self/fd/{fd}").open("r+b", buffering=0) as file:
                 file.seek(offset)
                 num_written = file.write(buffers[0][:128])
         if is_raised:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.EIO, "Input/output error")
         return num_written
 
-    monkeypatch.setattr(os, "pwritev", full)
+    monkeypatch.setattr(os, "pwritev", refuse)
     for _ in range(3):
-        with pytest.raises(OSError, match=r"No space|only a part"):
+        with pytest.raises(OSError, match=r"Input/output|only a part"):
             log.append(KEYS[5], blob_of(KEYS[5]))
-    assert held(log) == list(range(num_before))
-    assert sum(path.stat().st_size for path in segments(tmp_path)) == num_before * ALIGNMENT
+    num_left = num_before if is_raised else 0
+    assert held(log) == list(range(num_left))
+    assert sum(path.stat().st_size for path in segments(tmp_path)) == num_left * ALIGNMENT
     monkeypatch.undo()
     fill(log, [KEYS[5]])
     log.close()
-    assert held(open_log(tmp_path)) == [*range(num_before), 5]
+    assert held(open_log(tmp_path)) == [*range(num_left), 5]
 
 
 def test_readers_never_see_another_pages_bytes_while_files_are_reclaimed(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib
 import json
@@ -34,6 +35,7 @@ from kv_store import (
     TierStats,
     ValkeyTierConfig,
 )
+from kv_store.page_mover import PageMover
 from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.valkey_admin import admin_clients, read_page, stored_pages
 from kv_store.tiers.valkey_topology import ValkeyAddress
@@ -231,6 +233,22 @@ def test_a_batch_of_128_pages_passes_a_queue_of_few(open_rank):
     assert all(same_page(rank.pool, page, before, page) for page in range(128))
     assert rank.backend.get_stats().prefetch_pgs == [128]
     assert rank.backend.get_stats().prefetch_pgs == []
+
+
+def test_saving_does_not_wait_for_pages_that_move_between_tiers(open_rank, tmp_path, monkeypatch):
+    async def never(mover, served):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(PageMover, "_spread", never)
+    monkeypatch.setattr(shared_pages, "_SAVE_TIMEOUT_S", 1.0)
+    two = (MemoryTierConfig(), *on_disk(tmp_path).tiers)
+    rank = open_rank(KVStoreConfig(tiers=two))
+    chain = names(4)
+    assert rank.set(chain[:2], [0, 1]) == [True] * 2
+    rank.wait_for(chain[:2])
+    assert rank.get(chain[:2], [4, 5]) == [True] * 2
+    assert rank.set(chain[2:], [2, 3]) == [True] * 2
+    rank.wait_for(chain)
 
 
 def test_what_follows_a_missing_page_is_not_loaded(open_rank):

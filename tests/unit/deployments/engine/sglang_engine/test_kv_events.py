@@ -111,6 +111,16 @@ def test_an_event_that_cannot_be_read_leaves_nothing_certain(source, held):
     hears(held, "e0", "lost")
 
 
+def test_a_source_that_cannot_be_opened_leaves_nothing_certain():
+    def refuse():
+        raise OSError("too many open files")
+
+    held = Held()
+    reader = EventReader(refuse, held)
+    hears(held, "lost")
+    reader.close()
+
+
 def test_the_publisher_keeps_no_more_than_can_be_queued():
     settings = json.loads(kv_events.publisher_settings(Path("/folder")))
     assert settings["publisher"] == "zmq"
