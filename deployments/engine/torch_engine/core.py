@@ -131,16 +131,17 @@ class EngineCore:
         """
         sequence = self._new_sequence(session_id, request, structure)
         self._open[session_id] = sequence
-        if self._scheduler.is_full:
-            loser = self._scheduler.waiting.first_to_leave(sequence) or sequence
-            self._fail(loser, EngineOverloadedError("The engine's waiting queue is full."))
-            if loser is sequence:
-                return
         num_kept, stop = sequence.stop.cut(request.resumed_output_ids)
         if stop is not None or 0 < num_kept == sequence.stop.max_output_tokens:
             # The replica that died had just not told anybody that the output was complete.
             self._end(sequence, (), stop or Stop(FinishReason.LENGTH))
             return
+        # What another replica had begun is owed its end; no more of it comes than ran there.
+        if self._scheduler.is_full and not request.resumed_output_ids:
+            loser = self._scheduler.waiting.first_to_leave(sequence) or sequence
+            self._fail(loser, EngineOverloadedError("The engine's waiting queue is full."))
+            if loser is sequence:
+                return
         self._scheduler.add(sequence)
 
     def abort(self, session_id: int) -> None:

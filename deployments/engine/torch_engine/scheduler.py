@@ -12,6 +12,7 @@ has lost the least, and it comes back only when others have ended, so the engine
 
 from __future__ import annotations
 
+import math
 from bisect import bisect, insort
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -177,8 +178,9 @@ class Scheduler:
             return
         cached_pages = self._pool.acquire_prefix(urgent.reusable_keys)
         num_pages = _num_pages(urgent) - len(cached_pages)
-        num_owned = sum(len(sequence.page_table) for sequence in leaving)
-        if num_pages + _num_reserved(staying) <= self._pool.num_free + num_owned:
+        kept = {page for sequence in staying for page in sequence.page_table}.union(cached_pages)
+        freed = {page for sequence in leaving for page in sequence.page_table} - kept
+        if num_pages + _num_reserved(staying) <= self._pool.num_free + len(freed):
             while len(self.running) > len(staying) and not self._has_room(num_pages):
                 self._preempt(self.running[-1])
         self._pool.release(cached_pages)
@@ -242,12 +244,16 @@ class Scheduler:
         """Admit whoever would get tokens at once, and cut the prefills' chunks.
 
         Sequences that are too long for what is left are passed over, as others before them keep
-        the step busy; one that lacks pages is not, or it might lack them for ever.
+        the step busy, but not for less urgent ones, which would have to yield to them at once; one
+        that lacks pages is not, or it might lack them for ever.
         """
         secured = set(decoding)
         prefilling = [sequence for sequence in self.running if sequence not in secured]
         self._prefilling = [other for other in self._prefilling if other in prefilling]
+        least_urgent = math.inf
         for candidate in self.next_in_line() if budget else ():
+            if candidate.priority > least_urgent:
+                break
             if candidate.is_loading or self._is_under_way(candidate):
                 continue
             num_cached = self._pool.touch_prefix(candidate.reusable_keys) * PAGE_TOKENS
@@ -255,6 +261,7 @@ class Scheduler:
             num_uncomputed = [sequence.num_uncomputed_tokens for sequence in prefilling]
             num_uncomputed.insert(place, len(candidate.token_ids) - num_cached)
             if not share_budget(num_uncomputed, budget)[place]:
+                least_urgent = candidate.priority
                 continue
             if not self._admit(candidate):
                 break

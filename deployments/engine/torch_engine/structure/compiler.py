@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from deployments.engine.errors import EngineOverloadedError, RequestRejectedError
+from deployments.engine.errors import (
+    EngineDeadError,
+    EngineOverloadedError,
+    RequestRejectedError,
+)
 from deployments.engine.torch_engine.structure.constraint import Constraint
 from deployments.engine.torch_engine.structure.grammar import grammar_of, rejected
 
@@ -66,6 +70,7 @@ class StructureCompiler:
         Raises:
             RequestRejectedError: the structure is wrong, or this engine has no tokenizer.
             EngineOverloadedError: too many others are waiting for theirs.
+            EngineDeadError: the compiler was closed before the turn came.
         """
         if self._num_pending >= _MAX_PENDING:
             raise EngineOverloadedError("Too many structured outputs are being prepared.")
@@ -77,6 +82,11 @@ class StructureCompiler:
             return await asyncio.wait_for(work, _TIMEOUT_S)
         except TimeoutError as error:
             raise EngineOverloadedError("The structured output was not ready in time.") from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise  # whoever asked has left
+            raise EngineDeadError("The engine has been closed.") from None
         finally:
             self._num_pending -= 1
 

@@ -136,6 +136,21 @@ def test_one_request_too_many_is_refused():
     assert all(session.ends[i].finish_reason is FinishReason.LENGTH for i in (1, 2, 3))
 
 
+@pytest.mark.parametrize("num_resumed", [5, 40])
+def test_what_another_replica_had_begun_finds_a_place_in_a_full_queue(num_resumed):
+    session = Session(make_config(max_num_seqs=1, max_waiting=2))
+    for session_id in range(1, 4):
+        session.add(session_id, make_request(f"r{session_id}", max_tokens=2))
+    resumed = make_request(max_tokens=40, resumed_output_ids=PLAIN[:num_resumed])
+    session.add(4, resumed)
+    session.add(5, make_request("one too many"))
+    assert isinstance(session.ends.pop(5), EngineOverloadedError)
+    session.run()
+    assert {end.finish_reason for end in session.ends.values()} == {FinishReason.LENGTH}
+    assert PLAIN[num_resumed:] == tuple(session.tokens[4])
+    session.assert_all_free()
+
+
 def test_lower_priority_value_goes_first():
     session = Session(make_config(max_num_seqs=1))
     session.add(1, make_request("a", priority=1))

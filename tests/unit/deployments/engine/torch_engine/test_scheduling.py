@@ -197,6 +197,35 @@ def test_nobody_is_preempted_for_an_urgent_request_that_would_not_fit_anyway():
     assert len(session.ends) == 3
 
 
+def test_nobody_yields_whose_pages_stay_with_others():
+    session = Session(make_config(num_pages=24, max_num_seqs=16, max_batch_tokens=512))
+    session.add(1, make_request("equal", [1] * 640, priority=1, max_tokens=60))
+    for number in range(2, 8):  # choices of one request share the pages of its prompt
+        choice = make_request(f"choice{number}", PROMPT, choice_index=number, priority=5)
+        session.add(number, choice)
+    for _ in range(6):
+        session.step()
+    assert session.core.stats().num_running == 7
+    session.add(8, make_request("urgent", [3] * 1000, priority=1))
+    session.step()
+    assert session.core.stats().num_preemptions == 0
+    session.run()
+    assert len(session.ends) == 8
+
+
+def test_who_has_yielded_does_not_come_back_while_the_urgent_one_waits():
+    session = Session(make_config(num_pages=62, max_num_seqs=8, max_batch_tokens=64))
+    session.add(1, make_request("yields", [2] * 70, priority=5, max_tokens=200, ignore_eos=True))
+    for _ in range(8):
+        session.step()
+    session.add(2, make_request("long", [1] * 1900, priority=1, max_tokens=20))
+    session.step()
+    session.add(3, make_request("longer", [3] * 1950, priority=1, max_tokens=20))
+    session.run()
+    assert session.core.stats().num_preemptions <= 2
+    assert len(session.ends) == 3
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_overload_wastes_little(seed):
     """Far more requests than pages allow: counters, not time, show that it does not thrash."""

@@ -155,6 +155,21 @@ async def test_close_while_a_structure_is_compiled(tokenizer_and_engine):
         await task
 
 
+async def test_close_while_structures_wait_to_be_compiled(tokenizer_and_engine):
+    tokenizer, engine = tokenizer_and_engine
+    tokenizer.go_on.clear()
+    tasks = [
+        asyncio.create_task(collect(engine, make_request(f"r{i}", structure=DIGITS)))
+        for i in range(4)
+    ]
+    await eventually(tokenizer.is_asked.is_set)
+    closing = asyncio.create_task(engine.close())
+    tokenizer.go_on.set()
+    await closing
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(end) for end in ends} == {EngineDeadError}
+
+
 async def test_a_crowd_of_structures_is_refused(tokenizer_and_engine, monkeypatch):
     tokenizer, engine = tokenizer_and_engine
     monkeypatch.setattr(compiler_module, "_MAX_PENDING", 3)
