@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, TypeVar
 
-from kv_store.errors import TierUnavailableError
+from kv_store.errors import TierBusyError, TierUnavailableError
 from kv_store.page_store import TierStats
 
 if TYPE_CHECKING:
@@ -190,6 +190,10 @@ class GuardedTier:
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await operation()
+        except TierBusyError:
+            self._num_errors += 1
+            breaker.record_untried()
+            return None
         except (TierUnavailableError, TimeoutError) as exc:
             self._failed(breaker, exc)
             return None

@@ -1,6 +1,7 @@
 import asyncio
 
 from kv_store import TierUnavailableError
+from kv_store.errors import TierBusyError
 from kv_store.faults import FaultPlan, FaultyTier
 from kv_store.tiers.breaker import CircuitBreaker
 from kv_store.tiers.guarded import GuardedTier
@@ -51,6 +52,17 @@ async def test_failures_are_misses_and_open_the_breaker():
     stats = guarded.stats()
     assert stats.num_errors == 2, "an open breaker asks no more"
     assert not stats.is_open
+
+
+async def test_waits_behind_others_are_misses_that_leave_the_tier_in_service():
+    tier = GatedTier()
+    tier.gate.set()
+    tier.error = TierBusyError("no time was left")
+    guarded = guard(tier)
+    for _ in range(4):
+        assert await guarded.get(KEYS) == [None] * 3
+    assert tier.num_asked == guarded.stats().num_errors == 4
+    assert guarded.stats().is_open
 
 
 async def test_writes_have_their_own_breaker():

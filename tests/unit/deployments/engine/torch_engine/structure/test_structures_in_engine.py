@@ -164,6 +164,7 @@ async def test_close_while_structures_wait_to_be_compiled(tokenizer_and_engine):
     ]
     await eventually(tokenizer.is_asked.is_set)
     closing = asyncio.create_task(engine.close())
+    await eventually(lambda: sum(task.done() for task in tasks) == 2)
     tokenizer.go_on.set()
     await closing
     ends = await asyncio.gather(*tasks, return_exceptions=True)
