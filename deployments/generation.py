@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from deployments.detokenizer import ChoiceText
+from deployments.choice_text import ChoiceText
 from deployments.engine.types import GenerationRequest
 from deployments.errors import ContextLengthError, RequestInvalidError, RequestTooLargeError
 from deployments.merge import merge
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from deployments.accounting import RequestTotals
+    from deployments.choice_text import PlacedLogprob
     from deployments.config import IngressConfig
-    from deployments.detokenizer import PlacedLogprob
     from deployments.engine.types import (
         FinishReason,
         StructuredOutput,
