@@ -10,8 +10,9 @@ from deployments.engine.types import FinishReason
 from deployments.errors import RequestInvalidError
 from deployments.openai_api import EmbeddingCall, Message
 from deployments.openai_structure import StructuredOutputs, requested_structure
-from deployments.sampling import MAX_TPOT_TARGET_S, NumLogprobs, SamplingFields, validate
+from deployments.sampling import MAX_TPOT_TARGET_S, NumLogprobs, SamplingFields
 from deployments.tokenizer import ChatTurn
+from deployments.wire_model import validate
 from protos import inference_pb2 as pb
 
 if TYPE_CHECKING:

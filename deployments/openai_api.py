@@ -19,14 +19,8 @@ from deployments.openai_structure import (
     StructuredOutputs,
     requested_structure,
 )
-from deployments.sampling import (
-    NumLogprobs,
-    SamplingFields,
-    TokenId,
-    TpotTarget,
-    WireModel,
-    validate,
-)
+from deployments.sampling import NumLogprobs, SamplingFields, TokenId, TpotTarget
+from deployments.wire_model import WireModel, validate
 
 if TYPE_CHECKING:
     from deployments.engine.types import StructuredOutput

@@ -10,6 +10,7 @@ from deployments.openai_api import (
     ChatCompletionRequest,
     CompletionRequest,
     EmbeddingsRequest,
+    StreamOptions,
     parse_body,
 )
 
@@ -58,7 +59,7 @@ def plain(**fields: object) -> bytes:
         ("ignore_eos", 1, "ignore_eos"),
         ("stream", "yes", "stream"),
         ("stream_options", {"include_usage": 1}, "stream_options.include_usage"),
-        ("speculation", None, "speculation"),
+        ("speculation", 1, "speculation"),
         ("tpot_target_s", 0, "tpot_target_s"),
         ("tpot_target_s", 61, "tpot_target_s"),
         ("tpot_target_s", "0.1", "tpot_target_s"),
@@ -93,6 +94,37 @@ def test_a_missing_field_is_named(field: str) -> None:
     body = {name: value for name, value in CHAT.items() if name != field}
     with pytest.raises(RequestInvalidError, match=f"Missing required parameter: '{field}'"):
         parse_body(json.dumps(body).encode(), ChatCompletionRequest)
+
+
+@pytest.mark.parametrize(
+    ("model", "needed"),
+    [
+        (ChatCompletionRequest, CHAT),
+        (CompletionRequest, PLAIN),
+        (EmbeddingsRequest, {"model": "m", "input": "hi"}),
+    ],
+)
+def test_null_is_as_good_as_absent(
+    model: type[ChatCompletionRequest], needed: dict[str, object]
+) -> None:
+    nulls = dict.fromkeys(set(model.model_fields) - set(needed))
+    assert parse_body(json.dumps(needed | nulls).encode(), model) == parse_body(
+        json.dumps(needed).encode(), model
+    )
+
+
+def test_null_is_as_good_as_absent_in_stream_options() -> None:
+    options = {"include_usage": None, "include_obfuscation": None}
+    request = parse_body(chat(stream=True, stream_options=options), ChatCompletionRequest)
+    assert request.stream_options == StreamOptions()
+
+
+def test_a_null_in_a_schema_is_kept() -> None:
+    schema = {"const": None}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    structure = parse_body(chat(response_format=wanted), ChatCompletionRequest).structure
+    assert structure is not None
+    assert json.loads(structure.text) == schema
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"temperature": NaN}', b"nope"])

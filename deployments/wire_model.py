@@ -1,0 +1,81 @@
+"""What every request from outside is validated by: strict types, and errors that name the field."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from deployments.errors import RequestInvalidError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+M = TypeVar("M", bound="WireModel")
+
+
+class WireModel(BaseModel):
+    """A request from outside, or a part of one.
+
+    JSON types are never coerced, unknown fields are refused, and null is as good as absent.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:  # noqa: ANN401 - whatever was sent
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+
+def validate(model: type[M], data: dict[str, Any]) -> M:
+    """Validate outside data against a wire model.
+
+    Raises:
+        RequestInvalidError: names the first field at fault.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _invalid_request(error) from error
+
+
+def _invalid_request(error: ValidationError) -> RequestInvalidError:
+    """The first finding of a validation as an error that names the field, never its value."""
+    finding = _most_specific(error.errors(include_url=False, include_input=False))
+    param = _path(finding["loc"])
+    if finding["type"] == "extra_forbidden":
+        return RequestInvalidError(f"Unrecognized request argument supplied: {param}", param)
+    if finding["type"] == "missing":
+        return RequestInvalidError(f"Missing required parameter: '{param}'.", param)
+    return RequestInvalidError(f"Invalid value for '{param}': {finding['msg']}.", param or None)
+
+
+def _most_specific(findings: list[ErrorDetails]) -> ErrorDetails:
+    # A union reports every branch; the deepest location is the branch the client meant.
+    first = findings[0]
+    field = first["loc"][:1]
+    same_field = [finding for finding in findings if finding["loc"][:1] == field]
+    return max(same_field, key=lambda finding: len(finding["loc"]))
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """``("messages", 0, "content")`` as ``messages[0].content``; union branch tags left out."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in {"str", "list", "int", "float", "dict"}:
+            path += f".{part}" if path else part
+        if path == "logit_bias":
+            break
+    return path
