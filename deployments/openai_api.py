@@ -13,7 +13,7 @@ import orjson
 from pydantic import Field
 
 from deployments.engine.embedding import Pooling
-from deployments.errors import RequestInvalidError, UnsupportedParameterError
+from deployments.errors import RequestInvalidError
 from deployments.openai_structure import (
     ResponseFormat,
     StructuredOutputs,
@@ -30,27 +30,36 @@ R = TypeVar("R", bound=WireModel)
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 MaxTokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "top_logprobs": (None, 0),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None, "none"),
-    "web_search_options": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "verbosity": (None, "medium"),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "dimensions": (None,),
+_UNIMPLEMENTED: dict[str, tuple[object, ...]] = {
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": ("medium",),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "dimensions": (),
 }
-"""Parameter -> the values that ask for nothing."""
+"""Of requests; see ``WireModel.unimplemented``."""
+
+_UNIMPLEMENTED_IN_MESSAGES: dict[str, tuple[object, ...]] = {
+    "refusal": ("",),
+    "annotations": ([],),
+    "audio": (),
+    "tool_calls": ([],),
+    "function_call": (),
+    "tool_call_id": (),
+}
 
 _IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Labels for the provider's own records; they never change an answer."""
@@ -66,9 +75,11 @@ class TextPart(WireModel):
 
 
 class Message(WireModel):
-    """One turn of a conversation."""
+    """One turn of a conversation; an answer of this server can be sent back as it is."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    unimplemented = _UNIMPLEMENTED_IN_MESSAGES
+
+    role: Literal["system", "developer", "user", "assistant"]
     """Who speaks."""
     content: str | Annotated[list[TextPart], Field(min_length=1)]
     """What is said."""
@@ -93,6 +104,8 @@ class StreamOptions(WireModel):
 
 class OpenAIRequest(SamplingFields):
     """What chat and plain completions share."""
+
+    unimplemented = _UNIMPLEMENTED
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     """The served model's id."""
@@ -215,6 +228,8 @@ class EmbeddingCall(NamedTuple):
 class EmbeddingsRequest(WireModel):
     """``POST /v1/embeddings``. Vectors have the model's hidden size; ``dimensions`` is refused."""
 
+    unimplemented = _UNIMPLEMENTED
+
     model: Annotated[str, Field(min_length=1, max_length=256)]
     """The served model's id."""
     input: (
@@ -260,7 +275,7 @@ def parse_body(body: bytes, model: type[R]) -> R:
         raise RequestInvalidError("The request body is not valid JSON.") from error
     if not isinstance(data, dict):
         raise RequestInvalidError("The request body must be a JSON object.")
-    request = validate(model, _without_unsupported(data, model))
+    request = validate(model, {key: value for key, value in data.items() if key not in _IGNORED})
     if (
         isinstance(request, OpenAIRequest)
         and request.stream_options is not None
@@ -270,20 +285,3 @@ def parse_body(body: bytes, model: type[R]) -> R:
             "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
         )
     return request
-
-
-def _without_unsupported(data: dict[str, Any], model: type[WireModel]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for name, value in data.items():
-        if name in model.model_fields:
-            kept[name] = value
-        elif name in _UNSUPPORTED:
-            # Compared with the type, because False == 0 and 1 == True.
-            defaults = _UNSUPPORTED[name]
-            if not any(type(value) is type(default) and value == default for default in defaults):
-                raise UnsupportedParameterError(
-                    f"Unsupported parameter: '{name}' is not supported by this server.", param=name
-                )
-        elif name not in _IGNORED:
-            kept[name] = value
-    return kept

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from deployments.errors import RequestInvalidError
+from deployments.errors import RequestInvalidError, UnsupportedParameterError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 M = TypeVar("M", bound="WireModel")
+
+_UNIMPLEMENTED = "unimplemented"
 
 
 class WireModel(BaseModel):
@@ -19,6 +23,10 @@ class WireModel(BaseModel):
 
     JSON types are never coerced, unknown fields are refused, and null is as good as absent.
     """
+
+    unimplemented: ClassVar[Mapping[str, Sequence[object]]] = {}
+    """Fields of the public API that are known only to be refused -> the values, besides null, that
+    ask for nothing. A class that has a field of such a name implements it."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -31,10 +39,18 @@ class WireModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: Any) -> Any:  # noqa: ANN401 - whatever was sent
+    def _without_what_asks_for_nothing(cls, data: Any) -> Any:  # noqa: ANN401 - whatever was sent
         if not isinstance(data, dict):
             return data
-        return {name: value for name, value in data.items() if value is not None}
+        asked: dict[str, Any] = {}
+        for name, value in data.items():
+            neutral = None if name in cls.model_fields else cls.unimplemented.get(name)
+            if value is None or (neutral is not None and _is_one_of(value, neutral)):
+                continue
+            if neutral is not None:
+                raise PydanticCustomError(_UNIMPLEMENTED, "Not implemented", {"name": name})
+            asked[name] = value
+        return asked
 
 
 def validate(model: type[M], data: dict[str, Any]) -> M:
@@ -42,6 +58,7 @@ def validate(model: type[M], data: dict[str, Any]) -> M:
 
     Raises:
         RequestInvalidError: names the first field at fault.
+        UnsupportedParameterError: a known field that is not implemented asks for something.
     """
     try:
         return model.model_validate(data)
@@ -52,12 +69,22 @@ def validate(model: type[M], data: dict[str, Any]) -> M:
 def _invalid_request(error: ValidationError) -> RequestInvalidError:
     """The first finding of a validation as an error that names the field, never its value."""
     finding = _most_specific(error.errors(include_url=False, include_input=False))
+    if finding["type"] == _UNIMPLEMENTED:
+        param = _path((*finding["loc"], finding["ctx"]["name"]))
+        return UnsupportedParameterError(
+            f"Unsupported parameter: '{param}' is not supported by this server.", param
+        )
     param = _path(finding["loc"])
     if finding["type"] == "extra_forbidden":
         return RequestInvalidError(f"Unrecognized request argument supplied: {param}", param)
     if finding["type"] == "missing":
         return RequestInvalidError(f"Missing required parameter: '{param}'.", param)
     return RequestInvalidError(f"Invalid value for '{param}': {finding['msg']}.", param or None)
+
+
+def _is_one_of(value: object, neutral: Sequence[object]) -> bool:
+    # Compared with the type, because False == 0 and 1 == True.
+    return any(type(value) is type(nothing) and value == nothing for nothing in neutral)
 
 
 def _most_specific(findings: list[ErrorDetails]) -> ErrorDetails:

@@ -70,7 +70,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """system, developer, user, assistant or tool"""
+    """system, developer, user or assistant"""
     content: _builtins.str
     def __init__(
         self,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from deployments.engine.embedding import Pooling
 from deployments.errors import RequestInvalidError, UnsupportedParameterError, describe
@@ -10,6 +11,7 @@ from deployments.openai_api import (
     ChatCompletionRequest,
     CompletionRequest,
     EmbeddingsRequest,
+    Message,
     StreamOptions,
     parse_body,
 )
@@ -68,6 +70,7 @@ def plain(**fields: object) -> bytes:
         ("messages", [{"role": "user"}], "messages[0].content"),
         ("messages", [{"role": "user", "content": None}], "messages[0].content"),
         ("messages", [{"role": "user", "content": []}], "messages[0].content"),
+        ("messages", [{"role": "tool", "content": "x"}], "messages[0].role"),
         ("messages", [{"role": "robot", "content": "x"}], "messages[0].role"),
         (
             "messages",
@@ -239,6 +242,29 @@ def test_both_names_of_the_output_limit_are_refused() -> None:
     request = parse_body(chat(max_tokens=1, max_completion_tokens=1), ChatCompletionRequest)
     with pytest.raises(RequestInvalidError, match="cannot both be set"):
         _ = request.output_limit
+
+
+@pytest.mark.parametrize("more", [{}, {"refusal": "", "annotations": [], "tool_calls": []}])
+def test_an_answer_can_be_sent_back_as_the_sdk_dumps_it(more: dict[str, object]) -> None:
+    answer = ChatCompletionMessage(role="assistant", content="hello").model_dump() | more
+    request = parse_body(chat(messages=[*CHAT["messages"], answer]), ChatCompletionRequest)
+    assert request.messages[1] == Message(role="assistant", content="hello")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tool_calls", [{"id": "1", "type": "function"}]),
+        ("function_call", {"name": "f", "arguments": ""}),
+        ("tool_call_id", "1"),
+        ("refusal", "I cannot."),
+    ],
+)
+def test_what_a_message_asks_for_in_vain_is_named(field: str, value: object) -> None:
+    messages = [*CHAT["messages"], {"role": "assistant", "content": "x", field: value}]
+    with pytest.raises(UnsupportedParameterError) as caught:
+        parse_body(chat(messages=messages), ChatCompletionRequest)
+    assert caught.value.param == f"messages[1].{field}"
 
 
 def test_text_parts_are_joined() -> None:
