@@ -88,11 +88,11 @@ def _is_one_of(value: object, neutral: Sequence[object]) -> bool:
 
 
 def _most_specific(findings: list[ErrorDetails]) -> ErrorDetails:
-    # A union reports every branch; the deepest location is the branch the client meant.
-    first = findings[0]
-    field = first["loc"][:1]
+    # A union reports every branch. The client meant the one whose type fits, or else the one that
+    # fits as deep as possible.
+    field = findings[0]["loc"][:1]
     same_field = [finding for finding in findings if finding["loc"][:1] == field]
-    return max(same_field, key=lambda finding: len(finding["loc"]))
+    return max(same_field, key=lambda at: (not at["type"].endswith("_type"), len(at["loc"])))
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -92,6 +92,22 @@ def test_a_bad_field_is_named(field: str, value: object, param: str) -> None:
     assert param.split("[")[0].split(".")[0] in error.message
 
 
+@pytest.mark.parametrize(
+    ("body", "want"),
+    [
+        (plain(stop=["a"] * 5), "'stop': List should have at most 4 items"),
+        (plain(stop=5), "'stop': Input should be a valid string"),
+        (plain(stop=""), "'stop': String should have at least 1 character"),
+        (plain(prompt=["a"] * 65), "'prompt': List should have at most 64 items"),
+        (plain(prompt=[]), "'prompt': List should have at least 1 item"),
+        (plain(prompt=[5, -1]), r"'prompt\[1\]': Input should be greater than or equal to 0"),
+    ],
+)
+def test_of_several_forms_the_one_that_was_meant_is_explained(body: bytes, want: str) -> None:
+    with pytest.raises(RequestInvalidError, match=f"^Invalid value for {want}"):
+        parse_body(body, CompletionRequest)
+
+
 @pytest.mark.parametrize("field", ["model", "messages"])
 def test_a_missing_field_is_named(field: str) -> None:
     body = {name: value for name, value in CHAT.items() if name != field}
