@@ -253,13 +253,10 @@ class EmbeddingsRequest(WireModel):
 
 
 def _texts(value: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    if isinstance(value, str):
+    # Items have one type, as validated, and there is at least one.
+    if isinstance(value, str) or isinstance(value[0], int):
         return [value]
-    items: list[str | int | list[int]] = list(value)
-    token_ids = [item for item in items if isinstance(item, int)]
-    if token_ids:
-        return [token_ids]
-    return [item for item in items if not isinstance(item, int)]
+    return [*value]
 
 
 def parse_body(body: bytes, model: type[R]) -> R:
