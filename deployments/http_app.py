@@ -9,13 +9,14 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from deployments.engine.errors import DeadlineExceededError
 from deployments.errors import (
     MethodNotAllowedError,
+    RequestCancelledError,
     RequestInvalidError,
     RequestTooLargeError,
     RouteNotFoundError,
@@ -81,6 +82,7 @@ async def read_body(request: Request, max_bytes: int, deadline: float) -> bytes:
     Raises:
         RequestTooLargeError: it is, or claims to be, longer than ``max_bytes``.
         RequestInvalidError: its length header is no number.
+        RequestCancelledError: the client went away before its end.
         DeadlineExceededError: the end did not come in time.
     """
     claimed = request.headers.get("content-length")
@@ -97,6 +99,8 @@ async def read_body(request: Request, max_bytes: int, deadline: float) -> bytes:
                     raise RequestTooLargeError(
                         f"The request body is larger than {max_bytes} bytes."
                     )
+    except ClientDisconnect as error:
+        raise RequestCancelledError("The client left before the end of its request.") from error
     except TimeoutError as error:
         raise DeadlineExceededError("The request's deadline passed.") from error
     return bytes(body)

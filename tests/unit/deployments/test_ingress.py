@@ -118,6 +118,16 @@ async def test_an_upload_ends_at_the_deadline(tmp_path: Path, path: str) -> None
     assert await asyncio.wait_for(upload.status(), 60) == 504
 
 
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_client_that_leaves_during_its_upload_is_no_fault(
+    tmp_path: Path, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    upload = Upload(echo_ingress(tmp_path, auth=AUTH), path)
+    upload.disconnected.set()
+    assert await upload.status() == 499
+    assert not caplog.records
+
+
 async def test_a_stream_holds_its_place_to_its_end(tmp_path: Path) -> None:
     replica = echo_ingress(tmp_path, auth=AUTH)
     body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 3, "stream": True}).encode()
