@@ -214,7 +214,7 @@ class Generation:
         requests: list[GenerationRequest] = []
         for prompt in prompts:
             room = self._max_model_len - len(prompt)
-            if room < 1:
+            if room < (max_tokens != 0):
                 raise ContextLengthError(
                     f"This model's maximum context length is {self._max_model_len} tokens. "
                     f"However, your prompt has {len(prompt)} tokens and leaves no room for output.",

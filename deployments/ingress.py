@@ -67,8 +67,6 @@ B = TypeVar("B", "OpenAIRequest", EmbeddingsRequest)
 
 logger = logging.getLogger(__name__)
 
-_COMPLETION_DEFAULT_MAX_TOKENS = 16
-
 
 class IngressReplica:
     """One replica of the public surfaces."""
@@ -314,7 +312,7 @@ class IngressReplica:
         if isinstance(body, ChatCompletionRequest):
             turns = [ChatTurn(message.role, message.text()) for message in body.messages]
             prompts = [await self._generation.encode_chat(turns, context)]
-            (max_tokens, max_tokens_param), prompt_param = body.output_limit, "messages"
+            prompt_param = "messages"
         elif isinstance(body, CompletionRequest):
             prompts = [
                 await self._generation.encode_text(prompt, "prompt")
@@ -322,10 +320,10 @@ class IngressReplica:
                 else self._generation.check_token_ids(prompt, "prompt")
                 for prompt in body.prompts()
             ]
-            max_tokens = body.max_tokens or _COMPLETION_DEFAULT_MAX_TOKENS
-            max_tokens_param, prompt_param = "max_tokens", "prompt"
+            prompt_param = "prompt"
         else:
             raise TypeError(f"no plan for {type(body).__name__}")
+        max_tokens, max_tokens_param = body.output_limit
         return self._generation.plan(
             prompts,
             body,

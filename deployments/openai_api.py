@@ -19,7 +19,7 @@ from deployments.openai_structure import (
     StructuredOutputs,
     requested_structure,
 )
-from deployments.sampling import NumLogprobs, SamplingFields, TokenId, TpotTarget
+from deployments.sampling import INT32_MAX, NumLogprobs, SamplingFields, TokenId, TpotTarget
 from deployments.wire_model import WireModel, validate
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=WireModel)
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-MaxTokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
+MaxTokens = Annotated[int, Field(ge=1, le=INT32_MAX)]
 
 _UNIMPLEMENTED: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
@@ -128,6 +128,15 @@ class OpenAIRequest(SamplingFields):
     """The form of the text in vLLM's words, which know more forms."""
 
     @property
+    def output_limit(self) -> tuple[int | None, str]:
+        """The limit and the name the client gave it.
+
+        Raises:
+            RequestInvalidError: it was given twice.
+        """
+        return self.max_tokens, "max_tokens"
+
+    @property
     def structure(self) -> StructuredOutput | None:
         """The form asked for.
 
@@ -166,13 +175,13 @@ class ChatCompletionRequest(OpenAIRequest):
 
     @property
     def output_limit(self) -> tuple[int | None, str]:
-        """The limit and the name the client gave it.
+        """See ``OpenAIRequest``; here it has two names.
 
         Raises:
             RequestInvalidError: both names were used.
         """
         if self.max_completion_tokens is None:
-            return self.max_tokens, "max_tokens"
+            return super().output_limit
         if self.max_tokens is not None:
             raise RequestInvalidError(
                 "'max_tokens' and 'max_completion_tokens' cannot both be set.", param="max_tokens"
@@ -190,6 +199,8 @@ class CompletionRequest(OpenAIRequest):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
     )
     """Text or token ids, one prompt or several."""
+    max_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] = 16
+    """Output tokens, at most; 0 tells about the prompt alone."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     """Tell the log probability of each token, and those of this many of the likeliest."""
     echo: bool | None = None

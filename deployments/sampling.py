@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _SEED_MASK = (1 << 64) - 1
-_INT32_MAX = (1 << 31) - 1
+INT32_MAX = (1 << 31) - 1
 _MIN_TEMPERATURE = 1e-5
 """Logits divided by less may overflow; the likeliest token has all the probability anyway."""
 
-TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 BadWord = Annotated[str, Field(max_length=256, pattern=r"\S")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -39,7 +39,7 @@ class SamplingFields(WireModel):
     """0 is greedy, and so is less than 0.00001; 1 by default."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Nucleus: the likeliest tokens whose probabilities reach this sum."""
-    top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
     """The likeliest tokens only; 0 and -1 are off."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Tokens less likely than this part of the likeliest are dropped."""
@@ -59,7 +59,7 @@ class SamplingFields(WireModel):
     """Token ids that end the text, besides the model's own."""
     ignore_eos: bool = False
     """Go on behind the model's end-of-text token."""
-    min_tokens: Annotated[int, Field(ge=0, le=_INT32_MAX)] = 0
+    min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] = 0
     """Nothing may end the text before this many tokens."""
     bad_words: Annotated[list[BadWord], Field(max_length=256)] | None = None
     """Words that are never written, at least not in the tokens they are usually written in."""

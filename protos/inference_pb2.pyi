@@ -171,7 +171,7 @@ class SamplingOptions(_message.Message):
     BAD_WORDS_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """default: what still fits into the context"""
+    """0 tells about the prompt alone; default: what still fits"""
     temperature: _builtins.float
     """0..2, default 1; 0 is greedy"""
     top_p: _builtins.float

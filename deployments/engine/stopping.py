@@ -116,6 +116,8 @@ class StopCondition:
             How many of them belong to the output, and the end if it was reached.
         """
         for index, token_id in enumerate(token_ids):
+            if not self.max_output_tokens:
+                return 0, Stop(FinishReason.LENGTH)
             stop = self.append(token_id)
             if stop is not None:
                 return index + 1, stop

@@ -60,6 +60,23 @@ async def test_completions_tell_the_same_streamed_and_whole(ingress: Replica) ->
         assert len(choice["logprobs"]["tokens"]) == len(choice["prompt_logprobs"]) + 12
 
 
+async def test_a_prompt_can_be_scored_alone(ingress: Replica) -> None:
+    asked = PLAIN | ALL
+    choices = (await whole(ingress, asked))["choices"]
+    answer = await whole(ingress, asked | {"max_tokens": 0})
+    assert answer["usage"]["completion_tokens"] == 0
+    for choice, longer in zip(answer["choices"], choices, strict=True):
+        assert (choice["text"], choice["finish_reason"]) == (PLAIN["prompt"], "length")
+        assert choice["prompt_logprobs"] == longer["prompt_logprobs"]
+        for name, values in choice["logprobs"].items():
+            assert values == longer["logprobs"][name][: len(choice["prompt_logprobs"])]
+    events = await streamed(ingress, asked | {"max_tokens": 0})
+    for index in range(2):
+        mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in mine) == PLAIN["prompt"]
+        assert [part["finish_reason"] for part in mine] == [None, "length"]
+
+
 async def test_chats_tell_the_same_streamed_and_whole(ingress: Replica) -> None:
     asked = {"max_tokens": 12, "logprobs": True, "top_logprobs": 3}
     choice = (await whole(ingress, CHAT | asked))["choices"][0]

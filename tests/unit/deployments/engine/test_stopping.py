@@ -62,6 +62,11 @@ def test_cut_keeps_the_token_that_ends_the_output():
     assert condition().cut([b"x", b"x"]) == (2, None)
 
 
+def test_nothing_is_kept_where_no_token_was_asked_for():
+    assert condition(max_output_tokens=0).cut([]) == (0, None)
+    assert condition(max_output_tokens=0).cut([b"!"]) == (0, Stop(FinishReason.LENGTH))
+
+
 def test_stop_on_the_last_allowed_token_counts_as_stop():
     assert condition().cut([b"x"] * 4 + [b"!"]) == (5, Stop(FinishReason.STOP, b"!"))
 
