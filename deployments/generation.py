@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from deployments.detokenizer import ChoiceText
+from deployments.choice_text import ChoiceText
 from deployments.engine.types import GenerationRequest
 from deployments.errors import ContextLengthError, RequestInvalidError, RequestTooLargeError
 from deployments.merge import merge
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from deployments.accounting import RequestTotals
+    from deployments.choice_text import PlacedLogprob
     from deployments.config import IngressConfig
-    from deployments.detokenizer import PlacedLogprob
     from deployments.engine.types import (
         FinishReason,
         StructuredOutput,
@@ -214,7 +214,7 @@ class Generation:
         requests: list[GenerationRequest] = []
         for prompt in prompts:
             room = self._max_model_len - len(prompt)
-            if room < 1:
+            if room < (max_tokens != 0):
                 raise ContextLengthError(
                     f"This model's maximum context length is {self._max_model_len} tokens. "
                     f"However, your prompt has {len(prompt)} tokens and leaves no room for output.",

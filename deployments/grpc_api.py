@@ -10,8 +10,9 @@ from deployments.engine.types import FinishReason
 from deployments.errors import RequestInvalidError
 from deployments.openai_api import EmbeddingCall, Message
 from deployments.openai_structure import StructuredOutputs, requested_structure
-from deployments.sampling import MAX_TPOT_TARGET_S, NumLogprobs, SamplingFields, validate
+from deployments.sampling import MAX_TPOT_TARGET_S, NumLogprobs, SamplingFields
 from deployments.tokenizer import ChatTurn
+from deployments.wire_model import validate
 from protos import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -108,18 +109,8 @@ def structured_output(options: pb.SamplingOptions) -> StructuredOutput | None:
 
 
 def max_tokens(options: pb.SamplingOptions) -> int | None:
-    """The output limit, if the client set one.
-
-    Raises:
-        RequestInvalidError: it is zero.
-    """
-    if not options.HasField("max_tokens"):
-        return None
-    if options.max_tokens < 1:
-        raise RequestInvalidError(
-            "Invalid value for 'max_tokens': must be at least 1.", param="max_tokens"
-        )
-    return options.max_tokens
+    """The output limit, if the client set one."""
+    return options.max_tokens if options.HasField("max_tokens") else None
 
 
 def num_choices(request: pb.GenerateRequest) -> int:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
+from deployments.engine.errors import DeadlineExceededError
 from deployments.errors import (
     MethodNotAllowedError,
+    RequestCancelledError,
     RequestInvalidError,
     RequestTooLargeError,
     RouteNotFoundError,
@@ -67,12 +71,19 @@ def error_response(error: ApiError) -> Response:
     return json_response(error.body(), error.kind.http_status, error.headers())
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int, deadline: float) -> bytes:
     """The whole body.
+
+    Args:
+        request: nothing of its body has been read.
+        max_bytes: of the body.
+        deadline: seconds since the epoch.
 
     Raises:
         RequestTooLargeError: it is, or claims to be, longer than ``max_bytes``.
         RequestInvalidError: its length header is no number.
+        RequestCancelledError: the client went away before its end.
+        DeadlineExceededError: the end did not come in time.
     """
     claimed = request.headers.get("content-length")
     if claimed is not None and not claimed.isdigit():
@@ -80,10 +91,18 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     if claimed is not None and int(claimed) > max_bytes:
         raise RequestTooLargeError(f"The request body is larger than {max_bytes} bytes.")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise RequestTooLargeError(f"The request body is larger than {max_bytes} bytes.")
+    try:
+        async with asyncio.timeout(deadline - time.time()):
+            async for part in request.stream():
+                body += part
+                if len(body) > max_bytes:
+                    raise RequestTooLargeError(
+                        f"The request body is larger than {max_bytes} bytes."
+                    )
+    except ClientDisconnect as error:
+        raise RequestCancelledError("The client left before the end of its request.") from error
+    except TimeoutError as error:
+        raise DeadlineExceededError("The request's deadline passed.") from error
     return bytes(body)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import aclosing
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, aclosing
+from typing import TYPE_CHECKING, TypeVar
 
 from ray import serve
 
@@ -49,7 +49,7 @@ from deployments.tracing import Tracing
 from protos import inference_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from grpc_health.v1 import health_pb2
@@ -63,9 +63,9 @@ if TYPE_CHECKING:
     from deployments.openai_api import OpenAIRequest
     from deployments.serve_compat import Handle
 
-logger = logging.getLogger(__name__)
+B = TypeVar("B", "OpenAIRequest", EmbeddingsRequest)
 
-_COMPLETION_DEFAULT_MAX_TOKENS = 16
+logger = logging.getLogger(__name__)
 
 
 class IngressReplica:
@@ -134,20 +134,17 @@ class IngressReplica:
 
     async def chat_completions(self, request: Request) -> Response:
         """Chat completion, whole or streamed."""
-        return await self._answer_http(request, ChatCompletionRequest)
+        return await self._answer_http(request, "chat", ChatCompletionRequest)
 
     async def completions(self, request: Request) -> Response:
         """Plain completion, whole or streamed."""
-        return await self._answer_http(request, CompletionRequest)
+        return await self._answer_http(request, "text_completion", CompletionRequest)
 
     async def embeddings(self, request: Request) -> Response:
         """Vectors of texts."""
         try:
-            self._guard.authenticate(request.headers)
-            raw = await read_body(request, self._config.max_body_bytes)
-            body = parse_body(raw, EmbeddingsRequest)
-            self._check_model(body.model)
             with self._guard.call("http", "embeddings", request.headers) as context:
+                body = await self._body(request, EmbeddingsRequest, context)
                 answer = await self._embeddings.embed(body.call(), context)
             content = embeddings_body(answer, self._model, body.encoding_format)
             return json_response(content, headers={REPLICA_HEADER: answer.replica_id})
@@ -259,39 +256,45 @@ class IngressReplica:
             async for state in states:
                 yield state
 
-    async def _answer_http(self, request: Request, body_type: type[OpenAIRequest]) -> Response:
+    async def _answer_http(
+        self, request: Request, operation: str, body_type: type[OpenAIRequest]
+    ) -> Response:
         try:
-            self._guard.authenticate(request.headers)
-            body = parse_body(await read_body(request, self._config.max_body_bytes), body_type)
-            self._check_model(body.model)
-            if body.stream:
-                events = self._events(request.headers, body)
-                # The first event is awaited here, so that what fails before it has a status.
-                return EventStream(await anext(events), events)
-            return await self._whole_answer(request.headers, body)
+            with ExitStack() as call:
+                context = call.enter_context(self._guard.call("http", operation, request.headers))
+                body = await self._body(request, body_type, context)
+                plan = await self._plan_http(body, context)
+                writer = AnswerWriter(plan, self._model, body, self._bytes_of)
+                if not body.stream:
+                    return await self._whole_answer(plan, writer)
+                # The call lasts as long as its stream.
+                events = self._events(plan, writer, call.pop_all())
+            # The first event is awaited here, so that what fails before it has a status.
+            return EventStream(await anext(events), events)
         except Exception as error:  # noqa: BLE001 - root of the request
             return self._http_error(error)
 
-    async def _whole_answer(self, headers: Mapping[str, str], body: OpenAIRequest) -> Response:
-        with self._guard.call("http", _operation(body), headers) as context:
-            plan = await self._plan_http(body, context)
-            totals = RequestTotals(plan.prompt_lengths)
-            writer = AnswerWriter(plan, self._model, body, self._bytes_of)
-            async with aclosing(self._generation.stream(plan, totals)) as arrivals:
-                async for deltas in arrivals:
-                    for delta in deltas:
-                        writer.collect(delta)
-            return json_response(writer.body(totals), headers={REPLICA_HEADER: totals.replica_id})
+    async def _body(self, request: Request, body_type: type[B], context: CallContext) -> B:
+        raw = await read_body(request, self._config.max_body_bytes, context.deadline)
+        body = parse_body(raw, body_type)
+        self._check_model(body.model)
+        return body
+
+    async def _whole_answer(self, plan: Plan, writer: AnswerWriter) -> Response:
+        totals = RequestTotals(plan.prompt_lengths)
+        async with aclosing(self._generation.stream(plan, totals)) as arrivals:
+            async for deltas in arrivals:
+                for delta in deltas:
+                    writer.collect(delta)
+        return json_response(writer.body(totals), headers={REPLICA_HEADER: totals.replica_id})
 
     async def _events(
-        self, headers: Mapping[str, str], body: OpenAIRequest
+        self, plan: Plan, writer: AnswerWriter, call: ExitStack
     ) -> AsyncGenerator[bytes, None]:
         begun = False
+        totals = RequestTotals(plan.prompt_lengths)
         try:
-            with self._guard.call("http", _operation(body), headers) as context:
-                plan = await self._plan_http(body, context)
-                totals = RequestTotals(plan.prompt_lengths)
-                writer = AnswerWriter(plan, self._model, body, self._bytes_of)
+            with call:
                 async with aclosing(self._generation.stream(plan, totals)) as arrivals:
                     async for deltas in arrivals:
                         events = [] if begun else writer.opening()
@@ -309,7 +312,7 @@ class IngressReplica:
         if isinstance(body, ChatCompletionRequest):
             turns = [ChatTurn(message.role, message.text()) for message in body.messages]
             prompts = [await self._generation.encode_chat(turns, context)]
-            (max_tokens, max_tokens_param), prompt_param = body.output_limit, "messages"
+            prompt_param = "messages"
         elif isinstance(body, CompletionRequest):
             prompts = [
                 await self._generation.encode_text(prompt, "prompt")
@@ -317,10 +320,10 @@ class IngressReplica:
                 else self._generation.check_token_ids(prompt, "prompt")
                 for prompt in body.prompts()
             ]
-            max_tokens = body.max_tokens or _COMPLETION_DEFAULT_MAX_TOKENS
-            max_tokens_param, prompt_param = "max_tokens", "prompt"
+            prompt_param = "prompt"
         else:
             raise TypeError(f"no plan for {type(body).__name__}")
+        max_tokens, max_tokens_param = body.output_limit
         return self._generation.plan(
             prompts,
             body,
@@ -393,7 +396,3 @@ IngressDeployment = serve.deployment(name="ingress", max_ongoing_requests=512)(
 
 def _metadata(context: RayServegRPCContext) -> dict[str, str]:
     return {str(key): str(value) for key, value in context.invocation_metadata()}
-
-
-def _operation(body: OpenAIRequest) -> str:
-    return "chat" if isinstance(body, ChatCompletionRequest) else "text_completion"

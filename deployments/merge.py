@@ -24,32 +24,30 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
             async for first in only:
                 yield first
         return
-    queue: asyncio.Queue[T | None] = asyncio.Queue(_MAX_QUEUED)
+    # Unbounded, so that the end of a stream has room whatever waits; items wait for theirs before.
+    arrivals: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
+    room = asyncio.Semaphore(_MAX_QUEUED)
 
     async def pump(stream: AsyncGenerator[T, None]) -> None:
-        try:
-            async with aclosing(stream):
-                async for item in stream:
-                    await queue.put(item)
-        finally:
-            # Wakes the reader, which then looks at the finished tasks; a full queue wakes it too.
-            if not queue.full():
-                queue.put_nowait(None)
+        async with aclosing(stream):
+            async for item in stream:
+                await room.acquire()
+                arrivals.put_nowait(item)
 
     tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    for task in tasks:
+        task.add_done_callback(arrivals.put_nowait)
+    num_open = len(tasks)
     try:
-        while True:
-            if queue.empty() and all(task.done() for task in tasks):
-                break
-            item = await queue.get()
-            if item is not None:
-                yield item
-            for task in tasks:
-                if task.done() and not task.cancelled():
-                    task.result()
+        while num_open:
+            arrival = await arrivals.get()
+            if isinstance(arrival, asyncio.Task):
+                arrival.result()
+                num_open -= 1
+            else:
+                room.release()
+                yield arrival
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    for task in tasks:
-        task.result()

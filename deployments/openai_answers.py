@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deployments.accounting import RequestTotals
-    from deployments.detokenizer import PlacedLogprob
+    from deployments.choice_text import PlacedLogprob
     from deployments.embedding import EmbeddingAnswer
     from deployments.engine.types import GenerationUsage, SpeculationStats, TokenLogprob
     from deployments.errors import ApiError

@@ -13,20 +13,14 @@ import orjson
 from pydantic import Field
 
 from deployments.engine.embedding import Pooling
-from deployments.errors import RequestInvalidError, UnsupportedParameterError
+from deployments.errors import RequestInvalidError
 from deployments.openai_structure import (
     ResponseFormat,
     StructuredOutputs,
     requested_structure,
 )
-from deployments.sampling import (
-    NumLogprobs,
-    SamplingFields,
-    TokenId,
-    TpotTarget,
-    WireModel,
-    validate,
-)
+from deployments.sampling import INT32_MAX, NumLogprobs, SamplingFields, TokenId, TpotTarget
+from deployments.wire_model import WireModel, validate
 
 if TYPE_CHECKING:
     from deployments.engine.types import StructuredOutput
@@ -34,29 +28,38 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=WireModel)
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-MaxTokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
+MaxTokens = Annotated[int, Field(ge=1, le=INT32_MAX)]
 
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "top_logprobs": (None, 0),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None, "none"),
-    "web_search_options": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "verbosity": (None, "medium"),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "dimensions": (None,),
+_UNIMPLEMENTED: dict[str, tuple[object, ...]] = {
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": ("medium",),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "dimensions": (),
 }
-"""Parameter -> the values that ask for nothing."""
+"""Of requests; see ``WireModel.unimplemented``."""
+
+_UNIMPLEMENTED_IN_MESSAGES: dict[str, tuple[object, ...]] = {
+    "refusal": ("",),
+    "annotations": ([],),
+    "audio": (),
+    "tool_calls": ([],),
+    "function_call": (),
+    "tool_call_id": (),
+}
 
 _IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Labels for the provider's own records; they never change an answer."""
@@ -72,9 +75,11 @@ class TextPart(WireModel):
 
 
 class Message(WireModel):
-    """One turn of a conversation."""
+    """One turn of a conversation; an answer of this server can be sent back as it is."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    unimplemented = _UNIMPLEMENTED_IN_MESSAGES
+
+    role: Literal["system", "developer", "user", "assistant"]
     """Who speaks."""
     content: str | Annotated[list[TextPart], Field(min_length=1)]
     """What is said."""
@@ -100,6 +105,8 @@ class StreamOptions(WireModel):
 class OpenAIRequest(SamplingFields):
     """What chat and plain completions share."""
 
+    unimplemented = _UNIMPLEMENTED
+
     model: Annotated[str, Field(min_length=1, max_length=256)]
     """The served model's id."""
     n: Annotated[int, Field(ge=1, le=8)] | None = None
@@ -119,6 +126,15 @@ class OpenAIRequest(SamplingFields):
     """The form of the text: JSON, or JSON of a schema."""
     structured_outputs: StructuredOutputs | None = None
     """The form of the text in vLLM's words, which know more forms."""
+
+    @property
+    def output_limit(self) -> tuple[int | None, str]:
+        """The limit and the name the client gave it.
+
+        Raises:
+            RequestInvalidError: it was given twice.
+        """
+        return self.max_tokens, "max_tokens"
 
     @property
     def structure(self) -> StructuredOutput | None:
@@ -159,13 +175,13 @@ class ChatCompletionRequest(OpenAIRequest):
 
     @property
     def output_limit(self) -> tuple[int | None, str]:
-        """The limit and the name the client gave it.
+        """See ``OpenAIRequest``; here it has two names.
 
         Raises:
             RequestInvalidError: both names were used.
         """
         if self.max_completion_tokens is None:
-            return self.max_tokens, "max_tokens"
+            return super().output_limit
         if self.max_tokens is not None:
             raise RequestInvalidError(
                 "'max_tokens' and 'max_completion_tokens' cannot both be set.", param="max_tokens"
@@ -183,6 +199,8 @@ class CompletionRequest(OpenAIRequest):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
     )
     """Text or token ids, one prompt or several."""
+    max_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] = 16
+    """Output tokens, at most; 0 tells about the prompt alone."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     """Tell the log probability of each token, and those of this many of the likeliest."""
     echo: bool | None = None
@@ -221,6 +239,8 @@ class EmbeddingCall(NamedTuple):
 class EmbeddingsRequest(WireModel):
     """``POST /v1/embeddings``. Vectors have the model's hidden size; ``dimensions`` is refused."""
 
+    unimplemented = _UNIMPLEMENTED
+
     model: Annotated[str, Field(min_length=1, max_length=256)]
     """The served model's id."""
     input: (
@@ -244,13 +264,10 @@ class EmbeddingsRequest(WireModel):
 
 
 def _texts(value: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    if isinstance(value, str):
+    # Items have one type, as validated, and there is at least one.
+    if isinstance(value, str) or isinstance(value[0], int):
         return [value]
-    items: list[str | int | list[int]] = list(value)
-    token_ids = [item for item in items if isinstance(item, int)]
-    if token_ids:
-        return [token_ids]
-    return [item for item in items if not isinstance(item, int)]
+    return [*value]
 
 
 def parse_body(body: bytes, model: type[R]) -> R:
@@ -266,7 +283,7 @@ def parse_body(body: bytes, model: type[R]) -> R:
         raise RequestInvalidError("The request body is not valid JSON.") from error
     if not isinstance(data, dict):
         raise RequestInvalidError("The request body must be a JSON object.")
-    request = validate(model, _without_unsupported(data, model))
+    request = validate(model, {key: value for key, value in data.items() if key not in _IGNORED})
     if (
         isinstance(request, OpenAIRequest)
         and request.stream_options is not None
@@ -276,20 +293,3 @@ def parse_body(body: bytes, model: type[R]) -> R:
             "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
         )
     return request
-
-
-def _without_unsupported(data: dict[str, Any], model: type[WireModel]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for name, value in data.items():
-        if name in model.model_fields:
-            kept[name] = value
-        elif name in _UNSUPPORTED:
-            # Compared with the type, because False == 0 and 1 == True.
-            defaults = _UNSUPPORTED[name]
-            if not any(type(value) is type(default) and value == default for default in defaults):
-                raise UnsupportedParameterError(
-                    f"Unsupported parameter: '{name}' is not supported by this server.", param=name
-                )
-        elif name not in _IGNORED:
-            kept[name] = value
-    return kept

@@ -10,7 +10,7 @@ from deployments.token_bytes import printed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from deployments.detokenizer import PlacedLogprob
+    from deployments.choice_text import PlacedLogprob
     from deployments.engine.types import TokenLogprob
 
     BytesOf = Callable[[int], bytes]

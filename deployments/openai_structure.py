@@ -9,7 +9,7 @@ from pydantic import Field
 
 from deployments.engine.types import StructuredOutput, StructureKind
 from deployments.errors import RequestInvalidError
-from deployments.sampling import WireModel
+from deployments.wire_model import WireModel
 
 MAX_STRUCTURE_CHARS = 1 << 16
 

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from secrets import randbits
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from deployments.engine.types import SamplingParams
 from deployments.errors import RequestInvalidError
+from deployments.wire_model import WireModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pydantic_core import ErrorDetails
-
     from deployments.engine.types import StructuredOutput
 
-M = TypeVar("M", bound="WireModel")
 T = TypeVar("T")
 
 _SEED_MASK = (1 << 64) - 1
-_INT32_MAX = (1 << 31) - 1
+INT32_MAX = (1 << 31) - 1
 _MIN_TEMPERATURE = 1e-5
 """Logits divided by less may overflow; the likeliest token has all the probability anyway."""
 
-TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 BadWord = Annotated[str, Field(max_length=256, pattern=r"\S")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -34,27 +32,14 @@ MAX_TPOT_TARGET_S = 60.0
 TpotTarget = Annotated[float, Field(gt=0, le=MAX_TPOT_TARGET_S)]
 
 
-class WireModel(BaseModel):
-    """A request from outside: JSON types are never coerced, unknown fields are refused."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        hide_input_in_errors=True,
-        use_attribute_docstrings=True,
-    )
-
-
 class SamplingFields(WireModel):
-    """What a client may say about sampling; an absent or null field takes the default."""
+    """What a client may say about sampling."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 is greedy, and so is less than 0.00001; 1 by default."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Nucleus: the likeliest tokens whose probabilities reach this sum."""
-    top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
     """The likeliest tokens only; 0 and -1 are off."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Tokens less likely than this part of the likeliest are dropped."""
@@ -74,7 +59,7 @@ class SamplingFields(WireModel):
     """Token ids that end the text, besides the model's own."""
     ignore_eos: bool = False
     """Go on behind the model's end-of-text token."""
-    min_tokens: Annotated[int, Field(ge=0, le=_INT32_MAX)] = 0
+    min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] = 0
     """Nothing may end the text before this many tokens."""
     bad_words: Annotated[list[BadWord], Field(max_length=256)] | None = None
     """Words that are never written, at least not in the tokens they are usually written in."""
@@ -169,29 +154,6 @@ def check_prompt_token_ids(token_ids: Sequence[int], vocab_size: int, param: str
     _check_token_ids(token_ids, vocab_size, param)
 
 
-def invalid_request(error: ValidationError) -> RequestInvalidError:
-    """The first finding of a validation as an error that names the field, never its value."""
-    finding = _most_specific(error.errors(include_url=False, include_input=False))
-    param = _path(finding["loc"])
-    if finding["type"] == "extra_forbidden":
-        return RequestInvalidError(f"Unrecognized request argument supplied: {param}", param)
-    if finding["type"] == "missing":
-        return RequestInvalidError(f"Missing required parameter: '{param}'.", param)
-    return RequestInvalidError(f"Invalid value for '{param}': {finding['msg']}.", param or None)
-
-
-def validate(model: type[M], data: dict[str, Any]) -> M:
-    """Validate outside data against a wire model.
-
-    Raises:
-        RequestInvalidError: names the first field at fault.
-    """
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise invalid_request(error) from error
-
-
 def _default(value: T | None, default: T) -> T:
     return default if value is None else value
 
@@ -213,24 +175,3 @@ def _check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> N
         raise RequestInvalidError(
             f"Invalid value for '{param}': token ids must be in [0, {vocab_size}).", param=param
         )
-
-
-def _most_specific(findings: list[ErrorDetails]) -> ErrorDetails:
-    # A union reports every branch; the deepest location is the branch the client meant.
-    first = findings[0]
-    field = first["loc"][:1]
-    same_field = [finding for finding in findings if finding["loc"][:1] == field]
-    return max(same_field, key=lambda finding: len(finding["loc"]))
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """``("messages", 0, "content")`` as ``messages[0].content``; union branch tags left out."""
-    path = ""
-    for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier() and part not in {"str", "list", "int", "float", "dict"}:
-            path += f".{part}" if path else part
-        if path == "logit_bias":
-            break
-    return path

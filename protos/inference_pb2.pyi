@@ -70,7 +70,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """system, developer, user, assistant or tool"""
+    """system, developer, user or assistant"""
     content: _builtins.str
     def __init__(
         self,
@@ -171,7 +171,7 @@ class SamplingOptions(_message.Message):
     BAD_WORDS_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """default: what still fits into the context"""
+    """0 tells about the prompt alone; default: what still fits"""
     temperature: _builtins.float
     """0..2, default 1; 0 is greedy"""
     top_p: _builtins.float

@@ -98,6 +98,9 @@ class EchoEngine(Engine, Embedder):
             prompt, num_top = request.prompt_token_ids, sampling.num_prompt_logprobs
             scored = (self.logprob(prompt[: i + 1], num_top) for i in range(1, len(prompt)))
             told = {"prompt_logprobs": (None, *scored)}
+        if not sampling.max_tokens:
+            yield self._last(request, (), output, FinishReason.LENGTH, None, **told)
+            return
         while True:
             await asyncio.sleep(self._step_s)
             if request.deadline is not None and time.time() > request.deadline:

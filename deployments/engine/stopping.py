@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from deployments.engine.detokenizer import IncrementalDetokenizer
 from deployments.engine.types import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-_MAX_HELD_TOKENS = 8
-"""Tokens that may wait for the rest of a character; UTF-8 needs at most four bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +32,15 @@ class Structure(Protocol):
 
 
 class StopStringMatcher:
-    """Finds the first stop string in a growing text.
-
-    Text is decoded over a sliding window of tokens, because a token's text may depend on its
-    neighbours and a character may span tokens.
-    """
+    """Finds the first stop string in a growing text."""
 
     def __init__(
         self, stop_strings: Sequence[str], detokenize: Callable[[Sequence[int]], str]
     ) -> None:
         self._stop_strings = [string for string in stop_strings if string]
-        self._detokenize = detokenize
+        self._detokenizer = IncrementalDetokenizer(detokenize)
         self._num_kept_chars = max(map(len, self._stop_strings), default=1) - 1
         self._tail = ""
-        self._window: list[int] = []
-        self._num_read = 0
 
     def append(self, token_id: int) -> str | None:
         """Add a token; return the stop string that it completes, if any.
@@ -56,26 +48,29 @@ class StopStringMatcher:
         Of several completed at once the one that starts first is returned, then the longest.
         """
         num_old_chars = len(self._tail)
-        text = self._tail + self._new_text(token_id)
+        text = self._tail + self._detokenizer.push(token_id)
         self._tail = text[max(0, len(text) - self._num_kept_chars) :]
         found = []
         for string in self._stop_strings:
             # Only what this token completes: an earlier match may have been too early to count.
-            start = text.find(string, max(0, num_old_chars - len(string) + 1))
+            start = find_completed(text, string, num_old_chars)
             if start >= 0:
                 found.append((start, -len(string), string))
         return min(found)[2] if found else None
 
-    def _new_text(self, token_id: int) -> str:
-        self._window.append(token_id)
-        text = self._detokenize(self._window)
-        is_cut = text.endswith("\ufffd") and len(self._window) - self._num_read < _MAX_HELD_TOKENS
-        if is_cut:
-            return ""
-        known = self._detokenize(self._window[: self._num_read]) if self._num_read else ""
-        self._window = self._window[self._num_read :]
-        self._num_read = len(self._window)
-        return text[len(known) :]
+
+def find_completed(text: str, string: str, num_old_chars: int) -> int:
+    """Where ``string`` first stands in ``text`` so that it was not yet whole in the old part.
+
+    Args:
+        text: what was there before, then what is new.
+        string: not empty.
+        num_old_chars: length of what was there before.
+
+    Returns:
+        Its start; -1 if it does not stand there.
+    """
+    return text.find(string, max(0, num_old_chars - len(string) + 1))
 
 
 class StopCondition:
@@ -121,6 +116,8 @@ class StopCondition:
             How many of them belong to the output, and the end if it was reached.
         """
         for index, token_id in enumerate(token_ids):
+            if not self.max_output_tokens:
+                return 0, Stop(FinishReason.LENGTH)
             stop = self.append(token_id)
             if stop is not None:
                 return index + 1, stop

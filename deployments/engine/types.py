@@ -56,7 +56,8 @@ class SamplingParams:
     """How the next token is chosen. Ranges are checked by the surfaces before this is built.
 
     Attributes:
-        max_tokens: output tokens at most, counting ``resumed_output_ids``.
+        max_tokens: output tokens at most, counting ``resumed_output_ids``; 0 ends the request, with
+            the finish reason ``length``, behind its prompt.
         seed: 64-bit, unsigned; drawn by the ingress when the client gave none.
         temperature: 0 means greedy.
         top_k: 0 means off.
@@ -146,8 +147,7 @@ class GenerationRequest:
         tpot_target_s: seconds per output token, at most, as far as the choice of drafts can help;
             the text does not depend on it.
         avoid_replicas: target replicas the router should not choose (they failed this request).
-        capture: hidden states to deliver; with them ``sampling.max_tokens`` may be 0, which ends
-            the request behind its prompt.
+        capture: hidden states to deliver.
         num_tier_pages: leading pages that the KV tier has. Those behind them are queued for it
             even where this replica had them before; None queues only what it computes.
     """

@@ -50,16 +50,16 @@ def validate_request(request: GenerationRequest, limits: ModelLimits) -> None:
     num_prompt_tokens = len(request.prompt_token_ids)
     if not num_prompt_tokens:
         raise RequestRejectedError("The prompt has no tokens.", "prompt")
-    is_prompt_only = request.capture is not None and request.sampling.max_tokens == 0
-    if num_prompt_tokens + (not is_prompt_only) > limits.max_model_len:
+    num_least = min(1, request.sampling.max_tokens)
+    if num_prompt_tokens + num_least > limits.max_model_len:
         raise RequestRejectedError(
-            f"This model's maximum context length is {limits.max_model_len} tokens, of which one "
-            f"must be left for the output. However, the prompt has {num_prompt_tokens} tokens. "
-            "Please shorten it.",
+            f"This model's maximum context length is {limits.max_model_len} tokens, of which "
+            f"{num_least} must be left for the output. However, the prompt has "
+            f"{num_prompt_tokens} tokens. Please shorten it.",
             "prompt",
         )
-    if request.sampling.max_tokens < 1 and not is_prompt_only:
-        raise RequestRejectedError("max_tokens must be at least 1.", "max_tokens")
+    if request.sampling.max_tokens < 0:
+        raise RequestRejectedError("max_tokens must not be negative.", "max_tokens")
     if len(request.resumed_output_ids) > limits.max_output_tokens(request):
         raise RequestRejectedError(
             "The resumed output is longer than max_tokens allows.", "resumed_output_ids"

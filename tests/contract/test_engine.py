@@ -143,6 +143,14 @@ async def test_resumed_request_delivers_only_what_is_new(running):
         assert rest[-1].usage.num_output_tokens == 30
 
 
+async def test_a_request_for_no_tokens_ends_behind_its_prompt(running):
+    async with running() as engine:
+        (delta,) = await collect(engine, make_request("a", [3, 1, 4] * 90, max_tokens=0))
+        assert (delta.token_ids, delta.finish_reason) == ((), FinishReason.LENGTH)
+        assert delta.usage.num_prompt_tokens == 270
+        assert delta.usage.num_output_tokens == 0
+
+
 @pytest.mark.parametrize("running", ["torch"], indirect=True)
 async def test_logprobs_come_with_their_tokens(running):
     prompt = [3, 1, 4, 1, 5] * 30
@@ -159,6 +167,10 @@ async def test_logprobs_come_with_their_tokens(running):
         assert of_prompt[0] is None
         assert [entry.token_id for entry in of_prompt[1:]] == prompt[1:]
         assert all(delta.prompt_logprobs is None for delta in deltas[1:])
+        (alone,) = await collect(
+            engine, replace(request, sampling=replace(request.sampling, max_tokens=0))
+        )
+        assert alone.prompt_logprobs == of_prompt
         plain = await collect(engine, replace(request, speculation=False))
         rest = await collect(engine, replace(request, resumed_output_ids=text(deltas)[:11]))
         assert all(delta.prompt_logprobs is None for delta in rest)

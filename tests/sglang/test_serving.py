@@ -220,6 +220,26 @@ def test_log_probabilities_are_the_models_whatever_the_temperature(client: opena
     )
 
 
+def test_a_prompt_is_scored_alone_as_it_is_before_an_output(client: openai.OpenAI) -> None:
+    alone, before = (
+        client.completions.create(
+            model=MODEL, prompt=QUESTIONS[0], echo=True, logprobs=2, max_tokens=limit
+        )
+        for limit in (0, 1)
+    )
+    choice = alone.choices[0]
+    assert (choice.text, choice.finish_reason) == (QUESTIONS[0], "length")
+    assert alone.usage is not None
+    assert alone.usage.completion_tokens == 0
+    told, longer = choice.logprobs, before.choices[0].logprobs
+    assert told is not None
+    assert longer is not None
+    assert told.tokens == (longer.tokens or [])[:-1]
+    assert (told.token_logprobs or [])[1:] == pytest.approx(
+        (longer.token_logprobs or [])[1:-1], abs=1e-3
+    )
+
+
 def test_an_output_has_the_form_that_is_asked_for(client: openai.OpenAI) -> None:
     number = chat(client, "A number?", extra_body={"structured_outputs": {"regex": "[0-9]{4}"}})
     assert re.fullmatch("[0-9]{4}", number.choices[0].message.content)

@@ -97,7 +97,8 @@ def _sampling_params(request: GenerationRequest, limits: ModelLimits) -> dict[st
     # ending the output. Until then the engine alone decides where the output ends.
     is_endless = sampling.ignore_eos or sampling.min_tokens > num_resumed
     parameters: dict[str, Any] = {
-        "max_new_tokens": limits.max_output_tokens(request) - num_resumed,
+        # SGLang chooses a token in any case; the seam drops it where none was asked for.
+        "max_new_tokens": max(1, limits.max_output_tokens(request) - num_resumed),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,

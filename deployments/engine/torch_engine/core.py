@@ -11,13 +11,12 @@ from deployments.engine.errors import (
     DeadlineExceededError,
     EngineError,
     EngineOverloadedError,
-    InvalidLogitsError,
 )
 from deployments.engine.stopping import Stop, StopCondition
 from deployments.engine.torch_engine.batch_builder import build_step, winner_moves
 from deployments.engine.torch_engine.capture import Capture, forward
 from deployments.engine.torch_engine.logprobs import (
-    are_numbers,
+    invalid_logits,
     output_logprobs,
     score_prompts,
     wants_prompt_logprobs,
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     from deployments.engine.validation import ModelLimits
 
 _EWMA_WEIGHT = 0.1
-_INVALID_LOGITS = "The model gave logits that are not numbers."
 
 
 class Runner(Protocol):
@@ -314,6 +312,9 @@ class EngineCore:
     def _finish_chunk(self, chunk: Chunk) -> None:
         """Commit rows behind which no token was chosen."""
         sequence = chunk.sequence
+        if (invalid := invalid_logits(sequence.prompt_logprobs)) is not None:
+            self._fail(sequence, invalid)
+            return
         sequence.num_computed_tokens += chunk.num_new_tokens
         self._transfer.publish(sequence)
         if not sequence.num_uncomputed_tokens:
@@ -329,8 +330,8 @@ class EngineCore:
 
     def _finish_step(self, outcome: Outcome, logprobs: tuple[TokenLogprob, ...]) -> None:
         sequence, new_token_ids = outcome.sequence, outcome.new_token_ids
-        if not are_numbers(sequence.prompt_logprobs):
-            self._fail(sequence, InvalidLogitsError(_INVALID_LOGITS))
+        if (invalid := invalid_logits(sequence.prompt_logprobs)) is not None:
+            self._fail(sequence, invalid)
             return
         num_computed_tokens = len(sequence.token_ids) + len(outcome.nodes)
         sequence.commit(new_token_ids, num_computed_tokens)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from deployments.engine.errors import InvalidLogitsError
 from deployments.engine.types import TokenLogprob
 
 if TYPE_CHECKING:
@@ -137,6 +138,10 @@ def output_logprobs(
     ]
 
 
-def are_numbers(logprobs: SequenceOf[TokenLogprob | None] | None) -> bool:
-    """Whether every log probability is a number; it is not where the model's logits are not."""
-    return not any(entry is not None and math.isnan(entry.logprob) for entry in logprobs or ())
+def invalid_logits(
+    logprobs: SequenceOf[TokenLogprob | None] | None,
+) -> InvalidLogitsError | None:
+    """The error of a model whose logits are not numbers, for then no log probability is one."""
+    if any(entry is not None and math.isnan(entry.logprob) for entry in logprobs or ()):
+        return InvalidLogitsError("The model gave logits that are not numbers.")
+    return None

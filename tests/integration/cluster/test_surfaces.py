@@ -123,6 +123,15 @@ def test_the_openai_sdk_gets_a_whole_answer(sdk: openai.OpenAI) -> None:
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
 
 
+def test_the_openai_sdk_takes_a_second_turn(sdk: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    answer = sdk.chat.completions.create(model=MODEL, messages=messages, max_tokens=6)
+    message = answer.choices[0].message
+    for turn in (message, message.model_dump()):
+        again = [*messages, turn, {"role": "user", "content": "go on"}]
+        sdk.chat.completions.create(model=MODEL, messages=again, max_tokens=1)
+
+
 def test_the_openai_sdk_streams_the_same_text(sdk: openai.OpenAI) -> None:
     arguments: dict[str, Any] = {
         "model": MODEL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import httpx
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 async def echo(request: Request) -> Response:
-    body = await read_body(request, 100)
+    body = await read_body(request, 100, time.time() + 60)
     return json_response({"model": request.path_params.get("model"), "body": body.decode()})
 
 

@@ -7,89 +7,41 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deployments.config import AuthConfig, IngressConfig, TracingConfig
-from deployments.engine.config import TorchEngineConfig
-from deployments.ingress import IngressReplica
-from deployments.openai_api import ChatCompletionRequest, CompletionRequest, parse_body
 from protos import inference_pb2 as pb
-from tests.fakes_echo_engine import EchoEngine
-from tests.fakes_tokenizer import write_tokenizer
+from tests.fakes_ingress import echo_ingress, http_client
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from deployments.engine.types import GenerationRequest, TokenDelta
+    import httpx
+
+    from tests.fakes_ingress import Replica
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "seed": 7}
 PLAIN = {"model": "m", "prompt": "thé cat", "seed": 7}
 ALL = {"max_tokens": 12, "n": 2, "logprobs": 2, "echo": True, "prompt_logprobs": 0}
 
 
-class Replica(IngressReplica):
-    def __del__(self) -> None:
-        """Not when it is collected: the hook is a coroutine."""
-
-
-class Handle:
-    """The handle of a target deployment whose replica is an engine of this process."""
-
-    def __init__(self) -> None:
-        self.engine: EchoEngine
-
-    def options(self, **_: object) -> Handle:
-        return self
-
-    def remote(self, request: GenerationRequest) -> Stream:
-        return Stream(self.engine.generate(request))
-
-
-class Stream:
-    """What a streaming call of a handle returns."""
-
-    def __init__(self, deltas: AsyncIterator[TokenDelta]) -> None:
-        self._deltas = deltas
-
-    async def __aiter__(self) -> AsyncIterator[tuple[TokenDelta, ...]]:
-        async for delta in self._deltas:
-            yield (delta,)
-
-    def cancel(self) -> None:
-        """Nobody else runs here."""
-
-
 @pytest.fixture
 def ingress(tmp_path: Path) -> Replica:
-    handle = Handle()
-    replica = Replica(
-        handle,
-        engine=TorchEngineConfig(
-            model=str(write_tokenizer(tmp_path / "model")), served_model_name="m"
-        ),
-        cache_dir=tmp_path,
-        config=IngressConfig(),
-        auth=AuthConfig(),
-        tracing=TracingConfig(),
-    )
-    tokenizer = replica._tokenizer
     # Half of the tokens are parts of a character, so that texts and tokens do not keep step.
-    handle.engine = EchoEngine(vocabulary=tokenizer.encode("ab" + "€"), decode=tokenizer.decode)
-    return replica
+    return echo_ingress(tmp_path, alphabet="ab€")
+
+
+async def ask(replica: Replica, fields: dict[str, Any]) -> httpx.Response:
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    async with http_client(replica) as http:
+        return await http.post(path, json=fields)
 
 
 async def whole(replica: Replica, fields: dict[str, Any]) -> dict[str, Any]:
-    kind = ChatCompletionRequest if "messages" in fields else CompletionRequest
-    body = parse_body(json.dumps(fields).encode(), kind)
-    answer: dict[str, Any] = json.loads((await replica._whole_answer({}, body)).body)
+    answer: dict[str, Any] = (await ask(replica, fields)).json()
     return answer
 
 
 async def streamed(replica: Replica, fields: dict[str, Any]) -> list[dict[str, Any]]:
-    kind = ChatCompletionRequest if "messages" in fields else CompletionRequest
-    body = parse_body(json.dumps(fields | {"stream": True}).encode(), kind)
-    data = b"".join([event async for event in replica._events({}, body)])
-    lines = [line[6:] for line in data.decode().split("\n") if line.startswith("data: {")]
-    return [json.loads(line) for line in lines]
+    lines = (await ask(replica, fields | {"stream": True})).text.split("\n")
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
 
 
 async def test_completions_tell_the_same_streamed_and_whole(ingress: Replica) -> None:
@@ -106,6 +58,23 @@ async def test_completions_tell_the_same_streamed_and_whole(ingress: Replica) ->
         assert choice["logprobs"]["token_logprobs"][0] is None
         assert any(token.startswith("bytes:") for token in choice["logprobs"]["tokens"])
         assert len(choice["logprobs"]["tokens"]) == len(choice["prompt_logprobs"]) + 12
+
+
+async def test_a_prompt_can_be_scored_alone(ingress: Replica) -> None:
+    asked = PLAIN | ALL
+    choices = (await whole(ingress, asked))["choices"]
+    answer = await whole(ingress, asked | {"max_tokens": 0})
+    assert answer["usage"]["completion_tokens"] == 0
+    for choice, longer in zip(answer["choices"], choices, strict=True):
+        assert (choice["text"], choice["finish_reason"]) == (PLAIN["prompt"], "length")
+        assert choice["prompt_logprobs"] == longer["prompt_logprobs"]
+        for name, values in choice["logprobs"].items():
+            assert values == longer["logprobs"][name][: len(choice["prompt_logprobs"])]
+    events = await streamed(ingress, asked | {"max_tokens": 0})
+    for index in range(2):
+        mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in mine) == PLAIN["prompt"]
+        assert [part["finish_reason"] for part in mine] == [None, "length"]
 
 
 async def test_chats_tell_the_same_streamed_and_whole(ingress: Replica) -> None:

@@ -54,6 +54,18 @@ async def test_the_first_error_ends_every_source(others: int) -> None:
     assert all(source.is_closed for source in sources)
 
 
+async def test_a_cancelled_source_ends_the_merged_stream() -> None:
+    async def cancelled() -> AsyncGenerator[int, None]:
+        yield 1
+        raise asyncio.CancelledError
+
+    source = Source([], hangs=True)
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(20):
+            _ = [item async for item in merge([cancelled(), source.stream()])]
+    assert source.is_closed
+
+
 @pytest.mark.parametrize("num_sources", [1, 3])
 async def test_closing_the_merged_stream_closes_every_source(num_sources: int) -> None:
     sources = [Source([1], hangs=True) for _ in range(num_sources)]

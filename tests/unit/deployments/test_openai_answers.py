@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deployments.accounting import RequestTotals
-from deployments.detokenizer import PlacedLogprob
+from deployments.choice_text import PlacedLogprob
 from deployments.engine.types import (
     FinishReason,
     GenerationRequest,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from deployments.engine.embedding import Pooling
 from deployments.errors import RequestInvalidError, UnsupportedParameterError, describe
@@ -10,6 +11,8 @@ from deployments.openai_api import (
     ChatCompletionRequest,
     CompletionRequest,
     EmbeddingsRequest,
+    Message,
+    StreamOptions,
     parse_body,
 )
 
@@ -58,7 +61,7 @@ def plain(**fields: object) -> bytes:
         ("ignore_eos", 1, "ignore_eos"),
         ("stream", "yes", "stream"),
         ("stream_options", {"include_usage": 1}, "stream_options.include_usage"),
-        ("speculation", None, "speculation"),
+        ("speculation", 1, "speculation"),
         ("tpot_target_s", 0, "tpot_target_s"),
         ("tpot_target_s", 61, "tpot_target_s"),
         ("tpot_target_s", "0.1", "tpot_target_s"),
@@ -67,6 +70,7 @@ def plain(**fields: object) -> bytes:
         ("messages", [{"role": "user"}], "messages[0].content"),
         ("messages", [{"role": "user", "content": None}], "messages[0].content"),
         ("messages", [{"role": "user", "content": []}], "messages[0].content"),
+        ("messages", [{"role": "tool", "content": "x"}], "messages[0].role"),
         ("messages", [{"role": "robot", "content": "x"}], "messages[0].role"),
         (
             "messages",
@@ -88,11 +92,58 @@ def test_a_bad_field_is_named(field: str, value: object, param: str) -> None:
     assert param.split("[")[0].split(".")[0] in error.message
 
 
+@pytest.mark.parametrize(
+    ("body", "want"),
+    [
+        (plain(stop=["a"] * 5), "'stop': List should have at most 4 items"),
+        (plain(stop=5), "'stop': Input should be a valid string"),
+        (plain(stop=""), "'stop': String should have at least 1 character"),
+        (plain(prompt=["a"] * 65), "'prompt': List should have at most 64 items"),
+        (plain(prompt=[]), "'prompt': List should have at least 1 item"),
+        (plain(prompt=[5, -1]), r"'prompt\[1\]': Input should be greater than or equal to 0"),
+    ],
+)
+def test_of_several_forms_the_one_that_was_meant_is_explained(body: bytes, want: str) -> None:
+    with pytest.raises(RequestInvalidError, match=f"^Invalid value for {want}"):
+        parse_body(body, CompletionRequest)
+
+
 @pytest.mark.parametrize("field", ["model", "messages"])
 def test_a_missing_field_is_named(field: str) -> None:
     body = {name: value for name, value in CHAT.items() if name != field}
     with pytest.raises(RequestInvalidError, match=f"Missing required parameter: '{field}'"):
         parse_body(json.dumps(body).encode(), ChatCompletionRequest)
+
+
+@pytest.mark.parametrize(
+    ("model", "needed"),
+    [
+        (ChatCompletionRequest, CHAT),
+        (CompletionRequest, PLAIN),
+        (EmbeddingsRequest, {"model": "m", "input": "hi"}),
+    ],
+)
+def test_null_is_as_good_as_absent(
+    model: type[ChatCompletionRequest], needed: dict[str, object]
+) -> None:
+    nulls = dict.fromkeys(set(model.model_fields) - set(needed))
+    assert parse_body(json.dumps(needed | nulls).encode(), model) == parse_body(
+        json.dumps(needed).encode(), model
+    )
+
+
+def test_null_is_as_good_as_absent_in_stream_options() -> None:
+    options = {"include_usage": None, "include_obfuscation": None}
+    request = parse_body(chat(stream=True, stream_options=options), ChatCompletionRequest)
+    assert request.stream_options == StreamOptions()
+
+
+def test_a_null_in_a_schema_is_kept() -> None:
+    schema = {"const": None}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    structure = parse_body(chat(response_format=wanted), ChatCompletionRequest).structure
+    assert structure is not None
+    assert json.loads(structure.text) == schema
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"temperature": NaN}', b"nope"])
@@ -207,6 +258,29 @@ def test_both_names_of_the_output_limit_are_refused() -> None:
     request = parse_body(chat(max_tokens=1, max_completion_tokens=1), ChatCompletionRequest)
     with pytest.raises(RequestInvalidError, match="cannot both be set"):
         _ = request.output_limit
+
+
+@pytest.mark.parametrize("more", [{}, {"refusal": "", "annotations": [], "tool_calls": []}])
+def test_an_answer_can_be_sent_back_as_the_sdk_dumps_it(more: dict[str, object]) -> None:
+    answer = ChatCompletionMessage(role="assistant", content="hello").model_dump() | more
+    request = parse_body(chat(messages=[*CHAT["messages"], answer]), ChatCompletionRequest)
+    assert request.messages[1] == Message(role="assistant", content="hello")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tool_calls", [{"id": "1", "type": "function"}]),
+        ("function_call", {"name": "f", "arguments": ""}),
+        ("tool_call_id", "1"),
+        ("refusal", "I cannot."),
+    ],
+)
+def test_what_a_message_asks_for_in_vain_is_named(field: str, value: object) -> None:
+    messages = [*CHAT["messages"], {"role": "assistant", "content": "x", field: value}]
+    with pytest.raises(UnsupportedParameterError) as caught:
+        parse_body(chat(messages=messages), ChatCompletionRequest)
+    assert caught.value.param == f"messages[1].{field}"
 
 
 def test_text_parts_are_joined() -> None:

@@ -4,12 +4,8 @@ import pytest
 
 from deployments.engine.types import SamplingParams
 from deployments.errors import RequestInvalidError
-from deployments.sampling import (
-    SamplingFields,
-    build_sampling_params,
-    check_prompt_token_ids,
-    validate,
-)
+from deployments.sampling import SamplingFields, build_sampling_params, check_prompt_token_ids
+from deployments.wire_model import validate
 
 
 def build(max_tokens: int | None = 10, room: int = 100, **fields: object) -> SamplingParams:

@@ -29,6 +29,7 @@ def first_match(strings, pieces):
         (["ab", "abc"], [b"abc"], (0, "abc")),
         (["\u20ac"], [b"a", b"\xe2", b"\x82", b"\xac", b"b"], (3, "\u20ac")),
         (["x"], [b"\xf0", b"\x9f", b"x"], (2, "x")),
+        ([": "], [b":", b" \xf0\x9f\x98", b"\x80"], (1, ": ")),
         (["nope"], [b"n", b"op"], None),
         (["", "z"], [b"a", b"z"], (1, "z")),
     ],
@@ -37,17 +38,9 @@ def test_stop_strings(strings, pieces, want):
     assert first_match(strings, pieces) == want
 
 
-def test_bytes_that_never_become_a_character_do_not_pile_up():
-    seen = []
-
-    def recording(pieces):
-        seen.append(len(pieces))
-        return decode(pieces)
-
-    matcher = StopStringMatcher(["x"], recording)
-    for _ in range(200):
-        matcher.append(b"\xff")
-    assert max(seen) <= 16
+def test_a_string_behind_bytes_that_never_become_a_character():
+    matcher = StopStringMatcher(["x"], decode)
+    assert [matcher.append(b"\xff") for _ in range(200)] == [None] * 200
     assert matcher.append(b"x") == "x"
 
 
@@ -67,6 +60,11 @@ def test_cut_keeps_the_token_that_ends_the_output():
     assert condition().cut([b"a", b"b", b"y"]) == (2, Stop(FinishReason.STOP, "ab"))
     assert condition().cut([b"x"] * 9) == (5, Stop(FinishReason.LENGTH))
     assert condition().cut([b"x", b"x"]) == (2, None)
+
+
+def test_nothing_is_kept_where_no_token_was_asked_for():
+    assert condition(max_output_tokens=0).cut([]) == (0, None)
+    assert condition(max_output_tokens=0).cut([b"!"]) == (0, Stop(FinishReason.LENGTH))
 
 
 def test_stop_on_the_last_allowed_token_counts_as_stop():

@@ -16,7 +16,8 @@ LIMITS = ModelLimits(vocab_size=64, max_model_len=100, eos_token_ids=frozenset({
         (make_request(prompt=[1] * 100), "prompt", "maximum context length is 100 tokens"),
         (make_request(prompt=[1, 64]), "prompt", "out of range"),
         (make_request(prompt=[-1]), "prompt", "out of range"),
-        (make_request(max_tokens=0), "max_tokens", "at least 1"),
+        (make_request(prompt=[1] * 101, max_tokens=0), "prompt", "of which 0 must be left"),
+        (make_request(max_tokens=-1), "max_tokens", "negative"),
         (make_request(logit_bias=((64, 1.0),)), "logit_bias", "out of range"),
         (make_request(stop_token_ids=(99,)), "stop_token_ids", "out of range"),
         (make_request(resumed_output_ids=(1,) * 21), "resumed_output_ids", "longer"),
@@ -31,6 +32,7 @@ def test_impossible_requests_are_refused(request_, param, words):
 
 def test_possible_requests_pass():
     validate_request(make_request(prompt=[1] * 99), LIMITS)
+    validate_request(make_request(prompt=[1] * 100, max_tokens=0), LIMITS)
     validate_request(make_request(resumed_output_ids=(1,) * 20), LIMITS)
 
 

@@ -91,6 +91,14 @@ async def test_a_stop_string_ends_the_output_and_aborts_the_rest():
     assert deltas[-1].usage.num_output_tokens == 3
 
 
+async def test_the_token_behind_a_prompt_that_stands_alone_is_dropped():
+    runtime = FakeRuntime([item(4, finish=LENGTH)])
+    (delta,) = await collect(engine_of(runtime), make_request(max_tokens=0))
+    assert runtime.arguments[0]["sampling_params"]["max_new_tokens"] == 1
+    assert (delta.token_ids, delta.finish_reason) == ((), FinishReason.LENGTH)
+    assert delta.usage.num_output_tokens == 0
+
+
 async def test_leaving_the_stream_closes_sglangs():
     closed = []
 

@@ -179,7 +179,6 @@ def test_a_resumed_request_delivers_the_rows_of_new_tokens():
         (make_request(capture=CaptureSpec(layers=(1, 1))), "each once"),
         (make_request(capture=CaptureSpec(layers=(2,))), "Layer 2 .* 1 layers"),
         (make_request(capture=CaptureSpec(layers=(-2,))), "Layer -2"),
-        (make_request(max_tokens=0), "max_tokens"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(request_, named):

@@ -172,13 +172,13 @@ def test_the_model_scores_no_row_that_nobody_asked_for():
     assert rows == [4, 4, 4 + 199]
 
 
-def test_a_prompt_that_cannot_be_scored_fails_its_request_alone():
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_a_prompt_that_cannot_be_scored_fails_its_request_alone(max_tokens):
     session = Session()
     session.parts.runner.nan_after_token = 61
-    session.add(
-        1, make_request("r1", [*LONG[:50], 61, *LONG[:9]], num_prompt_logprobs=0, max_tokens=1)
-    )
-    session.add(2, make_request("r2", LONG[:40], num_prompt_logprobs=0, max_tokens=1))
+    asked = {"num_prompt_logprobs": 0, "max_tokens": max_tokens}
+    session.add(1, make_request("r1", [*LONG[:50], 61, *LONG[:9]], **asked))
+    session.add(2, make_request("r2", LONG[:40], **asked))
     session.run()
     assert isinstance(session.ends[1], InvalidLogitsError)
     assert not session.tokens[1]

@@ -1,59 +1,17 @@
-"""Token ids to text, piece by piece, without ever showing half a character or a stop string."""
+"""The text of one choice as it grows, without ever showing half a character or a stop string."""
 
 from __future__ import annotations
 
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from deployments.engine.detokenizer import IncrementalDetokenizer
+from deployments.engine.stopping import find_completed
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from deployments.engine.types import TokenDelta, TokenLogprob
-
-_REPLACEMENT = "\ufffd"
-_MAX_INCOMPLETE = 3
-"""A UTF-8 character has at most 3 bytes before its last one."""
-_CONTEXT_TOKENS = 4
-"""Tokens decoded again with each new one: some decoders treat the first token of a text apart."""
-
-
-class IncrementalDetokenizer:
-    """Text of a growing token sequence; each push decodes a bounded window."""
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        """Start with nothing.
-
-        Args:
-            decode: token ids to text, broken UTF-8 as U+FFFD.
-        """
-        self._decode = decode
-        self._window: list[int] = []
-        self._shown = 0
-
-    def push(self, token_id: int) -> str:
-        """The text that one more token adds; empty while a character is incomplete."""
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        incomplete = len(text) - len(text.rstrip(_REPLACEMENT))
-        stable = len(text) - min(incomplete, _MAX_INCOMPLETE)
-        piece = text[self._shown : stable]
-        self._shown = max(self._shown, stable)
-        if len(self._window) > 2 * _CONTEXT_TOKENS and (
-            not incomplete or len(self._window) > 8 * _CONTEXT_TOKENS
-        ):
-            self._forget(len(text) - self._shown)
-        return piece
-
-    def flush(self) -> str:
-        """What is still held back, once no token follows."""
-        text = self._decode(self._window)
-        piece = text[self._shown :]
-        self._shown = len(text)
-        return piece
-
-    def _forget(self, held: int) -> None:
-        del self._window[:-_CONTEXT_TOKENS]
-        self._shown = max(0, len(self._decode(self._window)) - held)
 
 
 class StopStringCutter:
@@ -88,8 +46,7 @@ class StopStringCutter:
         if not isinstance(stop_match, str):
             return text
         # The match ends inside the last token's text; an earlier one was not meant to stop.
-        start = max(0, len(text) - len(piece) - len(stop_match) + 1)
-        at = text.find(stop_match, start)
+        at = find_completed(text, stop_match, len(text) - len(piece))
         return text if at < 0 else text[:at]
 
 

@@ -1,53 +1,22 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from deployments.detokenizer import ChoiceText, IncrementalDetokenizer, StopStringCutter
+from deployments.choice_text import ChoiceText, StopStringCutter
+from deployments.engine.stopping import StopCondition
 from deployments.engine.types import FinishReason, TokenDelta, TokenLogprob
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def decode_bytes(token_ids: object) -> str:
     """Token i is byte i: the hardest split of UTF-8 there is."""
     return bytes(token_ids).decode("utf-8", errors="replace")  # type: ignore[arg-type]
-
-
-def pieces_of(token_ids: list[int]) -> list[str]:
-    detokenizer = IncrementalDetokenizer(decode_bytes)
-    return [*(detokenizer.push(token) for token in token_ids), detokenizer.flush()]
-
-
-@given(st.text(max_size=80))
-def test_no_piece_ever_shows_half_a_character(text: str) -> None:
-    pieces = pieces_of(list(text.encode()))
-    assert "".join(pieces) == text
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
-
-
-@given(st.lists(st.integers(0, 255), max_size=120))
-def test_any_bytes_give_what_decoding_them_at_once_gives(token_ids: list[int]) -> None:
-    assert "".join(pieces_of(token_ids)) == decode_bytes(token_ids)
-
-
-@given(st.lists(st.sampled_from(["😀", "👨‍👩‍👧", "é", "a", "\ufffd", "漢"]), max_size=30))
-def test_emoji_and_genuine_replacement_characters(parts: list[str]) -> None:
-    text = "".join(parts)
-    assert "".join(pieces_of(list(text.encode()))) == text
-
-
-def test_the_window_stays_bounded() -> None:
-    sizes: list[int] = []
-
-    def decode(token_ids: object) -> str:
-        sizes.append(len(token_ids))  # type: ignore[arg-type]
-        return decode_bytes(token_ids)
-
-    detokenizer = IncrementalDetokenizer(decode)
-    for token in b"\x80" * 300 + b"abc" * 300:
-        detokenizer.push(token)
-    assert max(sizes) <= 40
 
 
 def cut(pieces: list[str], stops: list[str], stop_match: str | None) -> str:
@@ -171,3 +140,48 @@ def test_every_token_is_told_once_and_in_order(parts: list[bytes], stops: list[s
     offsets = [offset for _, offset in placed]
     assert offsets == sorted(offsets)
     assert offsets[-1] < len("".join(part for part, _ in shown))
+
+
+PARTS = (
+    b"a",
+    b":",
+    b" ",
+    b": ",
+    b" \xf0\x9f\x98",
+    b" \xf0\x9f",
+    b"\x98",
+    b"\x80",
+    b"\x98\x80",
+    b"\xe2",
+)
+
+
+@given(
+    st.lists(st.integers(0, len(PARTS) - 1), min_size=1, max_size=16),
+    st.lists(st.sampled_from([": ", " ", "a:", "\U0001f600", ":a "]), min_size=1, max_size=2),
+)
+@example([1, 4, 7], [": "])
+@example([1, 5, 6, 7], [": "])
+def test_what_the_engine_stops_at_is_never_shown(token_ids: list[int], stops: list[str]) -> None:
+    def decode(ids: Sequence[int]) -> str:
+        return b"".join(PARTS[token] for token in ids).decode(errors="replace")
+
+    condition = StopCondition(
+        max_output_tokens=len(token_ids),
+        min_tokens=0,
+        stop_token_ids=frozenset(),
+        stop_strings=stops,
+        detokenize=decode,
+    )
+    text = ChoiceText(decode, stops)
+    shown = ""
+    for token in token_ids:
+        stop = condition.append(token)
+        reason, match = (stop.reason, stop.match) if stop is not None else (None, None)
+        assert not isinstance(match, int)
+        shown += text.push(delta(bytes([token]), reason, match)).text
+        if stop is not None:
+            break
+    written = decode(token_ids[: condition.num_output_tokens])
+    at = [written.index(each) for each in stops if each in written]
+    assert shown == written[: min(at, default=len(written))]
