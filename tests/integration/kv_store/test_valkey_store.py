@@ -320,14 +320,14 @@ def test_a_stopped_server_is_gone_with_its_folder_and_restarts_under_the_same_ur
 def test_a_server_is_stopped_though_a_forked_child_holds_its_pipe(server, admin, monkeypatch):
     monkeypatch.setattr(embedded_valkey, "_STOP_S", 0.2)
     folder = Path(admin.config_get("dir")["dir"])
-    childs = os.dup(server._guard.stdin.fileno())  # what a child has that runs no other program
+    its_child = os.dup(server._guard.stdin.fileno())  # what a child has that runs no other program
     stopping = threading.Thread(target=server.stop, daemon=True)
     try:
         stopping.start()
         stopping.join(PATIENT_S)
         assert not stopping.is_alive()
     finally:
-        os.close(childs)
+        os.close(its_child)
     assert not folder.exists()
     with pytest.raises(redis.ConnectionError):
         admin.ping()
