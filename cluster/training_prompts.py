@@ -131,7 +131,7 @@ def _conversations(path: Path, data: bytes, where: str) -> Iterator[tuple[str, l
     from deployments.tokenizer import ChatTurn
 
     try:
-        lines = data.decode("utf-8").splitlines()
+        lines = data.decode("utf-8").split("\n")  # JSON may hold other ends of lines as they are
     except UnicodeDecodeError as error:
         raise ConfigError((f"{where}: not UTF-8: {error}",)) from error
     if not any(map(str.strip, lines)):

@@ -52,12 +52,15 @@ class Answer:
     rounds: tuple[RoundCounts, ...] = ()
 
 
-def read_answer(item: Mapping[str, Any], request: GenerationRequest) -> Answer:
+def read_answer(
+    item: Mapping[str, Any], request: GenerationRequest, *, with_prompt: bool = True
+) -> Answer:
     """Read one item.
 
     Args:
         item: ``output_ids`` and ``meta_info``.
         request: what it answers.
+        with_prompt: whether to read log probabilities of the prompt, if they were asked for.
 
     Raises:
         RequestRejectedError: SGLang cannot serve the request.
@@ -75,7 +78,9 @@ def read_answer(item: Mapping[str, Any], request: GenerationRequest) -> Answer:
             meta.get("output_top_logprobs"),
             sampling.num_logprobs,
         ),
-        prompt_logprobs=_prompt_logprobs(meta, sampling.num_prompt_logprobs),
+        prompt_logprobs=_prompt_logprobs(
+            meta, sampling.num_prompt_logprobs if with_prompt else None
+        ),
         finish=finish,
         match=match,
         num_cached=meta.get("cached_tokens", 0),

@@ -63,6 +63,7 @@ class _Running:
         wait: the bound on the answer that is waited for.
         num_preemptions: as SGLang told last.
         rounds: of verification, so far.
+        has_told_prompt: whether the prompt's log probabilities are told; SGLang repeats them.
     """
 
     request: GenerationRequest
@@ -70,6 +71,7 @@ class _Running:
     wait: asyncio.Timeout | None = None
     num_preemptions: int = 0
     rounds: Counter[RoundCounts] = field(default_factory=Counter)
+    has_told_prompt: bool = False
 
 
 class SGLangEngine(Engine):
@@ -121,9 +123,11 @@ class SGLangEngine(Engine):
             # Closing SGLang's generator before its end aborts the request there.
             async with aclosing(self._runtime.generate(arguments)) as items:
                 while True:
-                    answer = read_answer(await self._next(running, items), request)
+                    item = await self._next(running, items)
+                    answer = read_answer(item, request, with_prompt=not running.has_told_prompt)
                     delta = self._delta(running, answer, stop)
                     if delta.token_ids or delta.finish_reason is not None:
+                        running.has_told_prompt |= delta.prompt_logprobs is not None
                         yield delta
                     if delta.finish_reason is not None:
                         return
@@ -219,7 +223,7 @@ class SGLangEngine(Engine):
     def _open(self, request: GenerationRequest) -> _Running:
         if not self._running:
             self._heard_at = time.monotonic()
-        running = _Running(request)
+        running = _Running(request, has_told_prompt=bool(request.resumed_output_ids))
         self._running[request.request_id] = running
         self._is_idle.clear()
         if self._watching is None:
@@ -235,6 +239,8 @@ class SGLangEngine(Engine):
         self, running: _Running, items: AsyncGenerator[dict[str, object], None]
     ) -> dict[str, object]:
         """SGLang's next item, unless the deadline or the end of the engine comes first."""
+        if self._death is not None:
+            raise self._death  # it came while nobody waited for an item
         try:
             async with asyncio.timeout(_remaining_s(running.request)) as running.wait:
                 item = await anext(items)

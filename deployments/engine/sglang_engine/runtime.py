@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGQUIT)
+_JOIN_S = 30.0
 
 
 class Load(NamedTuple):
@@ -254,10 +255,12 @@ class SGLangRuntime:
         loop = self._manager.event_loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(_cancel, self._manager.asyncio_tasks)
-        self._engine.shutdown()
-        for child in self._processes:
-            child.join()
-        self._close_folders()
+        try:
+            self._engine.shutdown()
+            for child in self._processes:
+                child.join(_JOIN_S)
+        finally:
+            self._close_folders()
 
     def own_metrics(self) -> Sequence[Sample]:
         """See ``Runtime.own_metrics``."""

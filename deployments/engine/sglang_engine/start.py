@@ -75,6 +75,7 @@ def _tier_settings(
     deciding = {
         "version": installed_version(),
         "device": config.device,
+        "dtype": config.dtype,
         "attention_backend": config.sglang.attention_backend,
         "extra_args": config.sglang.extra_args,
     }

@@ -37,6 +37,14 @@ def test_a_text_file_holds_one_prompt_a_line(read, tokenizer):
     assert (source.name, source.licence) == ("p.txt", "CC0")
 
 
+def test_only_newlines_end_rows(read, tokenizer):
+    question = "one\u2028two\x85three"
+    expected = tuple(tokenizer.encode_chat([ChatTurn("user", question)]))
+    row = json.dumps({"prompt": question}, ensure_ascii=False)
+    assert read(f"{row}\r\n{row}").prompts == (expected, expected)
+    assert read(f"{question}\r\n", "p.txt").prompts == (expected,)
+
+
 def test_the_digest_is_the_file_s(read):
     assert read("a\n", "a.txt").digest == read("a\n", "b.txt").digest != read("b\n", "c.txt").digest
 

@@ -214,6 +214,30 @@ async def test_a_dead_sglang_ends_every_request_with_an_error():
     await engine.close()
 
 
+async def test_a_death_while_nobody_waits_is_told_to_who_comes_back():
+    runtime = FakeRuntime([item(3)])
+    engine = engine_of(runtime)
+    deltas = engine.generate(make_request("a"))
+    assert (await anext(deltas)).token_ids == (3,)
+    runtime.dead = "scheduler"
+    with pytest.raises(EngineDeadError):
+        engine.check_health()
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(anext(deltas), 10)
+    await engine.close()
+
+
+async def test_the_prompt_is_told_of_once():
+    prompt = {"input_token_logprobs": [(None, 1, None), (-0.5, 2, None)]}
+    runtime = FakeRuntime([item(**prompt), item(4, **prompt), item(5, finish=LENGTH, **prompt)])
+    engine = engine_of(runtime)
+    request = make_request("a", max_tokens=2, num_prompt_logprobs=0)
+    told = [delta.prompt_logprobs for delta in await collect(engine, request)]
+    assert [entry and entry.logprob for entry in told[0]] == [None, -0.5]
+    assert told[1:] == [None]
+    await engine.close()
+
+
 async def test_health_notices_a_death_nobody_waited_for():
     runtime = FakeRuntime()
     engine = engine_of(runtime)

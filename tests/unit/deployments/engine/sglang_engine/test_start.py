@@ -14,15 +14,20 @@ from kv_store import KVStoreConfig
 KV = KVStoreConfig(codec="lossless")
 
 
-def settings_of(kv=KV, digest=lambda: "d", **changes):
-    config = EngineConfig(kind="sglang", sglang=SGLangConfig(**changes), kv_load_timeout_s=3.0)
+def settings_of(kv=KV, digest=lambda: "d", dtype="bfloat16", **changes):
+    sglang = SGLangConfig(**changes)
+    config = EngineConfig(kind="sglang", sglang=sglang, dtype=dtype, kv_load_timeout_s=3.0)
     return start._tier_settings(config, kv, digest)
 
 
 def test_all_that_decides_bits_is_named():
     settings = settings_of()
     assert (settings.kv, settings.model_digest, settings.load_timeout_s) == (KV, "d", 3.0)
-    for changes in ({"attention_backend": "fa3"}, {"extra_args": {"quantization": "fp8"}}):
+    for changes in (
+        {"attention_backend": "fa3"},
+        {"extra_args": {"quantization": "fp8"}},
+        {"dtype": "float32"},
+    ):
         other = settings_of(**changes)
         assert other.arithmetic != settings.arithmetic
         json.loads(other.arithmetic)
