@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cluster.draft_training import train_draft
@@ -151,6 +152,8 @@ def _copy_traffic(config: ClusterConfig, folder: Path) -> Path:
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as sink:
         for file in files:
-            sink.write(file.read_bytes())
+            with suppress(FileNotFoundError):  # it has made room for a newer one
+                content = file.read_bytes()
+                sink.write(content[: content.rfind(b"\n") + 1])
     partial.replace(copy)
     return copy

@@ -120,7 +120,7 @@ class _TenantFile:
         self._num_bytes = 0
 
     def append(self, line: bytes) -> bool:
-        """Returns: False if the line is longer than a file may be."""
+        """Returns: False if it is longer than a file may be, or than what the disk has left."""
         if len(line) > self._longest:
             return False
         if self._descriptor is None or self._num_bytes + len(line) > self._longest:
@@ -128,7 +128,9 @@ class _TenantFile:
         if self._descriptor is None:
             return False
         # One call: who reads meanwhile sees whole lines.
-        os.write(self._descriptor, line)
+        if os.write(self._descriptor, line) < len(line):
+            os.ftruncate(self._descriptor, self._num_bytes)  # or the next line would follow a half
+            return False
         self._num_bytes += len(line)
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -106,6 +107,23 @@ def test_what_is_too_long_or_cannot_be_written_is_dropped_and_counted(tmp_path: 
     log.record("a", TURNS)
     log.close()
     assert results == {"dropped": 2, "kept": 1}
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+
+    def short(descriptor: int, line: bytes) -> int:
+        return write(descriptor, line[:9] if b"second" in line else line)
+
+    monkeypatch.setattr(os, "write", short)
+    log, results = log_to(tmp_path, "a")
+    for text in ("first", "second", "third"):
+        log.record("a", [ChatTurn("user", text)])
+    log.close()
+    assert results == {"kept": 2, "dropped": 1}
+    *rows, end = lines_of(tmp_path)
+    assert [json.loads(row)["messages"][0]["content"] for row in rows] == ["first", "third"]
+    assert not end
 
 
 def test_a_writer_that_is_held_up_has_no_more_before_it_than_may_be(
