@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 _MIB = 1 << 20
 _GIB = 1 << 30
+HOST_PATTERN = r"[0-9A-Za-z:_-]{1,63}(?:\.[0-9A-Za-z:_-]{1,63})*\.?"
+"""No label may be empty or longer: resolvers raise what is no OSError."""
 _VALKEY_OPTION = re.compile(
     r"(client_name|ssl_(ca_certs|ca_path|cert_reqs|certfile|check_hostname|keyfile|password))=.+"
     r"|db=\d+"
@@ -128,11 +130,7 @@ class PeersTierConfig(_TierConfig):
 
     kind: Literal["peers"] = "peers"
     """Which tier this is."""
-    host: str = Field(
-        default="",
-        max_length=253,
-        pattern=r"^([0-9A-Za-z:_-]{1,63}(\.[0-9A-Za-z:_-]{1,63})*\.?)?$",
-    )
+    host: str = Field(default="", max_length=253, pattern=f"^({HOST_PATTERN})?$")
     """This node's address for other nodes; by default that of the route to the Valkey server."""
     port: int = Field(default=0, ge=0, le=65535)
     """Where this replica's page server listens; 0 takes any free port, as more than one replica of

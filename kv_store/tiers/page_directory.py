@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
+from kv_store.config import HOST_PATTERN
 from kv_store.tiers.valkey_batches import ValkeyBatches, page_name
 from kv_store.tiers.valkey_exchange import Exchange
 
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
     from kv_store.keys import PageKey
     from kv_store.tiers.valkey_topology import ValkeyAddress
 
-# No label of a host may be empty or longer: resolvers raise what is no OSError.
 _RECORD = re.compile(
-    rb"1 ([0-9a-f]{32}) ([0-9]{1,5}) "
-    rb"(?=.{1,253}$)([0-9A-Za-z:_-]{1,63}(?:\.[0-9A-Za-z:_-]{1,63})*\.?)"
+    rb"1 ([0-9a-f]{32}) ([0-9]{1,5}) (?=.{1,253}$)(" + HOST_PATTERN.encode() + rb")"
 )
 _LOOPBACK = "127.0.0.1"
 

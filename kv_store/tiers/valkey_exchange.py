@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kv_store.tiers.parts import Manifest, is_split, read_manifest, split
 from kv_store.tiers.resp import command, command_with_payload
-from kv_store.tiers.valkey_pipeline import Pipeline, Redirect, answers
+from kv_store.tiers.valkey_pipeline import Redirect, answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kv_store.tiers.base import Blob
-    from kv_store.tiers.buffers import BufferPool
-    from kv_store.tiers.valkey_connection import ValkeyConnection
-    from kv_store.tiers.valkey_pipeline import Reply
+    from kv_store.tiers.valkey_pipeline import Pipeline, Reply
 
 MAX_VALUE_BYTES = 2 << 20
 _MAX_WORD_BYTES = 64 << 10  # of a claim, a note, or what a script returns
@@ -54,24 +52,8 @@ class Evaluation(NamedTuple):
 class Exchange:
     """One operation's talk with one server, in one thread."""
 
-    def __init__(
-        self,
-        connection: ValkeyConnection,
-        buffers: BufferPool,
-        deadline: float,
-        *,
-        is_asking: bool = False,
-    ) -> None:
-        """Prepare.
-
-        Args:
-            connection: nobody else uses it meanwhile.
-            buffers: where blobs are read to.
-            deadline: on the monotonic clock.
-            is_asking: the commands follow redirects of a slot that is being moved.
-        """
-        self._pipeline = Pipeline(connection, buffers, deadline, is_asking=is_asking)
-        self._buffers = buffers
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
 
     def get(self, reads: Sequence[PageRead]) -> list[Blob | Redirect | None]:
         """Each blob, or None for a miss."""
@@ -197,7 +179,7 @@ class Exchange:
         manifest = read_manifest(value)
         if manifest is None:
             return value
-        blob = self._buffers.take(manifest.num_bytes)
+        blob = self._pipeline.buffers.take(manifest.num_bytes)
         places = _places(manifest, blob)
         replies = self._pipeline.fetch(
             ([_getex(part, read.ttl_ms)] for part in manifest.part_names(read.name)),
@@ -216,7 +198,7 @@ class Exchange:
         return answers(self._pipeline.send([[command(b"UNLINK", name)] for name in names]), _is_one)
 
     def _place(self, place: memoryview, size: int) -> memoryview:
-        return place if size == len(place) else self._buffers.take(size)
+        return place if size == len(place) else self._pipeline.buffers.take(size)
 
 
 def _getex(name: bytes, ttl_ms: int) -> bytes:

@@ -48,7 +48,11 @@ class Redirect(NamedTuple):
 
 
 class Pipeline:
-    """For one operation, in one thread."""
+    """For one operation, in one thread.
+
+    Attributes:
+        buffers: where values are read to.
+    """
 
     def __init__(
         self,
@@ -67,7 +71,7 @@ class Pipeline:
             is_asking: the commands follow redirects of a slot that is being moved.
         """
         self._connection = connection
-        self._buffers = buffers
+        self.buffers = buffers
         self._deadline = deadline
         self._is_asking = is_asking
 
@@ -81,7 +85,7 @@ class Pipeline:
         def allocate(size: int) -> memoryview:
             if size > max_bytes:
                 raise ProtocolError(f"a value of {size} bytes, where {max_bytes} are the limit")
-            return self._buffers.take(size)
+            return self.buffers.take(size)
 
         return allocate
 
@@ -150,7 +154,7 @@ class Pipeline:
             def allocate(size: int) -> memoryview:
                 num_read = len(replies)
                 self._connection.send_more(take(num_read + 1 + max(1, _BYTES_AHEAD // (size or 1))))
-                return (places[num_read] if places else self._buffers.take)(size)
+                return (places[num_read] if places else self.buffers.take)(size)
 
             while len(replies) < num_sent:
                 reply = self._read(reader, allocate)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from kv_store.errors import TierBusyError, TierRefusedError, TierUnavailableError
 from kv_store.tiers.valkey_connection import ValkeyConnection
 from kv_store.tiers.valkey_exchange import Exchange
+from kv_store.tiers.valkey_pipeline import Pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +108,8 @@ class ValkeyServer:
         except IndexError:
             raise TierUnavailableError("the connections are closed") from None
         try:
-            return operation(Exchange(connection, self._buffers, deadline, is_asking=is_asking))
+            pipeline = Pipeline(connection, self._buffers, deadline, is_asking=is_asking)
+            return operation(Exchange(pipeline))
         finally:
             if self._is_closed:
                 connection.close()

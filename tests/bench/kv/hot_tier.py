@@ -19,6 +19,7 @@ from kv_store.tiers.embedded_valkey import EmbeddedValkey
 from kv_store.tiers.valkey import ValkeyTier
 from kv_store.tiers.valkey_connection import ValkeyConnection
 from kv_store.tiers.valkey_exchange import MAX_VALUE_BYTES, Exchange
+from kv_store.tiers.valkey_pipeline import Pipeline
 from kv_store.tiers.valkey_topology import ValkeyAddress
 from tests.bench.kv.lmcache_peer import LMCacheClient, load_library
 from tests.bench.kv.measure import race
@@ -65,8 +66,8 @@ class _DataPath:
 
     def get(self, names: Sequence[bytes], buffers: Sequence[memoryview]) -> None:
         """Fill the buffers."""
-        exchange = Exchange(self._connection, _CallersBuffers(buffers), time.monotonic() + 60)
-        values = exchange.fetch(names, MAX_VALUE_BYTES)
+        pipeline = Pipeline(self._connection, _CallersBuffers(buffers), time.monotonic() + 60)
+        values = Exchange(pipeline).fetch(names, MAX_VALUE_BYTES)
         if any(value is not buffer for value, buffer in zip(values, buffers, strict=True)):
             raise RuntimeError("a page is missing")
 

@@ -33,14 +33,6 @@ class FakeRedisConnection:
 
 
 @pytest.fixture
-def peers():
-    peers = []
-    yield peers
-    for peer in peers:
-        peer.close()
-
-
-@pytest.fixture
 def connection(peers):
     connection = ValkeyConnection(lambda: FakeRedisConnection(peers))
     yield connection

@@ -11,6 +11,7 @@ from kv_store import TierUnavailableError
 from kv_store.tiers.buffers import BufferPool
 from kv_store.tiers.valkey_connection import ValkeyConnection
 from kv_store.tiers.valkey_exchange import Exchange
+from kv_store.tiers.valkey_pipeline import Pipeline
 from tests.unit.kv_store.tiers.test_valkey_connection import (
     PATIENT_S,
     FakeRedisConnection,
@@ -63,7 +64,7 @@ class Server:
 def fetch(values, asked_by_answer):
     with Server(values, asked_by_answer) as server:
         connection = ValkeyConnection(lambda: FakeRedisConnection(server.peers))
-        exchange = Exchange(connection, BufferPool(), time.monotonic() + PATIENT_S)
+        exchange = Exchange(Pipeline(connection, BufferPool(), time.monotonic() + PATIENT_S))
         got = exchange.fetch([b"page%d" % number for number in range(len(values))], MAX_BYTES)
         connection.close()
     assert [value and bytes(value) for value in got] == values
@@ -113,9 +114,8 @@ def test_a_long_value_is_whole_however_it_is_cut_on_the_way():
 
     thread = threading.Thread(target=serve)
     thread.start()
-    exchange = Exchange(
-        ValkeyConnection(lambda: Once([])), BufferPool(), time.monotonic() + PATIENT_S
-    )
+    connection = ValkeyConnection(lambda: Once([]))
+    exchange = Exchange(Pipeline(connection, BufferPool(), time.monotonic() + PATIENT_S))
     assert exchange.fetch([b"page"], MAX_BYTES) == [value]
     thread.join()
     theirs.close()
@@ -134,10 +134,12 @@ def ask(operation, answer, *, is_asking=False, buffers=None):
     try:
         return operation(
             Exchange(
-                connection,
-                buffers or NoMemory(),
-                time.monotonic() + PATIENT_S,
-                is_asking=is_asking,
+                Pipeline(
+                    connection,
+                    buffers or NoMemory(),
+                    time.monotonic() + PATIENT_S,
+                    is_asking=is_asking,
+                )
             )
         )
     finally:

@@ -18,14 +18,6 @@ from tests.unit.kv_store.tiers.test_valkey_connection import (
 
 
 @pytest.fixture
-def peers():
-    peers = []
-    yield peers
-    for peer in peers:
-        peer.close()
-
-
-@pytest.fixture
 def breaker():
     return CircuitBreaker(max_failures=1, open_s=1.0, max_open_s=1.0)
 
