@@ -179,6 +179,8 @@ class Modes(Speculator):
             drafter.open(session)
             drafter.append(session.session_id, text)
             drafter.close(session.session_id)
+            while drafter._ended:  # it learns a little with each step, and these are long past
+                drafter.propose(())
 
     def detach(self, request_id: str) -> None:
         """The request has ended."""

@@ -6,7 +6,6 @@ together nor on how the work is split between threads.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
@@ -29,13 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _REGISTER = LANES if HAS_AVX512 else 8
-_REGISTERS = LANES // _REGISTER
-"""That sixteen floats take."""
-_DENSE_TOKENS = 6 if HAS_AVX512 else 3
-_PAIR_ROWS = 4 if HAS_AVX512 else 2
-"""How many tokens meet how many rows at once: AVX2 has sixteen registers, of which six pairs of
-sixteen floats take twelve for their sums, and leave enough for weights and inputs. AVX-512 has 32,
-of which 24 pairs take 24."""
+_DENSE_TOKENS = 6
+_ROWS_OF_FEW, _ROWS_OF_MANY = 4, 4 if HAS_AVX512 else 2
+"""Rows that meet one or two tokens at once, and more of them: AVX2 has sixteen registers, of which
+the sums of twelve pairs leave enough for weights and inputs. AVX-512 has 32, for 24 pairs."""
 _ROW_BYTES = {DENSE_F32: 4, DENSE_BF16: 2}
 _STRIP_ROWS = 8
 """What is multiplied with all tokens before the next comes: it stays in the nearest caches."""
@@ -60,30 +56,28 @@ def _dense_products(
         w_rows = [emit.step(w, w_stride, r) for r in range(num_rows)]
         x_rows = [emit.step(x, x_stride, n) for n in range(num_tokens)]
         steps = builder.sdiv(size, ir.Constant(I64, LANES))
-        num_sums = num_rows * num_tokens
-        loop = Loop(builder, steps, emit.zeros(num_sums * _REGISTERS))
+        loop = Loop(builder, steps, emit.zeros(num_rows * num_tokens))
         w_at = builder.mul(loop.index, ir.Constant(I64, row_bytes * LANES))
         x_at = builder.mul(loop.index, ir.Constant(I64, 4 * LANES))
         # Evenly, so that memory works as long as the processor does.
         step_bytes = row_bytes * LANES * num_rows
         next_at = builder.mul(loop.index, builder.sdiv(ir.Constant(I64, step_bytes), share))
         emit.prefetch_all(builder.add(next_w, next_at), step_bytes)
-        sums = []
-        for part in range(_REGISTERS):
-            column_at = emit.at(x_at, 4 * _REGISTER * part)
-            columns = [emit.load_floats(builder.add(row, column_at), DENSE_F32) for row in x_rows]
-            weight_at = emit.at(w_at, row_bytes * _REGISTER * part)
-            for r, row in enumerate(w_rows):
-                weights = emit.load_floats(builder.add(row, weight_at), dtype)
-                for n, column in enumerate(columns):
-                    carried = loop.carried[part * num_sums + r * num_tokens + n]
-                    sums.append(emit.fma(weights, column, carried))
+        sums = list(loop.carried)
+        for first in range(0, LANES, _REGISTER):
+            weight_at, column_at = emit.at(w_at, row_bytes * first), emit.at(x_at, 4 * first)
+            weights = [emit.load_floats(builder.add(row, weight_at), dtype) for row in w_rows]
+            # Token by token: a compiler that loads all inputs first runs out of registers.
+            for n, row in enumerate(x_rows):
+                column = emit.load_floats(builder.add(row, column_at), DENSE_F32)
+                for r, weight in enumerate(weights):
+                    at = r * num_tokens + n
+                    sums[at] = emit.fma(weight, column, sums[at])
         loop.close(sums)
         for r in range(num_rows):
             for n in range(num_tokens):
                 target = emit.at(emit.step(y, y_stride, n), 4 * r)
-                parts = sums[r * num_tokens + n :: num_sums]
-                emit.store(emit.total(functools.reduce(builder.fadd, parts)), target)
+                emit.store(emit.total(sums[r * num_tokens + n]), target)
 
     signature = types.void(kind, rows, tokens, *[types.int64] * 9)
     return signature, generate
@@ -139,33 +133,32 @@ def multiply_rows(kind, w, x, y, y_stride, first, last, num_tokens, size):
             tokens = _evenly(num_tokens - n, _DENSE_TOKENS)
             if tokens == 1:
                 _dense_strip(
-                    kind, 4, 1, row, w_stride, at, stride, to, y_stride, count, size, far,
-                    num_turns,
+                    kind, _ROWS_OF_FEW, 1, row, w_stride, at, stride, to, y_stride, count, size,
+                    far, num_turns,
                 )  # fmt: skip
             elif tokens == 2:
                 _dense_strip(
-                    kind, _PAIR_ROWS, 2, row, w_stride, at, stride, to, y_stride, count, size,
+                    kind, _ROWS_OF_FEW, 2, row, w_stride, at, stride, to, y_stride, count, size,
                     far, num_turns,
                 )  # fmt: skip
             elif tokens == 3:
                 _dense_strip(
-                    kind, _PAIR_ROWS, 3, row, w_stride, at, stride, to, y_stride, count, size,
+                    kind, _ROWS_OF_MANY, 3, row, w_stride, at, stride, to, y_stride, count, size,
                     far, num_turns,
                 )  # fmt: skip
-            elif HAS_AVX512:
-                if tokens == 4:
-                    _dense_strip(
-                        kind, 4, 4, row, w_stride, at, stride, to, y_stride, count, size, far,
-                        num_turns,
-                    )  # fmt: skip
-                elif tokens == 5:
-                    _dense_strip(
-                        kind, 4, 5, row, w_stride, at, stride, to, y_stride, count, size, far,
-                        num_turns,
-                    )  # fmt: skip
-                else:
-                    _dense_strip(
-                        kind, 4, 6, row, w_stride, at, stride, to, y_stride, count, size, far,
-                        num_turns,
-                    )  # fmt: skip
+            elif tokens == 4:
+                _dense_strip(
+                    kind, _ROWS_OF_MANY, 4, row, w_stride, at, stride, to, y_stride, count, size,
+                    far, num_turns,
+                )  # fmt: skip
+            elif tokens == 5:
+                _dense_strip(
+                    kind, _ROWS_OF_MANY, 5, row, w_stride, at, stride, to, y_stride, count, size,
+                    far, num_turns,
+                )  # fmt: skip
+            else:
+                _dense_strip(
+                    kind, _ROWS_OF_MANY, 6, row, w_stride, at, stride, to, y_stride, count, size,
+                    far, num_turns,
+                )  # fmt: skip
             n += tokens

@@ -48,7 +48,7 @@ _CHUNKS_STEP = 16
 _MAX_TOKENS = {
     (torch.float32, False): 16,
     (torch.float32, True): 32,
-    (torch.bfloat16, False): 16 if HAS_AVX512 else 4,
+    (torch.bfloat16, False): 16 if HAS_AVX512 else 32,
     (torch.bfloat16, True): 32 if HAS_AVX512 else 16,
 }
 """By dtype and whether the weights are packed: beyond, the matrix units win (measured)."""
