@@ -88,17 +88,10 @@ class StudentShelf:
         What became of the one before is forgotten, so the next decision is about this one.
         """
         self.stable.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=self.stable.parent, suffix=".partial")
-        os.close(handle)
-        try:
-            shutil.copyfile(source, scratch)
-            with self._locked():
-                self._decision.unlink(missing_ok=True)
-                self._begun.unlink(missing_ok=True)
-                Path(scratch).replace(self.candidate)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        with _scratch_copy(source, self.stable.parent) as scratch, self._locked():
+            self._decision.unlink(missing_ok=True)
+            self._begun.unlink(missing_ok=True)
+            scratch.replace(self.candidate)
 
     def begin(self) -> int:
         """A replica begins to try the candidate; tells how often that happened, this time included.
@@ -119,7 +112,9 @@ class StudentShelf:
             if stamp_of(self.candidate) != candidate:
                 return False
             if self.stable.is_file():
-                self.stable.replace(self._previous)
+                # A copy: whoever dies before the next line leaves a student that drafts.
+                with _scratch_copy(self.stable, self.stable.parent) as scratch:
+                    scratch.replace(self._previous)
             else:
                 self._previous.unlink(missing_ok=True)
             self.candidate.replace(self.stable)
@@ -181,6 +176,19 @@ class StudentShelf:
             yield
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def _scratch_copy(source: Path, folder: Path) -> Iterator[Path]:
+    """A copy under a name of its own, for as long as it is not moved away."""
+    handle, name = tempfile.mkstemp(dir=folder, suffix=".partial")
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        shutil.copyfile(source, scratch)
+        yield scratch
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def stamp_of(path: Path) -> FileStamp | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from deployments.engine.errors import WeightsMissingError
@@ -37,8 +39,29 @@ def test_a_promoted_candidate_drafts_and_the_one_before_can_come_back(shelf, tmp
     assert shelf.in_use().read_text() == "second"
     assert not shelf.candidate.exists()
     assert shelf.roll_back(WITHDRAWN) == shelf.in_use()
-    assert stamp_of(shelf.in_use()) == first
+    assert shelf.in_use().read_text() == "first"
     assert shelf.last_decision() == WITHDRAWN
+
+
+def test_a_student_drafts_whenever_a_promotion_dies(shelf, tmp_path, monkeypatch):
+    shelf.promote(offered(shelf, tmp_path, "first"), PROMOTED)
+    second = offered(shelf, tmp_path, "second")
+    move = Path.replace
+
+    def dies(source, target):
+        if target == shelf.stable:
+            raise OSError("power is gone")
+        return move(source, target)
+
+    monkeypatch.setattr(Path, "replace", dies)
+    with pytest.raises(OSError, match="power is gone"):
+        shelf.promote(second, PROMOTED)
+    assert shelf.in_use().read_text() == "first"
+    assert shelf.last_decision() is None
+    monkeypatch.undo()
+    assert shelf.promote(second, PROMOTED)
+    assert shelf.in_use().read_text() == "second"
+    assert shelf.roll_back(WITHDRAWN).read_text() == "first"
 
 
 def test_a_rejected_candidate_changes_nothing(shelf, tmp_path):
