@@ -96,7 +96,7 @@ def test_what_is_not_a_number_is_not_rounded_away():
     assert np.isfinite(scales[..., 1]).tolist() == [[True, True], [True, False], [False, True]]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 4, 9])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 6, 13])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_rows_are_multiplied_where_they_lie(dtype, num_tokens):
     weight = torch.randn(37, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -108,3 +108,7 @@ def test_dense_rows_are_multiplied_where_they_lie(dtype, num_tokens):
         multiply(matrix, x.ctypes.data, 0, y.ctypes.data, y.strides[0], tile, tile + 1, num_tokens)
     expected = x.astype(np.float64) @ weight.double().numpy().T + bias
     np.testing.assert_allclose(y[:, :37], expected, rtol=1e-5, atol=2e-5)
+    for row, beside in zip(x, y, strict=True):
+        alone = np.zeros((1, 48), dtype=np.float32)
+        multiply(matrix, row.ctypes.data, 0, alone.ctypes.data, alone.strides[0], 0, 3, 1)
+        assert alone[0, :37].tobytes() == beside[:37].tobytes()
