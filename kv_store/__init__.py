@@ -23,6 +23,7 @@ from kv_store.errors import (
 )
 from kv_store.factory import build_page_store
 from kv_store.keys import EXACT, Namespace, PageKey
+from kv_store.landing import Landing
 from kv_store.layout import PAGE_TOKENS, PageLayout
 from kv_store.page_store import LoadedPages, PageStore, PageStoreStats, TierStats
 
@@ -34,6 +35,7 @@ __all__ = [
     "EmbeddedValkeyTierConfig",
     "KVStoreConfig",
     "KVStoreError",
+    "Landing",
     "LayoutMismatchError",
     "LoadedPages",
     "MemoryTierConfig",

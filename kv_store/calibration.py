@@ -75,7 +75,7 @@ def save_calibration(calibration: Calibration, cache_dir: Path) -> Path:
 
 def find_calibration(layout: PageLayout, cache_dir: Path) -> Calibration | None:
     """The record of a layout; None if there is none, or only a damaged one."""
-    fingerprint = layout.fingerprint().hex()
+    fingerprint = layout.fingerprint.hex()
     for place in (_path(fingerprint, cache_dir), files("kv_store") / "data" / _name(fingerprint)):
         try:
             calibration = Calibration.model_validate_json(place.read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 
     from kv_store.codecs.base import Codec
     from kv_store.keys import PageKey
+    from kv_store.landing import Landing
     from kv_store.layout import PageLayout
     from kv_store.single_flight import SingleFlight
     from kv_store.tiers.base import Blob
     from kv_store.tiers.guarded import GuardedTier
+
+    _Outcome: TypeAlias = NDArray[np.uint8] | KVStoreError | None
+    """A verified page, or why it will not do; None if there is none, or nobody wants it any more.
+    """
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,11 @@ class LoadedPage(NamedTuple):
 class _Found(NamedTuple):
     key: PageKey
     tier: GuardedTier
+    landing: Landing | None
+
+    @property
+    def is_unwanted(self) -> bool:
+        return self.landing is not None and self.landing.is_withdrawn
 
 
 class ChainLoader:
@@ -52,6 +62,7 @@ class ChainLoader:
         layout: PageLayout,
         codec: Codec,
         codec_threads: Executor,
+        num_codec_threads: int,
         batch_pages: int,
         single_flight: SingleFlight | None = None,
     ) -> None:
@@ -62,6 +73,7 @@ class ChainLoader:
             layout: of every page.
             codec: the one the store writes with; decides which pages may be served.
             codec_threads: verify and decode here, off the event loop.
+            num_codec_threads: their number.
             batch_pages: pages asked of a tier in one operation.
             single_flight: waits for pages that another replica computes.
         """
@@ -69,12 +81,17 @@ class ChainLoader:
         self._layout = layout
         self._codecs = readable_codecs(codec)
         self._codec_threads = codec_threads
+        self._num_codec_threads = num_codec_threads
         self._batch_pages = batch_pages
         self._single_flight = single_flight
         self._buffers = BufferPool()
 
     async def load(
-        self, keys: Sequence[PageKey], loaded: list[LoadedPage], deadline: float
+        self,
+        keys: Sequence[PageKey],
+        loaded: list[LoadedPage],
+        deadline: float,
+        into: Sequence[Landing] | None = None,
     ) -> None:
         """Append the longest prefix that can be had, page by page, in order.
 
@@ -82,17 +99,19 @@ class ChainLoader:
             keys: consecutive keys of one chain.
             loaded: grows as pages are verified, so that a caller who gives up keeps what came.
             deadline: on the loop's clock; only divides the waiting among tiers, the caller stops.
+            into: where each page goes, see ``PageStore.load``.
         """
         flight = self._single_flight
         gives_up_at = flight.gives_up_at(deadline) if flight else 0.0
         has_joined = False
         while rest := keys[len(loaded) :]:
-            found = await self._locate(rest, deadline)
             num_before = len(loaded)
-            await self._take_in(found, loaded)
-            if len(loaded) < num_before + len(found):
+            holders = await self._locate(rest, deadline)
+            places = into[num_before:] if into is not None else [None] * len(holders)
+            await self._take_in([*map(_Found, rest, holders, places)], loaded)
+            if len(loaded) < num_before + len(holders):
                 return
-            rest = rest[len(found) :]
+            rest = rest[len(holders) :]
             if not rest or not flight:
                 return
             has_joined = await flight.wait_for_first(rest, gives_up_at, has_joined=has_joined)
@@ -128,8 +147,8 @@ class ChainLoader:
                 # The next batch travels while this one is being decoded.
                 following = batches[number + 1 : number + 2]
                 fetch = asyncio.create_task(self._fetch(following[0])) if following else None
-                unpacked = await asyncio.gather(*map(self._unpack, batch, blobs))
-                for page in unpacked:
+                verified = await self._verify(batch, blobs)
+                for page in await asyncio.gather(*map(self._sound, batch, verified)):
                     if page is None:
                         return
                     loaded.append(page)
@@ -137,8 +156,8 @@ class ChainLoader:
             if fetch is not None:
                 fetch.cancel()
 
-    async def _locate(self, keys: Sequence[PageKey], deadline: float) -> list[_Found]:
-        """The prefix in which every page is in some tier; lower tiers fill the holes."""
+    async def _locate(self, keys: Sequence[PageKey], deadline: float) -> list[GuardedTier]:
+        """Who holds each page of the prefix in which somebody does; lower tiers fill the holes."""
         holders: list[GuardedTier | None] = [None] * len(keys)
         for tier in self._tiers:
             holes = [index for index, holder in enumerate(holders) if holder is None]
@@ -153,11 +172,11 @@ class ChainLoader:
             for hole, is_present in zip(holes, present, strict=True):
                 if is_present:
                     holders[hole] = tier
-        found: list[_Found] = []
-        for key, holder in zip(keys, holders, strict=True):
+        found: list[GuardedTier] = []
+        for holder in holders:
             if holder is None:
                 break
-            found.append(_Found(key, holder))
+            found.append(holder)
         return found
 
     async def _fetch(self, batch: Sequence[_Found]) -> list[Blob | None]:
@@ -178,39 +197,69 @@ class ChainLoader:
         await asyncio.gather(*map(fetch_from, self._tiers))
         return blobs
 
-    async def _unpack(self, item: _Found, blob: Blob | None) -> LoadedPage | None:
+    async def _sound(self, item: _Found, page: LoadedPage | None) -> LoadedPage | None:
         """The verified page; if this tier's bytes will not do, another tier's."""
-        page = await self._verify(item, blob)
         for tier in self._tiers:
-            if page is not None:
+            if page is not None or item.is_unwanted:
                 break
             if tier is not item.tier:
-                [blob] = await tier.get([item.key])
-                page = await self._verify(_Found(item.key, tier), blob)
+                blobs = await tier.get([item.key])
+                [page] = await self._verify([item._replace(tier=tier)], blobs)
         return page
 
-    async def _verify(self, item: _Found, blob: Blob | None) -> LoadedPage | None:
+    async def _verify(
+        self, batch: Sequence[_Found], blobs: Sequence[Blob | None]
+    ) -> list[LoadedPage | None]:
         """Decode, or count why not. A corrupt page is deleted, one for other readers is left."""
-        if blob is None:
-            item.tier.count_misses(1)
-            return None
-        loop = asyncio.get_running_loop()
-        try:
-            page = await loop.run_in_executor(self._codec_threads, self._decode, item.key, blob)
-        except PageUnsupportedError as exc:
-            item.tier.count_misses(1)
-            logger.debug("page %s in tier %s: %s", _short(item.key), item.tier.name, exc)
-            return None
-        except KVStoreError as exc:
-            logger.warning("deleted page %s in tier %s: %s", _short(item.key), item.tier.name, exc)
-            await item.tier.discard_corrupt(item.key)
-            return None
-        item.tier.count_hit()
-        return LoadedPage(page, item.tier.name)
+        # Each thread has one part of the batch: to hand over page by page costs as much as some
+        # pages do.
+        loop, stride = asyncio.get_running_loop(), min(self._num_codec_threads, len(batch))
+        parts = await asyncio.gather(
+            *(
+                loop.run_in_executor(
+                    self._codec_threads, self._decode_some, batch[n::stride], blobs[n::stride]
+                )
+                for n in range(stride)
+            )
+        )
+        outcomes = [parts[n % stride][n // stride] for n in range(len(batch))]
+        return [
+            await self._judge(item, outcome) for item, outcome in zip(batch, outcomes, strict=True)
+        ]
 
-    def _decode(self, key: PageKey, blob: Blob) -> NDArray[np.uint8]:
-        page = np.frombuffer(self._buffers.take(self._layout.nbytes), dtype=np.uint8)
-        decode_page(blob, key, self._layout, self._codecs, page)
+    async def _judge(self, item: _Found, outcome: _Outcome) -> LoadedPage | None:
+        key, tier = item.key, item.tier
+        if outcome is None:
+            tier.count_misses(0 if item.is_unwanted else 1)
+        elif isinstance(outcome, PageUnsupportedError):
+            tier.count_misses(1)
+            logger.debug("page %s in tier %s: %s", _short(key), tier.name, outcome)
+        elif isinstance(outcome, KVStoreError):
+            logger.warning("deleted page %s in tier %s: %s", _short(key), tier.name, outcome)
+            await tier.discard_corrupt(key)
+        else:
+            tier.count_hit()
+            return LoadedPage(outcome, tier.name)
+        return None
+
+    def _decode_some(self, items: Sequence[_Found], blobs: Sequence[Blob | None]) -> list[_Outcome]:
+        """In a codec thread."""
+        return [*map(self._decode, items, blobs)]
+
+    def _decode(self, item: _Found, blob: Blob | None) -> _Outcome:
+        if blob is None:
+            return None
+
+        def unpack(out: NDArray[np.uint8]) -> None:
+            decode_page(blob, item.key, self._layout, self._codecs, out)
+
+        try:
+            if item.landing is not None:
+                return item.landing.fill(unpack)
+            page = np.frombuffer(self._buffers.take(self._layout.nbytes), dtype=np.uint8)
+            unpack(page)
+        except KVStoreError as exc:
+            return exc
         return page
 
 

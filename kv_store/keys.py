@@ -51,7 +51,7 @@ class Namespace:
         """
         if len(tenant_key) != 32:
             raise ValueError("a tenant key has 32 bytes")
-        context = b"paceline kv namespace 1" + layout.fingerprint() + fidelity.encode()
+        context = b"paceline kv namespace 1" + layout.fingerprint + fidelity.encode()
         self._key = blake3.blake3(context, key=tenant_key).digest()
         self.namespace_id: bytes = blake3.blake3(self._key).digest(length=16)
         self._page_tokens = layout.page_tokens

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal
 
 import blake3
@@ -12,7 +13,7 @@ PAGE_TOKENS = 64
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PageLayout:
     """A page is ``[num_layers, 2 (K then V), page_tokens, num_kv_heads, head_dim]``, C order.
 
@@ -47,13 +48,14 @@ class PageLayout:
         """Bytes of one value."""
         return _DTYPE_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of one raw page."""
         layers, two, tokens, heads, dim = self.shape
         return layers * two * tokens * heads * dim * self.itemsize
 
+    @cached_property
     def fingerprint(self) -> bytes:
         """32 bytes that differ whenever any field differs."""
-        fields = "\n".join(f"{name}={getattr(self, name)}" for name in self.__slots__)
-        return blake3.blake3(fields.encode()).digest()
+        lines = (f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+        return blake3.blake3("\n".join(lines).encode()).digest()

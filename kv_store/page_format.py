@@ -136,7 +136,7 @@ def encode_page(
         stored_length=end - HEADER_BYTES,
         page_hash=key.page_hash,
         namespace_id=key.namespace_id,
-        layout_id=layout.fingerprint()[:_LAYOUT_BYTES],
+        layout_id=layout.fingerprint[:_LAYOUT_BYTES],
         payload_xxh3_128=xxhash.xxh3_128_digest(memoryview(blob)[HEADER_BYTES:]),
         created_ms=created_ms,
         reserved=0,
@@ -182,14 +182,15 @@ def decode_page(
         key: the page that was asked for.
         layout: the store's layout.
         codecs: by id, those whose pages may be served.
-        out: [layout.nbytes] uint8; undefined if this raises.
+        out: [layout.nbytes] uint8, or [num_layers, 2, bytes of one layer's keys or values] whose
+            layers lie apart; undefined if this raises.
 
     Raises:
         PageCorruptError: any doubt about the bytes.
         LayoutMismatchError: a sound page of another layout, or a buffer of another size.
         PageUnsupportedError: a sound page of this key that this process cannot read.
     """
-    _check_buffer(out, layout)
+    rows = _rows_of(out, layout)
     blob = memoryview(blob)
     header = read_header(blob)
     _check_identity(header, key, layout)
@@ -199,7 +200,6 @@ def decode_page(
         raise PageUnsupportedError(f"no codec with id {header.codec_id} for this fidelity")
     if bool(header.flags & FLAG_LOSSY) == codec.is_lossless:
         raise PageCorruptError(f"the lossy flag contradicts codec {codec.name}")
-    layer_bytes = layout.nbytes // layout.num_layers
     for section in _read_sections(blob, header, layout):
         group = LayerGroup(
             layout=layout,
@@ -208,7 +208,13 @@ def decode_page(
             token_start=header.token_start,
         )
         data = blob[section.offset : section.offset + section.length]
-        codec.decode(data, group, out[section.first_layer * layer_bytes :][: group.nbytes])
+        part = rows[section.first_layer :][: section.num_layers]
+        if part.flags.c_contiguous:
+            codec.decode(data, group, part.reshape(-1))
+        else:  # a section is small enough to be copied within the cache
+            whole = np.empty(group.nbytes, dtype=np.uint8)
+            codec.decode(data, group, whole)
+            part[:] = whole.reshape(part.shape)
 
 
 def section_offsets(blob: bytes | memoryview) -> list[int]:
@@ -258,10 +264,19 @@ def _check_buffer(page: NDArray[np.uint8], layout: PageLayout) -> None:
         )
 
 
+def _rows_of(out: NDArray[np.uint8], layout: PageLayout) -> NDArray[np.uint8]:
+    """[num_layers, 2, bytes of one layer's keys or values], in the memory of ``out``."""
+    shape = layout.num_layers, 2, layout.nbytes // (2 * layout.num_layers)
+    if out.dtype == np.uint8 and out.shape == shape and out.strides[2] == 1:
+        return out
+    _check_buffer(out, layout)
+    return out.reshape(shape)
+
+
 def _check_identity(header: PageHeader, key: PageKey, layout: PageLayout) -> None:
     if header.namespace_id != key.namespace_id or header.page_hash != key.page_hash:
         raise PageCorruptError("this is another page than the one asked for")
-    if header.layout_id != layout.fingerprint()[:_LAYOUT_BYTES]:
+    if header.layout_id != layout.fingerprint[:_LAYOUT_BYTES]:
         raise LayoutMismatchError("the page was written with another layout")
     if header.raw_length != layout.nbytes or header.num_tokens != layout.page_tokens:
         raise LayoutMismatchError("the page has another size than the layout")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kv_store.keys import PageKey
+    from kv_store.landing import Landing
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class LoadedPages:
     """The longest prefix of the asked keys that could be had.
 
     Attributes:
-        pages: raw page bytes, each [layout.nbytes] uint8, in key order.
+        pages: raw page bytes, each [layout.nbytes] uint8, in key order; a landing's rows where the
+            page was to land there.
         tiers: the name of the tier each page came from.
     """
 
@@ -104,13 +106,20 @@ class PageStore(ABC):
 
     @abstractmethod
     def load(
-        self, keys: Sequence[PageKey], *, timeout_s: float, traceparent: str | None = None
+        self,
+        keys: Sequence[PageKey],
+        *,
+        timeout_s: float,
+        into: Sequence[Landing] | None = None,
+        traceparent: str | None = None,
     ) -> Future[LoadedPages]:
         """Fetch the longest prefix of a chain. Never raises through the future: a miss is a value.
 
         Args:
             keys: consecutive keys of one chain.
             timeout_s: what has not arrived by then is a miss.
+            into: where each key's page goes, instead of memory of the store's own. After the answer
+                writes may still go on; they end with ``Landing.withdraw``.
             traceparent: W3C trace context of the request the pages are for.
         """
 

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kv_store.codecs.base import Codec
     from kv_store.config import KVStoreConfig
     from kv_store.keys import PageKey
+    from kv_store.landing import Landing
     from kv_store.layout import PageLayout
     from kv_store.tiers.guarded import GuardedTier
 
@@ -36,6 +37,14 @@ _NOTHING = LoadedPages((), ())
 _SHUTDOWN_S = 5.0
 _WRITING_SHARE = 0.8
 """Of the time that a chain's pages are waited for; the rest is for looking which are there."""
+
+
+class _Load(NamedTuple):
+    keys: Sequence[PageKey]
+    into: Sequence[Landing] | None
+    deadline: float
+    traceparent: str | None
+    future: Future[LoadedPages]
 
 
 class TieredPageStore(PageStore):
@@ -98,6 +107,7 @@ class TieredPageStore(PageStore):
             layout=layout,
             codec=codec,
             codec_threads=self._codec_threads,
+            num_codec_threads=config.num_codec_threads,
             batch_pages=config.load_batch_pages,
             single_flight=self._flight,
         )
@@ -118,7 +128,12 @@ class TieredPageStore(PageStore):
         return self._codec.fidelity
 
     def load(
-        self, keys: Sequence[PageKey], *, timeout_s: float, traceparent: str | None = None
+        self,
+        keys: Sequence[PageKey],
+        *,
+        timeout_s: float,
+        into: Sequence[Landing] | None = None,
+        traceparent: str | None = None,
     ) -> Future[LoadedPages]:
         """See ``PageStore``."""
         deadline = time.monotonic() + timeout_s  # the clock of the event loop
@@ -131,8 +146,9 @@ class TieredPageStore(PageStore):
                 future.set_result(_NOTHING)
                 return future
             self._pending.add(future)
+            asked = _Load(tuple(keys), into, deadline, traceparent, future)
             self._loop.call_soon_threadsafe(
-                self._start_load, tuple(keys), deadline, traceparent, future
+                lambda: self._spawn(self._loop.create_task(self._load(asked)))
             )
         return future
 
@@ -293,29 +309,15 @@ class TieredPageStore(PageStore):
             except Exception:
                 logger.exception("KV tier %s did not close", tier.name)
 
-    def _start_load(
-        self,
-        keys: Sequence[PageKey],
-        deadline: float,
-        traceparent: str | None,
-        future: Future[LoadedPages],
-    ) -> None:
-        self._spawn(self._loop.create_task(self._load(keys, deadline, traceparent, future)))
-
-    async def _load(
-        self,
-        keys: Sequence[PageKey],
-        deadline: float,
-        traceparent: str | None,
-        future: Future[LoadedPages],
-    ) -> None:
+    async def _load(self, asked: _Load) -> None:
         """One load's task; resolves its future whatever happens."""
+        keys = asked.keys
         loaded: list[LoadedPage] = []
         try:
-            with kv_span("load", (traceparent,), pages_asked=len(keys)) as span:
+            with kv_span("load", (asked.traceparent,), pages_asked=len(keys)) as span:
                 try:
-                    async with asyncio.timeout_at(deadline):
-                        await self._loader.load(keys, loaded, deadline)
+                    async with asyncio.timeout_at(asked.deadline):
+                        await self._loader.load(keys, loaded, asked.deadline, asked.into)
                 except TimeoutError:
                     describe(span, is_late=True)
                 tiers = sorted({page.tier for page in loaded})
@@ -325,7 +327,7 @@ class TieredPageStore(PageStore):
         finally:
             if self._mover is not None:
                 self._mover.served(keys[: len(loaded)], [page.tier for page in loaded])
-            self._resolve(future, loaded)
+            self._resolve(asked.future, loaded)
 
     def _resolve(self, future: Future[LoadedPages], loaded: Sequence[LoadedPage]) -> None:
         with self._lock:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -350,6 +352,10 @@ class HostileSpeculator(CheckedSpeculator):
         return DraftTree(tuple(tokens), tuple(parents), (DraftOrigin.POOL,) * len(tokens))
 
 
+def _write(page, rows):
+    rows[:] = page.reshape(rows.shape)
+
+
 @dataclass
 class FakePageStore(PageStore):
     """A tier in a dict whose answers a test can hold back, cut, spoil or fail."""
@@ -365,7 +371,7 @@ class FakePageStore(PageStore):
     def fidelity(self):
         return EXACT
 
-    def load(self, keys, *, timeout_s, traceparent=None):
+    def load(self, keys, *, timeout_s, into=None, traceparent=None):
         future: Future[LoadedPages] = Future()
         found = []
         for key in keys:
@@ -376,20 +382,30 @@ class FakePageStore(PageStore):
             found = found[:1]
         elif self.answer == "spoilt":
             found = [*found[:1], *(page[:-4] for page in found[1:])]
-        loaded = LoadedPages(tuple(found), ("fake",) * len(found))
         if self.answer == "error":
             future.set_exception(OSError("the tier broke its promise"))
         elif self.answer == "held":
-            self.pending.append((future, loaded))
+            self.pending.append((future, found, into))
         else:
-            future.set_result(loaded)
+            self._land(future, found, into)
         return future
+
+    def _land(self, future, found, into):
+        """As the real store does: a page whose place was taken back ends the answer."""
+        pages = []
+        for page, landing in zip(found, into or repeat(None), strict=False):
+            if landing is not None and page.nbytes == self.page_nbytes:
+                page = landing.fill(partial(_write, page))
+            if page is None:
+                break
+            pages.append(page)
+        future.set_result(LoadedPages(tuple(pages), ("fake",) * len(pages)))
 
     def release_loads(self):
         """Answer every load that was held back."""
-        for future, loaded in self.pending:
+        for future, found, into in self.pending:
             if future.set_running_or_notify_cancel():
-                future.set_result(loaded)
+                self._land(future, found, into)
         self.pending.clear()
 
     def save(self, key, page, *, traceparent=None):

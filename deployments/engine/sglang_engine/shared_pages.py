@@ -88,7 +88,7 @@ class SharedPages:
         self._pages_per_load = max(1, _MAX_LOAD_BYTES // layout.nbytes)
         self._pages_per_save = max(1, max_queued_pages)
         self._clock = clock
-        context = _CONTEXT + layout.fingerprint() + store.fidelity.encode()
+        context = _CONTEXT + layout.fingerprint + store.fidelity.encode()
         self._key = blake3.blake3(context).digest()
         self.namespace_id: bytes = blake3.blake3(self._key).digest(length=16)
 

@@ -72,6 +72,9 @@ class _Pages:
         raw: NDArray[np.uint8] = torch.zeros(self._num_bytes, dtype=torch.uint8).numpy()
         return raw
 
+    def page_rows(self, page: int) -> None:
+        """There is no memory."""
+
     def write_page(self, page: int, raw: NDArray[np.uint8]) -> None:
         """There is nowhere to write to."""
 

@@ -88,7 +88,7 @@ def calibrate_codecs(
                 _Loss(ratio, encode, decode, *_compare(wanted, got, reader.targets))
             )
     return Calibration(
-        fingerprint=layout.fingerprint().hex(),
+        fingerprint=layout.fingerprint.hex(),
         model=model_name,
         dtype=layout.dtype,
         num_tokens=len(texts) * (num_continued - 1),

@@ -50,8 +50,10 @@ class KVCache:
             config.head_dim,
         )
         self.num_pages = num_pages
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        both = torch.zeros((2, *shape), dtype=dtype, device=device)
+        self.k, self.v = both[0], both[1]
+        # [2, num_layers, num_pages, bytes of one layer's keys or values]
+        self._pages = both.view(2, config.num_layers, num_pages, -1).view(torch.uint8)
         # A GPU copies to and from pinned memory at the full speed of its bus.
         self._pinned: Tensor | None = None
         if self.k.is_cuda:
@@ -81,6 +83,18 @@ class KVCache:
             flat = self._pinned.copy_(flat).clone()
         raw: NDArray[np.uint8] = flat.numpy()
         return raw
+
+    def page_rows(self, page: int) -> NDArray[np.uint8] | None:
+        """One page's memory, for whoever has it lent.
+
+        Returns:
+            [num_layers, 2, bytes of one layer's keys or values] uint8; None if only ``write_page``
+            reaches it.
+        """
+        if self._pages.device.type != "cpu":
+            return None
+        rows: NDArray[np.uint8] = self._pages[:, :, page].transpose(0, 1).numpy()
+        return rows
 
     def write_page(self, page: int, raw: NDArray[np.uint8]) -> None:
         """Fill one page from the bytes ``read_page`` gave.

@@ -2,8 +2,9 @@
 
 Out: when a page fills with committed tokens it enters the prefix cache, and a copy is queued for
 the tier. In: before a waiting sequence is admitted, the part of its prefix that the pool lacks is
-asked for; what arrives in time becomes idle cached pages, where admission finds it like any other.
-A waiting sequence holds no pages, so a slow tier can delay a request but never starve another.
+asked for, and pages are lent for the tier to write to; what arrives in time becomes idle cached
+pages, where admission finds it like any other. A lent page goes to whoever needs it and a waiting
+sequence holds none, so a slow tier can delay a request but never starve another.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from kv_store.keys import EXACT, Namespace
+from kv_store.landing import Landing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from deployments.engine.torch_engine.page_pool import PagePool
+    from deployments.engine.torch_engine.page_pool import Loan, PagePool
     from deployments.engine.torch_engine.sequence import Sequence
     from kv_store.keys import PageKey
     from kv_store.layout import PageLayout
@@ -41,6 +43,12 @@ class PageMemory(Protocol):
     def read_page(self, page: int) -> NDArray[np.uint8]:
         """A copy of one page's raw bytes in the layout's order, [layout.nbytes]."""
 
+    def page_rows(self, page: int) -> NDArray[np.uint8] | None:
+        """One page's memory, [num_layers, 2, bytes of one layer's keys or values].
+
+        None where other threads cannot write to it.
+        """
+
     def write_page(self, page: int, raw: NDArray[np.uint8]) -> None:
         """Overwrite one page."""
 
@@ -52,6 +60,7 @@ class PageMemory(Protocol):
 class _Load:
     sequence: Sequence
     keys: list[PageKey]
+    loans: list[Loan]
     num_local_pages: int
     future: Future[LoadedPages]
     gives_up_at: float
@@ -108,7 +117,7 @@ class KVTransfer:
     def begin_load(self, sequence: Sequence) -> None:
         """Ask the tier for the pages of a waiting sequence that the pool lacks.
 
-        Does nothing if that was done before, or while as many pages are under way as the pool has.
+        Does nothing if that was done before, or while as many pages are lent as there are.
         A sequence whose next page another one has asked for follows that load, and asks for the
         rest only if that load brings all it should.
         """
@@ -122,21 +131,25 @@ class KVTransfer:
                 sequence.is_loading = True
                 return
         # Room for what is missing, and the prefix found just now must not be evicted for it.
-        num_room = self._pool.num_free - num_local - sum(len(load.keys) for load in self._loads)
+        num_room = self._pool.num_free - self._pool.num_lent - num_local
         missing = keys[num_local : num_local + max(0, num_room)]
         if keys[num_local:] and not missing and self._loads:
             return
         sequence.is_tier_asked = True
+        loans = [loan for _ in missing if (loan := self._pool.lend(self._landing)) is not None]
+        missing = missing[: len(loans)]
         if not missing:
             return
+        landings = [loan.landing for loan in loans if loan.landing is not None]
         future = self._store.load(
             missing,
             timeout_s=self._load_timeout_s,
+            into=landings or None,
             traceparent=sequence.request.traceparent,
         )
         sequence.is_loading = True
         gives_up_at = self._monotonic() + self._load_timeout_s + _GRACE_S
-        self._loads.append(_Load(sequence, missing, num_local, future, gives_up_at))
+        self._loads.append(_Load(sequence, missing, loans, num_local, future, gives_up_at))
         future.add_done_callback(lambda _: self._wake())
 
     def finish_loads(self) -> None:
@@ -146,12 +159,13 @@ class KVTransfer:
         for load in self._loads:
             num_arrived = 0
             if load.future.done():
-                num_arrived = self._take_in(load)
+                num_arrived = self._num_arrived(load)
             elif now < load.gives_up_at:
                 pending.append(load)
                 continue
             else:
                 logger.warning("the KV tier did not answer in time; computing the pages instead")
+            self._take_in(load, num_arrived)
             load.sequence.is_loading = False
             for follower in load.followers:
                 follower.is_loading = False
@@ -162,6 +176,7 @@ class KVTransfer:
         """Stop waiting for a sequence that has ended."""
         for load in self._loads:
             if load.sequence is sequence:
+                self._take_in(load, 0)
                 for follower in load.followers:
                     follower.is_loading = False
         self._loads = [load for load in self._loads if load.sequence is not sequence]
@@ -194,34 +209,37 @@ class KVTransfer:
         if sequence.num_tier_pages is not None:
             sequence.num_tier_pages = max(num_tier, num_full)
 
-    def _take_in(self, load: _Load) -> int:
-        """Write arrived pages into the pool as idle cached pages; returns how many."""
+    def _landing(self, page: int) -> Landing | None:
+        rows = self._memory.page_rows(page)
+        return Landing(rows) if rows is not None else None
+
+    def _num_arrived(self, load: _Load) -> int:
+        """How many pages at the head of what was asked for hold what they shall."""
         if (error := load.future.exception()) is not None:
             logger.warning("a KV load failed: %r", error)
             return 0
-        # What was found in the pool may be needed to reach what arrived: keep it for now.
-        owned = self._pool.acquire_prefix(load.sequence.reusable_keys[: load.num_local_pages])
         num_arrived = 0
-        for key, data in zip(load.keys, load.future.result().pages, strict=False):
+        for loan, data in zip(load.loans, load.future.result().pages, strict=False):
             if data.nbytes != self._layout.nbytes:
                 logger.warning("a loaded page has %d bytes; it is not used", data.nbytes)
                 break
-            page = self._take_in_page(key, data)
-            if page is None:
+            if loan.is_over:
                 break
-            owned.append(page)
+            if loan.landing is None:
+                self._memory.write_page(loan.page, data)
             num_arrived += 1
+        return num_arrived
+
+    def _take_in(self, load: _Load, num_arrived: int) -> None:
+        """End a load: what arrived becomes idle cached pages, the other pages are free."""
+        # What was found in the pool is needed to reach what arrived: it stays as long.
+        owned = self._pool.acquire_prefix(load.sequence.reusable_keys[: load.num_local_pages])
+        for index, (key, loan) in enumerate(zip(load.keys, load.loans, strict=True)):
+            if not self._pool.keep(loan):
+                continue
+            if index < num_arrived and not self._pool.publish(loan.page, key):
+                owned += self._pool.acquire_prefix([key])  # somebody has computed it meanwhile
+            owned.append(loan.page)
         self._pool.release(owned)
         load.sequence.first_loaded_page = load.num_local_pages
         load.sequence.num_loaded_pages = load.num_local_pages + num_arrived
-        return num_arrived
-
-    def _take_in_page(self, key: PageKey, data: NDArray[np.uint8]) -> int | None:
-        present = self._pool.acquire_prefix([key])
-        if present:
-            return present[0]
-        page = self._pool.allocate()
-        if page is not None:
-            self._memory.write_page(page, data)
-            self._pool.publish(page, key)
-        return page

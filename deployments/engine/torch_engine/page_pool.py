@@ -1,20 +1,43 @@
 """Who owns which KV page: reference counts, the prefix cache's index, and what is evicted.
 
-A page is in exactly one of three states: *free* (nobody owns it, nothing worth keeping), *owned*
-(one or more sequences hold it), or *idle* (nobody owns it, but it is indexed by its key and can be
-revived until somebody needs the room). A page is indexed only when all its rows belong to committed
-tokens; from then on it is never written again, so any number of sequences may share it.
+A page is in exactly one of four states: *free* (nobody owns it, nothing worth keeping), *owned*
+(one or more sequences hold it), *idle* (nobody owns it, but it is indexed by its key and can be
+revived until somebody needs the room), or *lent* (the KV tier may write to it until somebody needs
+the room). A page is indexed only when all its rows belong to committed tokens; from then on it is
+never written again, so any number of sequences may share it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kv_store.keys import PageKey
+    from kv_store.landing import Landing
+
+
+@dataclass(slots=True, eq=False)
+class Loan:
+    """A lent page.
+
+    Attributes:
+        landing: through which the page is written; None where no other thread writes to it.
+        is_over: the page was taken back, or kept.
+    """
+
+    page: int
+    landing: Landing | None
+    is_over: bool = False
+
+    def end(self) -> None:
+        """From here on nobody else writes to the page."""
+        self.is_over = True
+        if self.landing is not None:
+            self.landing.withdraw()
 
 
 class PagePool:
@@ -34,28 +57,68 @@ class PagePool:
         self._key_of: dict[int, PageKey] = {}
         self._page_of: dict[PageKey, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._loans: OrderedDict[int, Loan] = OrderedDict()
 
     @property
     def num_free(self) -> int:
-        """Pages that ``allocate`` could still hand out, idle ones included."""
-        return len(self._free) + len(self._idle)
+        """Pages that ``allocate`` could still hand out, idle and lent ones included."""
+        return len(self._free) + len(self._idle) + len(self._loans)
+
+    @property
+    def num_lent(self) -> int:
+        """Of these, the lent ones."""
+        return len(self._loans)
 
     def allocate(self) -> int | None:
-        """Take one page, evicting the least recently used idle one if need be.
+        """Take one page, evicting the least recently used idle one if need be, or the latest lent.
 
         Returns:
             A page owned once, holding garbage; None if every page is owned.
         """
-        if self._free:
-            page = self._free.pop()
-        elif self._idle:
-            page, _ = self._idle.popitem(last=False)
-            del self._page_of[self._key_of.pop(page)]
-        else:
+        page = self._take_unused()
+        if page is None and self._loans:
+            page, loan = self._loans.popitem()
+            loan.end()
+        if page is None:
             return None
         self._num_owners[page] = 1
         if self._on_allocate is not None:
             self._on_allocate(page)
+        return page
+
+    def lend(self, landing_of: Callable[[int], Landing | None]) -> Loan | None:
+        """Lend a page that nobody owns; it holds garbage until ``keep``.
+
+        Args:
+            landing_of: the way to write to a page.
+
+        Returns:
+            None if every page is owned or lent.
+        """
+        page = self._take_unused()
+        if page is None:
+            return None
+        loan = self._loans[page] = Loan(page, landing_of(page))
+        return loan
+
+    def keep(self, loan: Loan) -> bool:
+        """End a loan and own the page once; False if it was taken back before."""
+        if loan.is_over:
+            return False
+        loan.end()
+        del self._loans[loan.page]
+        self._num_owners[loan.page] = 1
+        if self._on_allocate is not None:
+            self._on_allocate(loan.page)
+        return True
+
+    def _take_unused(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        if not self._idle:
+            return None
+        page, _ = self._idle.popitem(last=False)
+        del self._page_of[self._key_of.pop(page)]
         return page
 
     def acquire_prefix(self, keys: Sequence[PageKey]) -> list[int]:
@@ -126,7 +189,8 @@ class PagePool:
         for page, num_owners in enumerate(self._num_owners):
             if owners[page] != num_owners:
                 raise RuntimeError(f"page {page} has {owners[page]} owners, counted {num_owners}")
-            if (page in free) + (page in self._idle) + (num_owners > 0) != 1:
+            is_lent = page in self._loans
+            if (page in free) + (page in self._idle) + is_lent + (num_owners > 0) != 1:
                 raise RuntimeError(f"page {page} is not in exactly one state")
             if page in self._idle and page not in self._key_of:
                 raise RuntimeError(f"idle page {page} has no key")

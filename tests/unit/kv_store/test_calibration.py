@@ -19,7 +19,7 @@ LAYOUT = make_layout()
 
 def a_record(layout=LAYOUT, **kl):
     return Calibration(
-        fingerprint=layout.fingerprint().hex(),
+        fingerprint=layout.fingerprint.hex(),
         model="tiny",
         dtype=layout.dtype,
         num_tokens=255,

@@ -31,6 +31,30 @@ def decode(blob, codec=None, key=KEY, layout=LAYOUT):
     return out
 
 
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_a_page_is_decoded_to_where_its_layers_lie_apart(codec):
+    layout = make_layout(num_layers=19)  # three sections
+    key = make_chain(layout, 3)[2]
+    blob = encode(codec, key, layout)
+    memory = np.full((2, 19, 5, layout.nbytes // 38), 7, dtype=np.uint8)
+    decode_page(blob, key, layout, readable_codecs(codec), memory[:, :, 3].transpose(1, 0, 2))
+    expected = decode(blob, codec, key, layout).reshape(19, 2, -1)
+    assert np.array_equal(memory[:, :, 3].transpose(1, 0, 2), expected)
+    assert (np.delete(memory, 3, axis=2) == 7).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 127), (2, 3, 128), (3, 256), (767,)])
+def test_memory_of_another_shape_is_refused(shape):
+    with pytest.raises(LayoutMismatchError):
+        decode_page(encode(), KEY, LAYOUT, readable_codecs(RawCodec()), np.empty(shape, np.uint8))
+
+
+def test_memory_with_holes_is_refused():
+    out = np.empty((3, 2, 2 * LAYOUT.nbytes // 6), np.uint8)[:, :, ::2]
+    with pytest.raises(LayoutMismatchError):
+        decode_page(encode(), KEY, LAYOUT, readable_codecs(RawCodec()), out)
+
+
 def with_header(blob, offset, value):
     """The blob with other header bytes and a CRC32 that fits them."""
     changed = bytearray(blob)

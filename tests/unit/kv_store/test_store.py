@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from kv_store import (
     EXACT,
     KVStoreConfig,
+    Landing,
     MemoryTierConfig,
     SsdTierConfig,
     TierUnavailableError,
@@ -526,6 +527,49 @@ def test_too_many_loads_are_answered_empty():
         assert store.stats().num_loads_refused == 1
         assert not waiting.done()
     assert waiting.result(timeout=0).pages == (), "closing answers what is under way"
+
+
+def make_landings(count):
+    """Memory of pages whose layers lie apart, as in an engine's pool."""
+    shape = (2, LAYOUT.num_layers, count, LAYOUT.nbytes // (2 * LAYOUT.num_layers))
+    memory = np.zeros(shape, np.uint8)
+    rows = [memory[:, :, page].transpose(1, 0, 2) for page in range(count)]
+    return rows, [Landing(row) for row in rows]
+
+
+@pytest.mark.parametrize("batch_pages", [1, 5, 32])
+def test_pages_land_where_they_shall(batch_pages):
+    with opened(load_batch_pages=batch_pages, num_codec_threads=3) as store:
+        save(store, range(7))
+        rows, landings = make_landings(9)
+        loaded = store.load(KEYS[:9], timeout_s=PATIENT_S, into=landings).result(PATIENT_S)
+        assert len(loaded.pages) == 7
+        for index in range(7):
+            assert loaded.pages[index] is rows[index]
+            assert np.array_equal(rows[index].ravel(), PAGES[index])
+        assert not any(row.any() for row in rows[7:])
+
+
+def test_a_place_that_was_taken_back_ends_the_prefix_and_harms_nothing():
+    with opened(tiers=(memory("hot"), memory("warm"))) as store:
+        save(store, range(6))
+        rows, landings = make_landings(6)
+        landings[2].withdraw()
+        loaded = store.load(KEYS[:6], timeout_s=PATIENT_S, into=landings).result(PATIENT_S)
+        assert len(loaded.pages) == 2
+        assert not rows[2].any()
+        assert load(store, KEYS[:6]) == ["hot"] * 6, "the page was sound"
+
+
+def test_a_damaged_page_lands_from_another_tier():
+    shelf = Shelf()
+    with opened(tiers=(memory("hot"), memory("warm")), wrap_tier=shelf) as store:
+        save(store, range(3))
+        shelf.flip_a_bit("hot", KEYS[1])
+        rows, landings = make_landings(3)
+        loaded = store.load(KEYS[:3], timeout_s=PATIENT_S, into=landings).result(PATIENT_S)
+        assert loaded.tiers == ("hot", "warm", "hot")
+        assert all(np.array_equal(row.ravel(), PAGES[i]) for i, row in enumerate(rows))
 
 
 def test_close_is_idempotent_and_leaves_no_thread(tmp_path):

@@ -31,7 +31,7 @@ def test_exact_codecs_lose_nothing_and_fewer_bits_lose_more(loaded, texts):
     calibration = calibrate_codecs(
         loaded, "tiny", texts, CODECS, num_continued=60, progress=told.append
     )
-    assert calibration.fingerprint == loaded.page_layout().fingerprint().hex()
+    assert calibration.fingerprint == loaded.page_layout().fingerprint.hex()
     assert calibration.num_tokens == 2 * 59
     raw, lossless, int8, k8v4, int4 = calibration.codecs
     for exact in (raw, lossless):

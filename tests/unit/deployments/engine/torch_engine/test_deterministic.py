@@ -179,4 +179,4 @@ def test_rows_of_other_arithmetic_are_other_pages(loaded):
         ModelRunner(loaded.model, loaded.config, memory, is_deterministic=mode).arithmetic
         for mode in (False, True)
     }
-    assert len({loaded.page_layout(name).fingerprint() for name in names}) == 2
+    assert len({loaded.page_layout(name).fingerprint for name in names}) == 2

@@ -42,6 +42,17 @@ def test_a_page_has_the_stores_layout_and_comes_back_bit_for_bit(dtype):
     assert np.array_equal(other.read_page(0), untouched)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_written_to_a_pages_rows_is_that_page(dtype):
+    _, here = random_cache(dtype)
+    _, there = random_cache(dtype, seed=1)
+    raw, untouched = here.read_page(2), there.read_page(0)
+    rows = there.page_rows(3)
+    rows[:] = raw.reshape(rows.shape)
+    assert np.array_equal(there.read_page(3), raw)
+    assert np.array_equal(there.read_page(0), untouched)
+
+
 def test_odd_bit_patterns_survive():
     _, cache = random_cache("bfloat16")
     raw = np.arange(cache.page_nbytes, dtype=np.uint32).astype(np.uint8)

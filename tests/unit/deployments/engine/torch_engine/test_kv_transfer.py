@@ -118,6 +118,21 @@ def test_what_the_tier_fails_to_give_is_computed(answer, num_cached):
     session.assert_all_free()
 
 
+def test_an_aborted_load_may_write_nowhere():
+    store = FakePageStore()
+    run_one(Session(store=store), 1, make_request("a", PROMPT))
+    store.answer = "held"
+    session = Session(store=store)
+    session.add(1, make_request("b", PROMPT))
+    session.step()
+    assert session.core.stats().num_free_pages == 32
+    session.core.abort(1)
+    ((_, _, into),) = store.pending
+    assert all(landing.is_withdrawn for landing in into)
+    session.collect()
+    session.assert_all_free()
+
+
 def test_slow_load_delays_nobody_else():
     store = FakePageStore()
     run_one(Session(store=store), 1, make_request("a", PROMPT))
@@ -145,6 +160,8 @@ def test_load_that_never_comes_is_given_up():
     session.now = 1.6
     session.run()
     assert tuple(session.tokens[1]) == expected_tokens(make_request("a", PROMPT))
+    ((_, _, into),) = store.pending
+    assert all(landing.is_withdrawn for landing in into)
     # Its late answer is nobody's any more.
     store.release_loads()
     session.run()
@@ -185,6 +202,8 @@ def test_full_pool_refuses_arrived_pages_without_harm():
     session.add(2, make_request("greedy", [9] * 10, max_tokens=370))
     for _ in range(330):
         session.step()
+    ((_, _, into),) = store.pending
+    assert all(landing.is_withdrawn for landing in into)
     store.release_loads()
     session.run()
     for session_id, request in (
@@ -253,7 +272,7 @@ def test_followers_do_not_depend_on_the_one_they_follow(ending):
         store.release_loads()
         num_cached = 256
     elif ending == "error":
-        ((future, _),) = store.pending
+        ((future, _, _),) = store.pending
         future.set_exception(OSError("gone"))
         num_cached = 0
     else:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.engine.torch_engine.page_pool import PagePool
+from deployments.engine.torch_engine.page_pool import Loan, PagePool
 from kv_store.keys import PageKey
+from kv_store.landing import Landing
 
 
 def keys(name: str, count: int) -> list[PageKey]:
@@ -75,11 +77,46 @@ def test_integrity_check_sees_leaks_and_double_releases():
         pool.check_integrity([])
 
 
+def lend_to(landings):
+    def landing_of(page):
+        landings[page] = Landing(np.zeros((1, 2, 4), np.uint8))
+        return landings[page]
+
+    return landing_of
+
+
+def test_lent_pages_go_to_whoever_needs_them_the_latest_first():
+    pool, landings = PagePool(4), {}
+    [owned] = fill(pool, keys("a", 1))
+    loans = [pool.lend(lend_to(landings)) for _ in range(4)]
+    assert loans[3] is None
+    assert (pool.num_free, pool.num_lent) == (3, 3)
+    pool.check_integrity([[owned]])
+    assert pool.allocate() == loans[2].page
+    assert landings[loans[2].page].is_withdrawn
+    assert not landings[loans[0].page].is_withdrawn
+    assert [pool.keep(loan) for loan in loans[:3]] == [True, True, False]
+    assert all(landing.is_withdrawn for landing in landings.values())
+    pool.check_integrity([[owned], [loan.page for loan in loans[:3]]])
+
+
+def test_a_page_lent_again_is_not_the_former_borrowers():
+    pool = PagePool(1)
+    first = pool.lend(lambda page: None)
+    pool.release([pool.allocate()])
+    second = pool.lend(lambda page: None)
+    assert first.page == second.page
+    assert not pool.keep(first)
+    assert pool.keep(second)
+    pool.check_integrity([[0]])
+
+
 @settings(max_examples=60)
-@given(st.lists(st.tuples(st.sampled_from("arfp"), st.integers(0, 7)), max_size=80))
+@given(st.lists(st.tuples(st.sampled_from("arfplk"), st.integers(0, 7)), max_size=80))
 def test_books_balance_after_any_history(history):
     pool = PagePool(6)
     tables: list[list[int]] = []
+    loans: list[Loan] = []
     for action, number in history:
         if action == "a" and (page := pool.allocate()) is not None:
             tables.append([page])
@@ -90,6 +127,12 @@ def test_books_balance_after_any_history(history):
                 pool.publish(page, keys("k", 8)[number])
         elif action == "f" and (pages := pool.acquire_prefix(keys("k", 8)[number:])):
             tables.append(pages)
+        elif action == "l" and (loan := pool.lend(lend_to({}))) is not None:
+            loans.append(loan)
+        elif action == "k" and loans:
+            loan = loans.pop(number % len(loans))
+            if pool.keep(loan):
+                tables.append([loan.page])
         elif action == "r" and tables:
             pool.release(tables.pop(number % len(tables)))
         pool.check_integrity(tables)

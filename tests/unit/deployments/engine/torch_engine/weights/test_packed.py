@@ -155,7 +155,7 @@ def test_pages_of_rounded_weights_are_others(tmp_path):
     found = {
         load_model(str(tmp_path), dtype="float32", cache_dir=tmp_path, weights=weights)
         .page_layout()
-        .fingerprint()
+        .fingerprint
         for weights in ("dense", "int8", "int4")
     }
     assert len(found) == 3
