@@ -211,8 +211,7 @@ class ChainLoader:
         self, batch: Sequence[_Found], blobs: Sequence[Blob | None]
     ) -> list[LoadedPage | None]:
         """Decode, or count why not. A corrupt page is deleted, one for other readers is left."""
-        # Each thread has one part of the batch: to hand over page by page costs as much as some
-        # pages do.
+        # Each thread has one part of the batch: page by page, the loop would wake for every one.
         loop, stride = asyncio.get_running_loop(), min(self._num_codec_threads, len(batch))
         parts = await asyncio.gather(
             *(
@@ -223,9 +222,7 @@ class ChainLoader:
             )
         )
         outcomes = [parts[n % stride][n // stride] for n in range(len(batch))]
-        return [
-            await self._judge(item, outcome) for item, outcome in zip(batch, outcomes, strict=True)
-        ]
+        return await asyncio.gather(*map(self._judge, batch, outcomes))
 
     async def _judge(self, item: _Found, outcome: _Outcome) -> LoadedPage | None:
         key, tier = item.key, item.tier

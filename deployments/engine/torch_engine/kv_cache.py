@@ -52,8 +52,10 @@ class KVCache:
         self.num_pages = num_pages
         both = torch.zeros((2, *shape), dtype=dtype, device=device)
         self.k, self.v = both[0], both[1]
-        # [2, num_layers, num_pages, bytes of one layer's keys or values]
-        self._pages = both.view(2, config.num_layers, num_pages, -1).view(torch.uint8)
+        self._page_rows: NDArray[np.uint8] | None = None
+        if both.device.type == "cpu":
+            pages = both.view(2, config.num_layers, num_pages, -1).view(torch.uint8)
+            self._page_rows = pages.permute(2, 1, 0, 3).numpy()
         # A GPU copies to and from pinned memory at the full speed of its bus.
         self._pinned: Tensor | None = None
         if self.k.is_cuda:
@@ -91,10 +93,7 @@ class KVCache:
             [num_layers, 2, bytes of one layer's keys or values] uint8; None if only ``write_page``
             reaches it.
         """
-        if self._pages.device.type != "cpu":
-            return None
-        rows: NDArray[np.uint8] = self._pages[:, :, page].transpose(0, 1).numpy()
-        return rows
+        return None if self._page_rows is None else self._page_rows[page]
 
     def write_page(self, page: int, raw: NDArray[np.uint8]) -> None:
         """Fill one page from the bytes ``read_page`` gave.

@@ -136,10 +136,9 @@ class KVTransfer:
         if keys[num_local:] and not missing and self._loads:
             return
         sequence.is_tier_asked = True
-        loans = [loan for _ in missing if (loan := self._pool.lend(self._landing)) is not None]
-        missing = missing[: len(loans)]
         if not missing:
             return
+        loans = self._pool.lend(len(missing), self._landing)
         landings = [loan.landing for loan in loans if loan.landing is not None]
         future = self._store.load(
             missing,

@@ -86,20 +86,18 @@ class PagePool:
             self._on_allocate(page)
         return page
 
-    def lend(self, landing_of: Callable[[int], Landing | None]) -> Loan | None:
-        """Lend a page that nobody owns; it holds garbage until ``keep``.
+    def lend(self, count: int, landing_of: Callable[[int], Landing | None]) -> list[Loan]:
+        """Lend pages that nobody owns; they hold garbage until ``keep``.
 
         Args:
+            count: fewer are lent where all others are owned or lent.
             landing_of: the way to write to a page.
-
-        Returns:
-            None if every page is owned or lent.
         """
-        page = self._take_unused()
-        if page is None:
-            return None
-        loan = self._loans[page] = Loan(page, landing_of(page))
-        return loan
+        loans: list[Loan] = []
+        while len(loans) < count and (page := self._take_unused()) is not None:
+            loan = self._loans[page] = Loan(page, landing_of(page))
+            loans.append(loan)
+        return loans
 
     def keep(self, loan: Loan) -> bool:
         """End a loan and own the page once; False if it was taken back before."""
